@@ -1,0 +1,59 @@
+"""How KV bytes move: the receiver pulls blocks of a leased source straight into its own memory."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from sagellm_common.core.types import BlockIds, KvSource
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    bytes: int
+    seconds: float
+    blocks: int
+
+
+class LeasedBlocks(Protocol):
+    """What a byte path asks before it sends: the source's lease table (`handoff.HandoffSource`)."""
+
+    def reading(self, transfer_id: str, epoch: int, block_ids: BlockIds) -> AbstractContextManager[None]:
+        """Holds the blocks for the time of a send: a release or expiry meanwhile frees them only afterwards.
+
+        Raises LeaseExpired unless all these blocks are pinned under this transfer and epoch.
+        """
+
+
+PullRpc = Callable[[KvSource, BlockIds, str, float], Awaitable[bytes]]
+"""(source, source_blocks, pair_id, timeout_s) → packed digests: KvTransferService.Pull, for byte paths that need the
+source to act (gloo). Injected, for comm_backend knows no gRPC."""
+
+
+class KVTransferChannel(Protocol):
+    """One worker's end of a byte path, both as source and as receiver."""
+
+    name: str
+
+    async def start(self) -> str:
+        """Begins to serve as a source; returns the data address (host:port) peers connect to."""
+
+    async def pull(
+        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+    ) -> TransferResult:
+        """Copies source_blocks[i] of the source into target_blocks[i] of the own pool, digests checked.
+
+        Raises PeerLost (connection refused, reset, silent past the deadline), LeaseExpired, KvCorrupt. After an
+        error the target blocks hold garbage, the pool is otherwise intact.
+        """
+
+    async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
+        """Source side of PullRpc: sends the blocks to the peer of `pair_id`, returns their packed 8-byte digests.
+
+        Raises InvalidRequest on a byte path that asks in band (tcp).
+        """
+
+    async def close(self) -> None:
+        """Stops serving and drops connections. Idempotent."""

@@ -1,0 +1,84 @@
+"""The one configuration: YAML file, then SAGELLM_* environment, then flags; strict, frozen, handed out by section."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ClusterConfig(Section):
+    name: str = Field("local", min_length=1, description="separates clusters that share an etcd")
+    host: str = Field("127.0.0.1", description="address that services bind and advertise")
+    port_base: int = Field(18800, ge=0, le=64000, description="see SagePorts; 0 lets `sagellm up` find free ports")
+
+
+class ModelConfig(Section):
+    path: str = Field("", description="directory of a Hugging Face checkpoint; empty: SmolLM2-135M-Instruct")
+    name: str = Field("", description="name clients use; empty: the directory's name")
+
+
+class EngineConfig(Section):
+    kind: Literal["lmdeploy"] = "lmdeploy"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    kv_quant_bits: Literal[0, 4, 8] = Field(0, description="0 keeps KV in dtype")
+    block_size_tokens: int = Field(16, ge=1, le=256)
+    num_blocks: int = Field(512, ge=4, description="KV blocks of one worker")
+    max_batch_size: int = Field(16, ge=1)
+    max_prefill_tokens: int = Field(512, ge=16, description="tokens of one prefill chunk")
+    context_length_tokens: int = Field(0, ge=0, description="0: the model's")
+    prefix_caching: bool = True
+    threads: int = Field(1, ge=1, description="torch threads; one per process is best on two cores")
+
+
+class TransportConfig(Section):
+    backend: Literal["tcp", "gloo"] = "tcp"
+    digest: bool = Field(True, description="checks an xxh3 digest per block")
+    timeout_s: float = Field(10.0, gt=0, description="longest silence of a peer during a pull")
+    lease_ttl_s: float = Field(30.0, gt=0, description="after which blocks held for a dead party are freed")
+
+
+class TopologyConfig(Section):
+    backend: Literal["embedded", "etcd"] = "embedded"
+    endpoints: tuple[str, ...] = Field((), description="etcd: all of its host:port")
+    lease_ttl_s: float = Field(2.0, gt=0, description="a silent worker is gone after this")
+
+
+class RouterConfig(Section):
+    address: str = Field("", description="host:port; empty: from cluster.port_base")
+    strategy: Literal["fifo"] = "fifo"
+    max_queue: int = Field(256, ge=1, description="requests in flight; more are turned away with QUEUE_FULL")
+    request_timeout_s: float = Field(300.0, gt=0)
+    max_attempts: int = Field(3, ge=1)
+
+
+class GatewayConfig(Section):
+    max_body_bytes: int = Field(8 << 20, ge=1024)
+    api_keys: tuple[str, ...] = Field((), description="empty: open to everybody who can connect")
+
+
+class KvStoreConfig(Section):
+    enabled: bool = True
+    budget_bytes: int = Field(512 << 20, ge=1 << 20)
+
+
+class TelemetryConfig(Section):
+    otlp_endpoint: str = Field("", description="OpenTelemetry collector, gRPC; empty: no export")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Section):
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    transport: TransportConfig = TransportConfig()
+    topology: TopologyConfig = TopologyConfig()
+    router: RouterConfig = RouterConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    kv_store: KvStoreConfig = KvStoreConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()

@@ -1,0 +1,218 @@
+"""The values every part speaks in. Frozen; token ids are little-endian int32 arrays."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.int32]
+BlockIds = NDArray[np.int32]
+BlockHash = bytes
+"""16 bytes, chained over a block's parent; see `prefix_reuse.hashing`."""
+
+BLOCK_HASH_BYTES = 16
+
+
+def as_token_ids(tokens: Sequence[int] | TokenIds) -> TokenIds:
+    """An int32 array of `tokens`, copied only when needed."""
+    return np.ascontiguousarray(tokens, dtype="<i4")
+
+
+def pack_int32(values: Sequence[int] | NDArray[np.int32]) -> bytes:
+    """Values as they travel on the wire."""
+    return np.ascontiguousarray(values, dtype="<i4").tobytes()
+
+
+def unpack_int32(packed: bytes) -> NDArray[np.int32]:
+    """A read-only view of packed int32 values. Raises ValueError when the length is not a multiple of 4."""
+    return np.frombuffer(packed, dtype="<i4")
+
+
+class WorkerRole(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+    KV_STORE = "kv_store"
+
+
+class WorkerState(enum.StrEnum):
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """What two sides must agree on before a KV block may move between them."""
+
+    model_fingerprint: str
+    dtype: str
+    block_size_tokens: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_bytes: int
+    tp: int = 1
+    pp: int = 1
+
+    def differences(self, other: KvLayout) -> dict[str, tuple[object, object]]:
+        """Fields on which the two differ, as {name: (mine, theirs)}."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: (mine, theirs) for name, (mine, theirs) in pairs.items() if mine != theirs}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one emitted token and of the best alternatives, best first."""
+
+    logprob: float
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    path: str
+    context_length_tokens: int
+    vocab_size: int
+    kv_layout: KvLayout
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """What a worker says of itself in the topology. `incarnation` is new at each start."""
+
+    worker_id: str
+    role: WorkerRole
+    address: str
+    data_address: str
+    incarnation: str
+    pid: int
+    model: ModelInfo | None = None
+    transport: str = "tcp"
+    host_id: str = ""
+    state: WorkerState = WorkerState.SERVING
+
+
+@dataclass(frozen=True, slots=True)
+class KvStats:
+    """Counted independently of each other: `total == free + used + cached` is the idle self-check."""
+
+    total_blocks: int
+    free_blocks: int
+    used_blocks: int
+    cached_blocks: int
+
+    @property
+    def balanced(self) -> bool:
+        return self.total_blocks == self.free_blocks + self.used_blocks + self.cached_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """Where pinned KV blocks can be pulled from, under a lease of the source."""
+
+    transfer_id: str
+    epoch: int
+    worker_id: str
+    incarnation: str
+    control_address: str
+    data_address: str
+    backend: str
+    block_table: BlockIds
+    num_tokens: int
+    lease_expires_in_ms: int
+    layers_ready: int = 0
+    tokens_ready: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffTicket:
+    """Given by the receiver once it has reserved the memory it will write."""
+
+    transfer_id: str
+    epoch: int
+    worker_id: str
+    incarnation: str
+    block_table: BlockIds
+    num_cached_tokens: int
+    expires_in_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSummary:
+    """What happened to one request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    store_tokens: int = 0
+    prefill_worker_id: str = ""
+    decode_worker_id: str = ""
+    kv_bytes_transferred: int = 0
+    transport: str = ""
+    queue_ms: float = 0.0
+    reserve_ms: float = 0.0
+    prefill_ms: float = 0.0
+    transfer_ms: float = 0.0
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0
+    attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """Tokens `index, index + 1, …` of one generation; the last output carries finish_reason and summary."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    summary: GenerationSummary | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One generation, as the router sees it."""
+
+    request_id: str
+    model: str
+    prompt_token_ids: TokenIds
+    sampling: SamplingParams
+    tenant: str = "default"
+    priority: int = 0
+    cache_salt: str = ""
+    trace_context: dict[str, str] = field(default_factory=dict)

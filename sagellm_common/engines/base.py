@@ -1,0 +1,85 @@
+"""What a service needs of an inference engine. LMDeploy, vLLM and the simulated engine implement it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sagellm_common.core.errors import SageError
+from sagellm_common.core.kv import Allocation
+from sagellm_common.core.types import FinishReason, ModelInfo, SamplingParams, TokenIds, TokenLogprob
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to run.
+
+    `token_ids` are all tokens known so far (prompt, then already emitted ones), the last `num_emitted_tokens` of them
+    generated. `sampling.max_new_tokens` counts the emitted ones too. `allocation` holds KV of its first
+    num_cached_tokens tokens (fewer than all); the engine computes the rest. With `submit` the engine owns it.
+    With `hold_blocks` the blocks come back in the last output and the caller frees them.
+    """
+
+    request_id: str
+    token_ids: TokenIds
+    sampling: SamplingParams
+    num_emitted_tokens: int = 0
+    allocation: Allocation | None = None
+    cache_salt: str = ""
+    hold_blocks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """One sequence's share of an engine step. A stop token ends the sequence and is not in `token_ids`.
+
+    The last output of a sequence has finish_reason set; with ERROR also `error`. `held` then holds the blocks when
+    they were asked for: KV of `held.num_cached_tokens` tokens is valid.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: SageError | None = None
+    held: Allocation | None = None
+
+
+StepCallback = Callable[[Sequence[SequenceOutput]], None]
+"""Called once per engine step with the outputs of all its sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    running: int
+    waiting: int
+    steps: int
+
+
+class Engine(Protocol):
+    """A continuously batching engine. It computes on threads of its own: no method waits for compute."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def kv(self) -> KVBackendProtocol: ...
+
+    async def start(self, on_step: StepCallback) -> None:
+        """Loads the model and runs. `on_step` is called on the event loop that called `start`.
+
+        Raises ConfigError for a missing or unsupported model or a wrong engine version.
+        """
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queues a sequence; its outputs come through `on_step`. Raises InvalidRequest, ContextTooLong."""
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a sequence at the next step: one last output with CANCELLED. A no-op for an unknown one."""
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None:
+        """Cancels everything and stops. Idempotent."""

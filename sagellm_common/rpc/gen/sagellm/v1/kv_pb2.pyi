@@ -1,0 +1,165 @@
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as _common_pb2
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class HandshakeRequest(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "layout", "backend")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    layout: _common_pb2.KvLayout
+    backend: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ...) -> None: ...
+
+class HandshakeResponse(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "layout", "data_address")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    layout: _common_pb2.KvLayout
+    data_address: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., data_address: _Optional[str] = ...) -> None: ...
+
+class RenewLeaseRequest(_message.Message):
+    __slots__ = ("transfer_id", "epoch")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    epoch: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class RenewLeaseResponse(_message.Message):
+    __slots__ = ("expires_in_ms",)
+    EXPIRES_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    expires_in_ms: int
+    def __init__(self, expires_in_ms: _Optional[int] = ...) -> None: ...
+
+class ReleaseLeaseRequest(_message.Message):
+    __slots__ = ("transfer_id", "epoch", "committed")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    epoch: int
+    committed: bool
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., committed: _Optional[bool] = ...) -> None: ...
+
+class ReleaseLeaseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("transfer_id", "epoch", "block_ids", "pair_id")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAIR_ID_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    epoch: int
+    block_ids: bytes
+    pair_id: str
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., pair_id: _Optional[str] = ...) -> None: ...
+
+class PullResponse(_message.Message):
+    __slots__ = ("digests",)
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    digests: bytes
+    def __init__(self, digests: _Optional[bytes] = ...) -> None: ...
+
+class KvLookupRequest(_message.Message):
+    __slots__ = ("block_hashes", "layout")
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    block_hashes: bytes
+    layout: _common_pb2.KvLayout
+    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
+
+class KvLookupResponse(_message.Message):
+    __slots__ = ("num_blocks",)
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    def __init__(self, num_blocks: _Optional[int] = ...) -> None: ...
+
+class KvGetRequest(_message.Message):
+    __slots__ = ("block_hashes", "layout", "backend", "token_ids")
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    block_hashes: bytes
+    layout: _common_pb2.KvLayout
+    backend: str
+    token_ids: bytes
+    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+
+class KvGetResponse(_message.Message):
+    __slots__ = ("num_blocks", "source")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    source: _common_pb2.KvSource
+    def __init__(self, num_blocks: _Optional[int] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
+
+class KvPutRequest(_message.Message):
+    __slots__ = ("block_hashes", "source", "layout", "token_ids")
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    block_hashes: bytes
+    source: _common_pb2.KvSource
+    layout: _common_pb2.KvLayout
+    token_ids: bytes
+    def __init__(self, block_hashes: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+
+class KvPutResponse(_message.Message):
+    __slots__ = ("num_stored", "num_present", "bytes_pulled")
+    NUM_STORED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PRESENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PULLED_FIELD_NUMBER: _ClassVar[int]
+    num_stored: int
+    num_present: int
+    bytes_pulled: int
+    def __init__(self, num_stored: _Optional[int] = ..., num_present: _Optional[int] = ..., bytes_pulled: _Optional[int] = ...) -> None: ...
+
+class KvPinRequest(_message.Message):
+    __slots__ = ("block_hashes", "ttl_ms")
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    block_hashes: bytes
+    ttl_ms: int
+    def __init__(self, block_hashes: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class KvPinResponse(_message.Message):
+    __slots__ = ("num_pinned",)
+    NUM_PINNED_FIELD_NUMBER: _ClassVar[int]
+    num_pinned: int
+    def __init__(self, num_pinned: _Optional[int] = ...) -> None: ...
+
+class WatchBlocksRequest(_message.Message):
+    __slots__ = ("from_revision",)
+    FROM_REVISION_FIELD_NUMBER: _ClassVar[int]
+    from_revision: int
+    def __init__(self, from_revision: _Optional[int] = ...) -> None: ...
+
+class WatchBlocksResponse(_message.Message):
+    __slots__ = ("revision", "snapshot", "stored_hashes", "removed_hashes")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    STORED_HASHES_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_HASHES_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    snapshot: bool
+    stored_hashes: bytes
+    removed_hashes: bytes
+    def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,93 @@
+from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2 as _plan_pb2
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetTopologyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchTopologyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TopologySnapshot(_message.Message):
+    __slots__ = ("revision", "backend", "connected", "workers")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    backend: str
+    connected: bool
+    workers: _containers.RepeatedCompositeFieldContainer[_worker_pb2.WorkerStatus]
+    def __init__(self, revision: _Optional[int] = ..., backend: _Optional[str] = ..., connected: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[_worker_pb2.WorkerStatus, _Mapping]]] = ...) -> None: ...
+
+class ExplainPlanRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class PlanEvent(_message.Message):
+    __slots__ = ("stage", "at_ms", "duration_ms", "detail")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    at_ms: float
+    duration_ms: float
+    detail: str
+    def __init__(self, stage: _Optional[str] = ..., at_ms: _Optional[float] = ..., duration_ms: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class ExplainPlanResponse(_message.Message):
+    __slots__ = ("plan", "events")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    plan: _plan_pb2.ExecutionPlan
+    events: _containers.RepeatedCompositeFieldContainer[PlanEvent]
+    def __init__(self, plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., events: _Optional[_Iterable[_Union[PlanEvent, _Mapping]]] = ...) -> None: ...
+
+class RegisterRequest(_message.Message):
+    __slots__ = ("record", "ttl_ms")
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    record: _worker_pb2.WorkerRecord
+    ttl_ms: int
+    def __init__(self, record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class RegisterResponse(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    def __init__(self, lease_id: _Optional[str] = ...) -> None: ...
+
+class KeepAliveRequest(_message.Message):
+    __slots__ = ("lease_id", "record")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    record: _worker_pb2.WorkerRecord
+    def __init__(self, lease_id: _Optional[str] = ..., record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ...) -> None: ...
+
+class KeepAliveResponse(_message.Message):
+    __slots__ = ("ttl_ms",)
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    ttl_ms: int
+    def __init__(self, ttl_ms: _Optional[int] = ...) -> None: ...
+
+class DeregisterRequest(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    def __init__(self, lease_id: _Optional[str] = ...) -> None: ...
+
+class DeregisterResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
