@@ -1,0 +1,1 @@
+"""LMDeploy 0.11.0 as the engine."""

@@ -1,0 +1,91 @@
+"""The ops backend: attention and sampling are ours, everything else LMDeploy's default torch ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lmdeploy.pytorch.backends.base import OpType
+from lmdeploy.pytorch.backends.default import DefaultOpsBackend
+from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingBuilder, MultinomialSamplingImpl
+from torch import Tensor
+
+from sagellm_common.engines.lmdeploy.device_cpu.attention import CpuAttentionBuilder, CpuAttentionMetadata
+
+
+class SeededMultinomial(MultinomialSamplingImpl):
+    """Draws depend on (seed, position) alone: a resumed sequence samples what the undisturbed one would have."""
+
+    def forward(self, scores: Tensor, seeds: Tensor, offsets: Tensor, indices: Tensor | None = None) -> Tensor:
+        rows = []
+        for probabilities, seed, offset in zip(scores, seeds.tolist(), offsets.tolist(), strict=True):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + offset) & 0x7FFF_FFFF_FFFF_FFFF)
+            rows.append(torch.multinomial(probabilities, 1, generator=generator))
+        drawn = torch.stack(rows)
+        return (drawn if indices is None else indices.gather(1, drawn)).view(-1)
+
+
+class SeededMultinomialBuilder(MultinomialSamplingBuilder):
+    @staticmethod
+    def build() -> SeededMultinomial:
+        return SeededMultinomial()
+
+
+class CpuOpsBackend(DefaultOpsBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "cpu"
+
+    @classmethod
+    def get_layer_impl_builder(cls, layer_type: OpType) -> Any:
+        if layer_type == OpType.PagedAttention:
+            return CpuAttentionBuilder
+        if layer_type == OpType.MultinomialSampling:
+            return SeededMultinomialBuilder
+        return super().get_layer_impl_builder(layer_type)
+
+    @staticmethod
+    def get_attention_metadata_cls() -> type[CpuAttentionMetadata]:
+        return CpuAttentionMetadata
+
+    @classmethod
+    def update_step_context(cls, step_context: Any) -> Any:
+        """Called once per step, before the layers run."""
+        block_size = step_context.kv_caches[0][0].size(1)
+        q, kv = step_context.q_seqlens.long(), step_context.kv_seqlens.long()
+        starts = q.cumsum(0) - q
+        sequence = torch.repeat_interleave(torch.arange(q.numel()), q)
+        position = torch.arange(int(q.sum())) - starts[sequence] + (kv - q)[sequence]
+        block_table = step_context.block_offsets.long()
+        q_lens, kv_lens = tuple(q.tolist()), tuple(kv.tolist())
+        decode_mask = None
+        if step_context.is_decoding and max(q_lens) == 1:
+            width = block_table.size(1) * block_size
+            decode_mask = (torch.arange(width)[None] < kv[:, None])[:, None, None]
+        step_context.attn_metadata = CpuAttentionMetadata(
+            step_context.is_decoding,
+            block_table,
+            q_start_loc=starts,
+            q_seqlens=q,
+            kv_seqlens=kv,
+            quant_policy=step_context.kv_quant_policy,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            token_blocks=block_table[sequence, position // block_size],
+            token_slots=position % block_size,
+            decode_mask=decode_mask,
+            chunk_masks=tuple(
+                torch.ones(a, b, dtype=torch.bool).tril(b - a) if 1 < a < b else None
+                for a, b in zip(q_lens, kv_lens, strict=True)
+            ),
+        )
+        step_context.cross_attn_metadata = None
+        return step_context
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def ccl_backend() -> str:
+        return "gloo"

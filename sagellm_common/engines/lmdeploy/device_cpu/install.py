@@ -1,0 +1,104 @@
+"""Registration of the CPU with LMDeploy 0.11.0."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+# LMDeploy's environment check insists on an accelerator; it is read when lmdeploy is first imported.
+os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
+os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars would fill the worker's log
+
+import lmdeploy.pytorch.backends.selector as selector
+import lmdeploy.pytorch.engine.model_agent as model_agent
+from lmdeploy.messages import PytorchEngineConfig
+
+from sagellm_common.engines.lmdeploy.device_cpu.backend import CpuOpsBackend
+from sagellm_common.engines.lmdeploy.device_cpu.cache import CpuCacheEngine, CpuStateCacheEngine
+
+
+@dataclass
+class CpuEngineConfig(PytorchEngineConfig):
+    """PytorchEngineConfig that accepts device_type `cpu` and dtype `float32`.
+
+    The original's checks are of CUDA devices; `sagellm_common.core.config` has checked the values already.
+    """
+
+    device_type: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device_type != "cpu":
+            raise ValueError(f"device_type is {self.device_type!r}, not 'cpu'")
+
+
+class _Stream:
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+
+
+class _Event(_Stream):
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+
+
+@contextlib.contextmanager
+def _stream_context(_: Any) -> Iterator[None]:
+    yield
+
+
+class _TorchOnCpu(types.ModuleType):
+    """torch with `cuda` replaced by synchronous stand-ins; the model agent sees it in place of torch."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        stream = _Stream()
+        self.cuda = types.SimpleNamespace(
+            Stream=_Stream,
+            Event=_Event,
+            stream=_stream_context,
+            current_stream=lambda: stream,
+            synchronize=lambda: None,
+            empty_cache=lambda: None,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class CpuModelAgent(model_agent.BaseModelAgent):
+    """LMDeploy's model agent with its device set to the CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.device = "cpu"
+
+    def get_free_mem(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def warmup(self) -> None:
+        """Nothing to capture or compile on a CPU."""
+
+
+def _on_cpu(value: Any, non_blocking: bool = False) -> Any:
+    return value.to_device("cpu", non_blocking=non_blocking) if hasattr(value, "to_device") else value
+
+
+def install() -> None:
+    """Makes LMDeploy in this process run on the CPU, and only there. Idempotent."""
+    selector._get_backend = lambda: CpuOpsBackend
+    model_agent.torch = _TorchOnCpu()
+    model_agent.BaseModelAgent = CpuModelAgent
+    model_agent.CacheEngine = CpuCacheEngine
+    model_agent.StateCacheEngine = CpuStateCacheEngine
+    model_agent._try_to_cuda = _on_cpu

@@ -1,0 +1,237 @@
+"""The LMDeploy engine behind `engines/base.py`: it loads and computes on one thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from sagellm_common.core.config import Config
+from sagellm_common.core.config import EngineConfig as EngineSection
+from sagellm_common.core.errors import ConfigError, ContextTooLong, EngineFailed, InvalidRequest
+from sagellm_common.core.types import KvLayout, ModelInfo
+from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+
+if TYPE_CHECKING:
+    from sagellm_common.engines.lmdeploy.core import EngineCore
+
+log = logging.getLogger(__name__)
+
+LMDEPLOY_VERSION = "0.11.0"
+CLOSE_TIMEOUT_S = 30.0
+FINGERPRINT_BYTES = 1 << 20
+
+
+def check_version() -> None:
+    """Raises ConfigError unless the pinned LMDeploy is installed: the engine relies on its internals."""
+    try:
+        found = importlib.metadata.version("lmdeploy")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"lmdeploy is not installed; run `make setup` (lmdeploy=={LMDEPLOY_VERSION})") from None
+    if found != LMDEPLOY_VERSION:
+        raise ConfigError(f"lmdeploy {found} is installed, {LMDEPLOY_VERSION} is wanted; run `make setup`")
+
+
+def model_fingerprint(path: Path) -> str:
+    """Hash of the configuration and of the ends of each weight file: cheap, and different for different weights."""
+    digest = xxhash.xxh3_128((path / "config.json").read_bytes())
+    for weights in sorted(path.glob("*.safetensors")):
+        size = weights.stat().st_size
+        digest.update(f"{weights.name}:{size}".encode())
+        with weights.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's config.json. Raises ConfigError when it is not a Hugging Face checkpoint."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path: {str(path)!r} holds no config.json; give a Hugging Face checkpoint directory")
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(f"model.path: {str(path)!r} holds no *.safetensors; convert the weights first")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.path: {file} is not valid JSON: {error}") from None
+    return config
+
+
+def eos_token_ids(path: Path, config: dict[str, Any]) -> frozenset[int]:
+    """generation_config.json says it where there is one, config.json otherwise."""
+    generation = path / "generation_config.json"
+    eos = (json.loads(generation.read_text()) if generation.is_file() else {}).get("eos_token_id")
+    eos = config.get("eos_token_id") if eos is None else eos
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+
+class LmdeployEngine:
+    """Engine over LMDeploy's PyTorch engine. See `engines/base.py` for the contract."""
+
+    def __init__(self, config: Config) -> None:
+        check_version()
+        self._config: EngineSection = config.engine
+        if self._config.device != "cpu":
+            raise ConfigError("engine.device: 'cuda' comes with patch 0002 (issue 3); use 'cpu'")
+        self._path = Path(config.model.path)
+        self._hf = read_model_config(self._path)
+        self._name = config.model.name or self._path.resolve().name
+        self._thread: threading.Thread | None = None
+        self._core: EngineCore | None = None
+        self._model: ModelInfo | None = None
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failed: BaseException | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        assert self._model is not None, "the engine is not started"
+        return self._model
+
+    @property
+    def kv(self) -> KVBackendProtocol:
+        return self._started().kv
+
+    async def start(self, on_step: StepCallback) -> None:
+        caller = asyncio.get_running_loop()
+
+        def emit(outputs: Sequence[SequenceOutput]) -> None:
+            caller.call_soon_threadsafe(on_step, outputs)
+
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._main, args=(emit, ready), name="lmdeploy", daemon=True)
+        self._thread.start()
+        await asyncio.wrap_future(ready)
+
+    def submit(self, request: EngineRequest) -> None:
+        core = self._started()
+        tokens, sampling = len(request.token_ids), request.sampling
+        if tokens == 0:
+            raise InvalidRequest("token_ids is empty; send at least one token")
+        if core.knows(request.request_id):
+            raise InvalidRequest(f"request_id {request.request_id!r} is running already; use a new one")
+        left = sampling.max_new_tokens - request.num_emitted_tokens
+        if left < 1:
+            raise InvalidRequest(f"max_new_tokens {sampling.max_new_tokens} leaves nothing to generate; raise it")
+        if tokens + left > self.model.context_length_tokens:
+            raise ContextTooLong(
+                f"{tokens} tokens + {left} to generate exceed the context of {self.model.context_length_tokens} tokens"
+            )
+        core.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        self._started().cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        core = self._started()
+        running, waiting = core.counts()
+        return EngineStats(running, waiting, core.steps)
+
+    async def close(self) -> None:
+        if self._thread is None:
+            return
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._started().wake()
+        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.error("the engine thread did not end within %.0f s", CLOSE_TIMEOUT_S)
+
+    def _started(self) -> EngineCore:
+        if self._failed is not None:
+            raise EngineFailed("the engine stopped; restart the worker, its log has the cause")
+        assert self._core is not None, "the engine is not started"
+        return self._core
+
+    # ---- on the engine's thread ----
+
+    def _main(self, emit: StepCallback, ready: Future[None]) -> None:
+        try:
+            asyncio.run(self._run(emit, ready))
+        except BaseException as error:
+            # The thread's last word: it goes to `start`, or to whoever calls later.
+            self._failed = error
+            if ready.done():
+                log.exception("the engine stopped")
+            else:
+                ready.set_exception(error)
+
+    async def _run(self, emit: StepCallback, ready: Future[None]) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            self._core = self._load(emit)
+        except (Exception, SystemExit) as error:  # LMDeploy raises all kinds for a model it cannot load, and exits
+            log.exception("LMDeploy could not load %s", self._path)
+            raise ConfigError(
+                f"model.path: LMDeploy {LMDEPLOY_VERSION} cannot load {str(self._path)!r} "
+                f"({self._hf.get('architectures')}): {type(error).__name__}: {error}"
+            ) from error
+        ready.set_result(None)
+        await self._core.run(self._stop)
+
+    def _load(self, emit: StepCallback) -> EngineCore:
+        import torch
+
+        torch.set_num_threads(self._config.threads)
+        from lmdeploy.utils import get_logger as lmdeploy_logger
+
+        from sagellm_common.engines.lmdeploy.device_cpu import CpuEngineConfig, install
+
+        install()  # before the rest of LMDeploy is imported
+        lmdeploy_logger("lmdeploy").setLevel(logging.WARNING)
+        from sagellm_common.engines.lmdeploy.core import EngineCore
+
+        cfg = self._config
+        context = int(cfg.context_length_tokens or self._hf.get("max_position_embeddings", 2048))
+        core = EngineCore(
+            str(self._path),
+            CpuEngineConfig(
+                dtype=cfg.dtype,
+                block_size=cfg.block_size_tokens,
+                num_gpu_blocks=cfg.num_blocks,
+                max_batch_size=cfg.max_batch_size,
+                max_prefill_token_num=cfg.max_prefill_tokens,
+                session_len=context,
+                quant_policy=cfg.kv_quant_bits,
+                eager_mode=True,
+                prefill_interval=1,  # a waiting request joins after any decode step, not after sixteen
+                logprobs_mode="raw_logprobs",
+            ),
+        )
+        pool = core.executor.model_agent.cache_engine.pool
+        heads, head_dim = core.model_config.num_key_value_heads, core.model_config.k_head_dim
+        layout = KvLayout(
+            model_fingerprint=model_fingerprint(self._path),
+            dtype=f"int{cfg.kv_quant_bits}" if cfg.kv_quant_bits else cfg.dtype,
+            block_size_tokens=cfg.block_size_tokens,
+            num_layers=core.model_config.num_layers,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            block_bytes=pool.shape[1],
+        )
+        core.attach(
+            layout,
+            memoryview(pool.numpy()).cast("B"),
+            prefix_caching=cfg.prefix_caching,
+            eos_token_ids=eos_token_ids(self._path, self._hf),
+            emit=emit,
+        )
+        self._model = ModelInfo(
+            name=self._name,
+            path=str(self._path.resolve()),
+            context_length_tokens=core.max_session_len,
+            vocab_size=core.model_config.vocab_size,
+            kv_layout=layout,
+        )
+        return core

@@ -1,0 +1,267 @@
+"""LMDeploy's KV blocks under our rule: a prefix cache over chained hashes, and the pool as KVBackendProtocol.
+
+`PrefixCache` stands where LMDeploy has its BlockTrie: the scheduler calls `match` before it allocates, the eviction
+helper calls `evict`. Blocks become shareable through `publish`, after their KV was computed, never before: a failed
+step publishes nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm_common.core.errors import KvExhausted
+from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
+from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+
+BlockArray = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class CachedBlock:
+    block: int  # logical id
+    token_ids: bytes
+    parent: BlockHash
+    children: int = 0
+    last_used: int = 0
+
+
+@dataclass(slots=True)
+class SequencePrefix:
+    """How far one sequence's blocks are known to the cache."""
+
+    root: BlockHash
+    hashes: list[BlockHash] = field(default_factory=list)
+
+    @property
+    def parent(self) -> BlockHash:
+        return self.hashes[-1] if self.hashes else self.root
+
+
+class PrefixCache:
+    """Block hash → block, with one reference on each block it holds. Guarded by the pool's lock."""
+
+    def __init__(self, allocator: Any, layout: KvLayout, enabled: bool) -> None:
+        self._allocator = allocator
+        self._block_size = layout.block_size_tokens
+        self._layout = layout
+        self._enabled = enabled
+        self._entries: dict[BlockHash, CachedBlock] = {}
+        self._clock = itertools.count()
+        self._watchers: list[Callable[[BlockEvent], None]] = []
+        self.prefixes: dict[int, SequencePrefix] = {}
+        """session id → prefix, for the sequences LMDeploy schedules."""
+
+    def root(self, cache_salt: str) -> BlockHash:
+        return root_hash(self._layout, cache_salt)
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        self._watchers.append(callback)
+
+    def hashes(self) -> list[BlockHash]:
+        return list(self._entries)
+
+    def blocks(self) -> set[int]:
+        return {entry.block for entry in self._entries.values()}
+
+    def lookup(self, token_ids: TokenIds, root: BlockHash) -> tuple[list[BlockHash], BlockArray]:
+        """The longest cached prefix that leaves at least one token to compute. Takes a reference on each block."""
+        found: list[BlockHash] = []
+        blocks: list[int] = []
+        usable = (len(token_ids) - 1) // self._block_size * self._block_size if self._enabled else 0
+        for i, key in enumerate(block_hashes(token_ids[:usable], self._block_size, root)):
+            entry = self._entries.get(key)
+            tokens = token_ids[i * self._block_size : (i + 1) * self._block_size].astype("<i4", copy=False).tobytes()
+            if entry is None or entry.token_ids != tokens:
+                break
+            entry.last_used = next(self._clock)
+            found.append(key)
+            blocks.append(entry.block)
+        array = np.array(blocks, dtype=np.int64)
+        if blocks:
+            self._allocator.add_ref_count(array, 1)
+        return found, array
+
+    def publish(self, prefix: SequencePrefix, token_ids: TokenIds, blocks: BlockArray, num_computed: int) -> None:
+        """Makes a sequence's full blocks shareable, up to num_computed tokens. A block computed twice stays private."""
+        full = num_computed // self._block_size
+        if not self._enabled or full <= len(prefix.hashes):
+            return
+        start = len(prefix.hashes)
+        fresh = token_ids[start * self._block_size : full * self._block_size].astype("<i4", copy=False)
+        stored = []
+        for offset, key in enumerate(block_hashes(fresh, self._block_size, prefix.parent)):
+            parent = prefix.parent
+            prefix.hashes.append(key)
+            if key in self._entries:
+                continue
+            tokens = fresh[offset * self._block_size : (offset + 1) * self._block_size].tobytes()
+            block = int(blocks[start + offset])
+            self._entries[key] = CachedBlock(block, tokens, parent, last_used=next(self._clock))
+            if parent in self._entries:
+                self._entries[parent].children += 1
+            self._allocator.add_ref_count(np.array([block]), 1)
+            stored.append(key)
+        self._tell(BlockEvent(stored=tuple(stored)))
+
+    # ---- what LMDeploy calls ----
+
+    def match(self, seq: Any) -> None:
+        """Attaches the cached prefix to a sequence that has no blocks yet (new, or evicted and to be recomputed)."""
+        prefix = self.prefixes[seq.session_id]
+        if len(seq.logical_blocks):
+            return
+        prefix.hashes, blocks = self.lookup(seq.all_ids.astype(np.int32), prefix.root)
+        if len(blocks):
+            seq.logical_blocks.append(blocks)
+            seq.set_step(len(blocks) * self._block_size)
+
+    def allocate(self, seq: Any) -> None:
+        """LMDeploy's publish hook runs before the blocks are computed; see `publish`."""
+
+    def evict(self, max_num_blocks: int) -> int:
+        """Frees up to max_num_blocks blocks that nobody but the cache holds, least recently used leaves first."""
+
+        def evictable(key: BlockHash) -> bool:
+            entry = self._entries[key]
+            return entry.children == 0 and int(self._allocator.get_ref_count(np.array([entry.block]))[0]) == 1
+
+        heap = [(self._entries[key].last_used, key) for key in self._entries if evictable(key)]
+        heapq.heapify(heap)
+        removed: list[BlockHash] = []
+        while heap and len(removed) < max_num_blocks:
+            _, key = heapq.heappop(heap)
+            entry = self._entries.pop(key)
+            self._allocator.free(np.array([entry.block]))
+            removed.append(key)
+            parent = self._entries.get(entry.parent)
+            if parent is not None:
+                parent.children -= 1
+                if evictable(entry.parent):
+                    heapq.heappush(heap, (parent.last_used, entry.parent))
+        self._tell(BlockEvent(removed=tuple(removed)))
+        return len(removed)
+
+    def _tell(self, event: BlockEvent) -> None:
+        if event.stored or event.removed:
+            for callback in self._watchers:
+                callback(event)
+
+
+@dataclass(slots=True, eq=False)
+class EngineAllocation(Allocation):
+    """`block_ids` are physical; LMDeploy counts references on logical blocks. `live` until freed or handed over."""
+
+    logical: BlockArray = field(default_factory=lambda: np.empty(0, np.int64))
+    hashes: list[BlockHash] = field(default_factory=list)
+    live: bool = True
+
+
+class LmdeployKvPool:
+    """LMDeploy's block manager and cache engine as a KVBackendProtocol.
+
+    `lock` guards LMDeploy's scheduler, its block manager and the prefix cache. The engine holds it while it schedules
+    and while it collects results, not while it computes: allocate and free wait microseconds, not a step.
+    """
+
+    def __init__(self, scheduler: Any, layout: KvLayout, pool: memoryview, prefix_caching: bool) -> None:
+        self.lock = threading.RLock()
+        self.layout = layout
+        self._scheduler = scheduler
+        self._manager = scheduler.block_manager
+        self._allocator = scheduler.block_manager.allocator
+        self._region = KvRegion(pool, layout.block_bytes, self._manager.num_gpu_blocks)
+        self._live: set[EngineAllocation] = set()
+        self._on_free: Callable[[], None] = lambda: None
+        self.cache = PrefixCache(self._allocator, layout, prefix_caching)
+        scheduler.block_trie = self.cache
+        scheduler.eviction_helper.block_trie = self.cache
+
+    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "") -> EngineAllocation:
+        with self.lock:
+            hashes, shared = self.cache.lookup(token_ids, self.cache.root(cache_salt))
+            missing = -(-num_tokens // self.layout.block_size_tokens) - len(shared)
+            # Running sequences must be able to grow into their next block, or they would preempt each other.
+            headroom = self._scheduler.num_running() + self._scheduler.num_locked()
+            short = missing + headroom - self._manager.get_num_free_gpu_blocks()
+            if short > 0:
+                self.cache.evict(short)
+            if missing + headroom > self._manager.get_num_free_gpu_blocks():
+                self._allocator.free(shared)
+                raise KvExhausted(
+                    f"{missing} KV blocks wanted, {self._manager.get_num_free_gpu_blocks()} free and {headroom} kept "
+                    f"for running sequences; try again, or raise engine.num_blocks ({self._region.num_blocks})",
+                    retry_after_s=0.5,
+                )
+            logical = np.concatenate([shared, self._allocator.allocate(missing)])
+            return self._hold(logical, len(shared) * self.layout.block_size_tokens, len(shared), hashes)
+
+    def free(self, allocation: Allocation) -> None:
+        assert isinstance(allocation, EngineAllocation)
+        with self.lock:
+            if allocation.live:
+                self._allocator.free(self.take(allocation))
+        self._on_free()
+
+    def cached_hashes(self) -> list[BlockHash]:
+        with self.lock:
+            return self.cache.hashes()
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        with self.lock:
+            self.cache.watch(callback)
+
+    def get_utilization(self) -> KvStats:
+        with self.lock:
+            used = self._blocks_of(s.logical_blocks.get_real_blocks() for s in self._sequences())
+            used |= self._blocks_of(a.logical for a in self._live)
+            return KvStats(
+                total_blocks=self._region.num_blocks,
+                free_blocks=int(self._allocator.get_num_free_blocks()),
+                used_blocks=len(used),
+                cached_blocks=len(self.cache.blocks() - used),
+            )
+
+    def regions(self) -> KvRegion:
+        return self._region
+
+    # ---- for the engine ----
+
+    def on_free(self, callback: Callable[[], None]) -> None:
+        self._on_free = callback
+
+    def take(self, allocation: EngineAllocation) -> BlockArray:
+        """Hands the references over to the caller; a later `free` is a no-op."""
+        if not allocation.live:
+            raise ValueError("the allocation was freed or handed over before")
+        allocation.live = False
+        self._live.discard(allocation)
+        return allocation.logical
+
+    def hold(self, logical: Iterable[int], num_cached_tokens: int) -> EngineAllocation:
+        """References on a finishing sequence's blocks, the valid ones."""
+        count = -(-num_cached_tokens // self.layout.block_size_tokens)
+        blocks = np.array(list(logical)[:count], dtype=np.int64)
+        self._allocator.add_ref_count(blocks, 1)
+        return self._hold(blocks, num_cached_tokens, 0, [])
+
+    def _hold(self, logical: BlockArray, cached: int, shared: int, hashes: list[BlockHash]) -> EngineAllocation:
+        physical = self._allocator.get_physical_blocks(logical).astype(np.int32)
+        allocation = EngineAllocation(physical, cached, shared, logical, hashes)
+        self._live.add(allocation)
+        return allocation
+
+    def _sequences(self) -> list[Any]:
+        return list(self._scheduler.seq_manager.get_all_sequences())
+
+    @staticmethod
+    def _blocks_of(arrays: Iterable[BlockArray]) -> set[int]:
+        return {int(block) for array in arrays for block in array}
