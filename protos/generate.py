@@ -21,15 +21,20 @@ def package_dir(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def include_flags(protos: Path = ROOT / "protos") -> list[str]:
+    """Where protoc finds our files, google.rpc and the well-known types."""
+    google = package_dir("google.rpc").parent.parent
+    builtin = package_dir("grpc_tools") / "_proto"
+    return [f"-I{protos}", f"-I{google}", f"-I{builtin}"]
+
+
 def generate(out: Path) -> list[Path]:
     """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` below `out`; return them, relative to it."""
     from grpc_tools import protoc
 
-    google = package_dir("google.rpc").parent.parent
-    builtin = package_dir("grpc_tools") / "_proto"
     sources = sorted(str(p) for p in (ROOT / "protos" / "sagellm").rglob("*.proto"))
     flags = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", f"-I{ROOT / 'protos'}", f"-I{google}", f"-I{builtin}", *flags, *sources]):
+    if protoc.main(["protoc", *include_flags(), *flags, *sources]):
         raise SystemExit("protoc failed")
     files = sorted(p for p in out.rglob("*_pb2*") if p.suffix in (".py", ".pyi"))
     for path in files:

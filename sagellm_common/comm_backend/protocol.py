@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 
@@ -27,6 +28,9 @@ class LeasedBlocks(Protocol):
         """
 
 
+Regions = Callable[[], KvRegion]
+"""A pool's memory, asked for at each use (`KVBackendProtocol.regions`): a store has none before its first layout."""
+
 PullRpc = Callable[[KvSource, BlockIds, str, float], Awaitable[bytes]]
 """(source, source_blocks, pair_id, timeout_s) → packed digests: KvTransferService.Pull, for byte paths that need the
 source to act (gloo). Injected, for comm_backend knows no gRPC."""
@@ -36,6 +40,10 @@ class KVTransferChannel(Protocol):
     """One worker's end of a byte path, both as source and as receiver."""
 
     name: str
+
+    @property
+    def address(self) -> str:
+        """host:port peers connect to; empty before `start`."""
 
     async def start(self) -> str:
         """Begins to serve as a source; returns the data address (host:port) peers connect to."""

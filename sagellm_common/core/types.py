@@ -186,6 +186,8 @@ class GenerationSummary:
     queue_ms: float = 0.0
     reserve_ms: float = 0.0
     prefill_ms: float = 0.0
+    prefill_compute_ms: float = 0.0
+    store_fetch_ms: float = 0.0
     transfer_ms: float = 0.0
     ttft_ms: float = 0.0
     tpot_ms: float = 0.0

@@ -1,0 +1,14 @@
+"""Placement strategies by name: `make_strategy("fifo")`."""
+
+from __future__ import annotations
+
+from sagellm_common.scheduler_ir.strategies import fifo as _fifo  # noqa: F401  registers itself
+from sagellm_common.scheduler_ir.strategies.base import STRATEGIES, Placement, RequestView, Strategy, WorkerView
+
+
+def make_strategy(name: str) -> Strategy:
+    """Raises ConfigError listing the known names."""
+    return STRATEGIES.get(name)()
+
+
+__all__ = ["STRATEGIES", "Placement", "RequestView", "Strategy", "WorkerView", "make_strategy"]

@@ -14,10 +14,10 @@ import torch
 
 # LMDeploy's environment check insists on an accelerator; it is read when lmdeploy is first imported.
 os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
-os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars would fill the worker's log
 
 import lmdeploy.pytorch.backends.selector as selector
 import lmdeploy.pytorch.engine.model_agent as model_agent
+import lmdeploy.pytorch.weight_loader.model_weight_loader as weight_loader
 from lmdeploy.messages import PytorchEngineConfig
 
 from sagellm_common.engines.lmdeploy.device_cpu.backend import CpuOpsBackend
@@ -102,3 +102,4 @@ def install() -> None:
     model_agent.CacheEngine = CpuCacheEngine
     model_agent.StateCacheEngine = CpuStateCacheEngine
     model_agent._try_to_cuda = _on_cpu
+    weight_loader.tqdm = lambda paths, **_: paths  # a worker's log is no place for a progress bar

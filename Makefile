@@ -1,0 +1,84 @@
+# Everything a developer or CI calls. `make` alone lists it.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+bin := $(VENV)/bin
+stamp := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup system-deps run demo proto fmt lint type test test-unit test-integration test-faults cov bench clean
+
+help: ## this table
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(stamp) ## virtual environment in .venv from requirements.lock
+
+# torch first and with its own dependencies: a CUDA build needs them, and pip takes the CPU build where an index offers it.
+# The rest without: see requirements.lock. pip talks on a terminal only.
+pip_install = $(bin)/pip --disable-pip-version-check install
+$(stamp): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or set PYTHON=…" >&2; exit 1; }
+	@echo "[1/4] virtual environment in $(VENV)"
+	@test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] $(TORCH) (200 MB; some GB where pip finds only the CUDA build)"
+	@if [ -t 1 ]; then $(pip_install) $(TORCH); else $(pip_install) -qq $(TORCH); fi
+	@echo "[3/4] the $$(grep -c == requirements.lock) packages of requirements.lock (400 MB, a minute or two)"
+	@$(pip_install) -qq --no-deps -r requirements.lock
+	@echo "[4/4] sagellm itself"
+	@$(pip_install) -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+system-deps: ## etcd and libibverbs from apt (root); `make test` skips what needs them otherwise
+	@test "$$(id -u)" = 0 || { echo "make system-deps: needs root (sudo make system-deps)" >&2; exit 1; }
+	@command -v etcd >/dev/null && ldconfig -p | grep -q libibverbs.so.1 || \
+	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
+	    etcd-server etcd-client libibverbs1; }
+
+run: setup ## a cluster in the foreground: 1 prefill, 1 decode, kv_store, router, gateway
+	@$(bin)/sagellm up
+
+demo: setup ## from nothing to an answered chat, with what happened on the way
+	@$(bin)/sagellm demo
+
+proto: setup ## generate code from protos/ and record additions to the contract
+	@$(bin)/python protos/generate.py
+	@$(bin)/python protos/lint.py --update
+
+fmt: setup ## format, and fix what can be fixed
+	@$(bin)/ruff check --fix-only --quiet .
+	@$(bin)/ruff format --quiet .
+
+lint: setup ## ruff, import rules, proto rules, drift of generated code
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+	@$(bin)/lint-imports --no-logo --no-cache
+	@$(bin)/python protos/lint.py
+	@$(bin)/python protos/generate.py --check
+
+type: setup ## mypy --strict
+	@$(bin)/mypy
+
+test: setup ## everything that runs on two cores without root, GPU or Docker
+	@$(bin)/pytest $(PYTEST_ARGS)
+
+test-unit: setup ## unit and contract tests
+	@$(bin)/pytest tests/unit tests/contract tests/property $(PYTEST_ARGS)
+
+test-integration: setup ## real processes
+	@$(bin)/pytest tests/integration $(PYTEST_ARGS)
+
+test-faults: setup ## kill -9 at every stage
+	@$(bin)/pytest tests/faults $(PYTEST_ARGS)
+
+cov: setup ## the whole suite; fails below 85 % of sagellm_common
+	@$(bin)/pytest --cov=sagellm_common --cov-report=term-missing:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
+
+bench: setup ## TTFT, TPOT and tokens/s side by side
+	@$(bin)/python -m bench
+
+clean: ## remove the environment and caches (prepared models stay)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

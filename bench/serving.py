@@ -1,0 +1,275 @@
+"""One LMDeploy engine in process, the 1P1D cluster through gRPC, and through HTTP, interleaved in one run.
+
+    python -m bench.serving [--quick] [--prompt-tokens 256] [--new-tokens 32] [--out bench/results/serving.json]
+
+All three use the same model, the same prompts' lengths and one torch thread per engine. The cluster has two engines on
+the machine's cores, the single engine one; read the columns as what a user sees, not as equal hardware. Prompts are
+random token ids, so no cache helps anybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from sagellm_common.client.aio import AsyncClient
+from sagellm_common.core.config import Config
+from sagellm_common.core.types import GenerationSummary, SamplingParams, as_token_ids
+from sagellm_common.engines import make_engine
+from sagellm_common.engines.base import EngineRequest, SequenceOutput
+from services.cli.cluster import Cluster
+from services.cli.home import ClusterHome
+from services.cli.models import prepare_smollm2
+
+PATHS = ("engine", "grpc", "http")
+REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request as its client saw it. Times in ms; TPOT is the mean after the first token."""
+
+    ttft_ms: float
+    tpot_ms: float
+    tokens: int
+    summary: GenerationSummary | None = None
+
+
+Run = Callable[[list[int], int], Any]
+
+
+def sample(arrivals: list[float], start: float, summary: GenerationSummary | None = None) -> Sample:
+    first, last = arrivals[0], arrivals[-1]
+    gaps = max(1, len(arrivals) - 1)
+    return Sample(1e3 * (first - start), 1e3 * (last - first) / gaps, len(arrivals), summary)
+
+
+@asynccontextmanager
+async def single_engine(config: Config) -> AsyncIterator[Run]:
+    engine = make_engine(config)
+    queues: dict[str, asyncio.Queue[SequenceOutput]] = {}
+
+    def on_step(outputs: Any) -> None:
+        for output in outputs:
+            queues[output.request_id].put_nowait(output)
+
+    async def run(prompt: list[int], new_tokens: int) -> Sample:
+        request_id = f"bench-{len(queues)}"
+        queue = queues[request_id] = asyncio.Queue()
+        start, arrivals = time.perf_counter(), []
+        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+        engine.submit(EngineRequest(request_id, as_token_ids(prompt), params))
+        while True:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                output = await queue.get()
+            arrivals += [time.perf_counter()] * len(output.token_ids)
+            if output.finish_reason:
+                return sample(arrivals, start)
+
+    await engine.start(on_step)
+    try:
+        yield run
+    finally:
+        await engine.close()
+
+
+def over_grpc(client: AsyncClient) -> Run:
+    async def run(prompt: list[int], new_tokens: int) -> Sample:
+        start, arrivals, summary = time.perf_counter(), [], None
+        async for output in client.generate(prompt, max_tokens=new_tokens, ignore_eos=True):
+            arrivals += [time.perf_counter()] * len(output.token_ids)
+            summary = output.summary or summary
+        return sample(arrivals, start, summary)
+
+    return run
+
+
+def over_http(client: httpx.AsyncClient, model: str) -> Run:
+    async def run(prompt: list[int], new_tokens: int) -> Sample:
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        start, arrivals = time.perf_counter(), []
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["finish_reason"] is None:
+                    arrivals.append(time.perf_counter())
+        return sample(arrivals, start)
+
+    return run
+
+
+async def burst(run: Run, prompts: list[list[int]], new_tokens: int, concurrency: int) -> tuple[list[Sample], float]:
+    """All prompts with at most `concurrency` in flight; samples and tokens per second."""
+    gate, start = asyncio.Semaphore(concurrency), time.perf_counter()
+
+    async def one(prompt: list[int]) -> Sample:
+        async with gate:
+            return await run(prompt, new_tokens)
+
+    samples = await asyncio.gather(*(one(p) for p in prompts))
+    return samples, sum(s.tokens for s in samples) / (time.perf_counter() - start)
+
+
+def percentile(values: list[float], q: float) -> float:
+    return float(np.percentile(values, q))
+
+
+def table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def hops(samples: list[Sample]) -> list[list[str]]:
+    """Where the time to first token and the handoff went: medians over the requests, from the router's summary."""
+    rows = [["hop", "ms", "share of TTFT"]]
+    summaries = [s.summary for s in samples if s.summary]
+    ttft = statistics.median(s.ttft_ms for s in samples)
+    parts = {
+        "queue": [s.queue_ms for s in summaries],
+        "reserve": [s.reserve_ms for s in summaries],
+        "prefill compute": [s.prefill_compute_ms for s in summaries],
+        "rpc and rest": [
+            x.ttft_ms - x.summary.queue_ms - x.summary.reserve_ms - x.summary.prefill_compute_ms
+            for x in samples
+            if x.summary
+        ],
+        "KV transfer (after the first token)": [s.transfer_ms for s in summaries],
+    }
+    for name, values in parts.items():
+        middle = statistics.median(values)
+        rows.append([name, f"{middle:.2f}", f"{100 * middle / ttft:.1f} %"])
+    return rows
+
+
+async def measure(args: argparse.Namespace) -> dict[str, Any]:
+    model = prepare_smollm2()
+    config = Config.model_validate(
+        {
+            "cluster": {"port_base": 0, "name": "bench"},
+            "model": {"path": str(model)},
+            "engine": {"num_blocks": 1024, "threads": 1},
+            "kv_store": {"enabled": False},
+        }
+    )
+    rng = np.random.default_rng(0)
+
+    def prompts(count: int, tokens: int) -> list[list[int]]:
+        return rng.integers(100, 40_000, size=(count, tokens)).tolist()  # type: ignore[no-any-return]
+
+    samples: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+    rates: dict[tuple[str, int], list[float]] = defaultdict(list)
+    long_prompts: list[Sample] = []
+    with tempfile.TemporaryDirectory() as scratch, ClusterHome("bench", Path(scratch)).owned():
+        cluster = Cluster(config, ClusterHome("bench", Path(scratch)))
+        try:
+            async with single_engine(config) as in_process:
+                await cluster.start()
+                async with (
+                    AsyncClient(cluster.router_address) as grpc_client,
+                    httpx.AsyncClient(base_url=cluster.gateway_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as http,
+                ):
+                    runs = dict(
+                        zip(PATHS, (in_process, over_grpc(grpc_client), over_http(http, model.name)), strict=True)
+                    )
+                    for path in PATHS:  # warm: connections, allocators, first-use imports
+                        await burst(runs[path], prompts(1, 64), 4, 1)
+                    for round_index in range(args.rounds):
+                        for concurrency in (1, 4, 16):
+                            for path in PATHS:
+                                count = max(3, concurrency)
+                                work = prompts(count, args.prompt_tokens)
+                                found, rate = await burst(runs[path], work, args.new_tokens, concurrency)
+                                samples[path, concurrency] += found
+                                rates[path, concurrency].append(rate)
+                                print(
+                                    f"round {round_index + 1}/{args.rounds}  {path:6} c={concurrency:<2} "
+                                    f"{rate:6.1f} tokens/s",
+                                    flush=True,
+                                )
+                    found, _ = await burst(runs["grpc"], prompts(args.rounds * 2, 1024), 8, 1)
+                    long_prompts += found
+        finally:
+            await cluster.stop()
+
+    rows = [["path", "concurrency", "TTFT p50 ms", "p95", "TPOT p50 ms", "p95", "tokens/s"]]
+    for concurrency in (1, 4, 16):
+        for path in PATHS:
+            found = samples[path, concurrency]
+            ttft, tpot = [s.ttft_ms for s in found], [s.tpot_ms for s in found]
+            rows.append(
+                [
+                    path,
+                    str(concurrency),
+                    *(f"{percentile(v, q):.1f}" for v in (ttft, tpot) for q in (50, 95)),
+                    f"{statistics.median(rates[path, concurrency]):.1f}",
+                ]
+            )
+    print(f"\n{args.prompt_tokens} prompt tokens, {args.new_tokens} new, SmolLM2-135M fp32, 1 thread per engine\n")
+    print(table(rows))
+    print("\n1024-token prompts, concurrency 1, through gRPC\n")
+    print(table(hops(long_prompts)))
+    one = {path: samples[path, 1] for path in PATHS}
+    added_ttft = statistics.median(
+        s.ttft_ms - s.summary.prefill_compute_ms for s in one["grpc"] if s.summary is not None
+    )
+    added_tpot = statistics.median(s.tpot_ms for s in one["grpc"]) - statistics.median(s.tpot_ms for s in one["engine"])
+    share = statistics.median(s.summary.transfer_ms / s.ttft_ms for s in long_prompts if s.summary)
+    verdict = {
+        "added_ttft_ms": (added_ttft, 3.0),
+        "added_tpot_ms": (added_tpot, 0.3),
+        "transfer_share_of_ttft_1k": (share, 0.05),
+    }
+    print()
+    for name, (value, target) in verdict.items():
+        print(f"{name:28} {value:7.3f}  target ≤ {target}  {'ok' if value <= target else 'MISSED'}")
+    return {
+        "conditions": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **vars(args)},
+        "table": rows,
+        "hops_1k": hops(long_prompts),
+        "targets": {name: {"value": value, "target": target} for name, (value, target) in verdict.items()},
+        "samples": {f"{path} c={c}": [asdict(s) for s in found] for (path, c), found in samples.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_const", const=1, dest="rounds", help="one round")
+    parser.add_argument("--out", default="bench/results/serving.json")
+    args = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    result = asyncio.run(measure(args))
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1, default=str))
+    print(f"\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The router's services as calls on core types. Token ids only: text is one layer up, in `aio`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvStats, ModelInfo, WorkerRecord
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.channels import ChannelPool, call, stream
+from sagellm_common.rpc.gen.sagellm.v1 import (
+    inference_pb2,
+    inference_pb2_grpc,
+    plan_pb2,
+    topology_pb2,
+    topology_pb2_grpc,
+    worker_pb2,
+)
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as the router sees it. `kv` is None while the worker does not answer."""
+
+    record: WorkerRecord
+    kv: KvStats | None
+    running_requests: int
+    waiting_requests: int
+    reservations: int
+    pinned_transfers: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """`connected` is False while the topology's backend is away and the last snapshot serves."""
+
+    revision: int
+    backend: str
+    connected: bool
+    workers: tuple[WorkerView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEvent:
+    """One stage of a request; `at_ms` counts from its admission."""
+
+    stage: str
+    at_ms: float
+    duration_ms: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What was planned for a request and what happened."""
+
+    plan: ExecutionPlan
+    events: tuple[PlanEvent, ...]
+
+
+class RouterClient:
+    """Calls one router. Every call has a deadline and raises SageErrors only."""
+
+    CONTROL_TIMEOUT_S = 5.0
+    """Deadline of the calls that do not generate."""
+
+    def __init__(self, router_address: str) -> None:
+        self._channels = ChannelPool()
+        channel = self._channels.get(router_address)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._topology = topology_pb2_grpc.TopologyServiceStub(channel)
+
+    async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationOutput]:
+        """Outputs as the router sends them. Closing the generator cancels the generation everywhere."""
+        messages = stream(
+            self._inference.Generate,
+            codec.encode_generation_request(request),
+            timeout_s=timeout_s,
+            response=inference_pb2.GenerateResponse,
+        )
+        async with aclosing(messages):
+            async for message in messages:
+                yield codec.decode_output(message)
+
+    async def cancel(self, request_id: str) -> None:
+        """Ends a generation; its stream gets a last output with CANCELLED. Unknown ids are fine."""
+        await call(
+            self._inference.CancelGeneration,
+            inference_pb2.CancelGenerationRequest(request_id=request_id),
+            timeout_s=self.CONTROL_TIMEOUT_S,
+            response=inference_pb2.CancelGenerationResponse,
+        )
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """The models that workers serve now; none before the first worker has joined."""
+        reply = await call(
+            self._inference.ListModels,
+            inference_pb2.ListModelsRequest(),
+            timeout_s=self.CONTROL_TIMEOUT_S,
+            response=inference_pb2.ListModelsResponse,
+        )
+        return tuple(codec.decode_model_info(model) for model in reply.models)
+
+    async def topology(self) -> ClusterView:
+        snapshot = await call(
+            self._topology.Get,
+            topology_pb2.GetTopologyRequest(),
+            timeout_s=self.CONTROL_TIMEOUT_S,
+            response=topology_pb2.TopologySnapshot,
+        )
+        workers = tuple(_decode_worker(worker) for worker in snapshot.workers)
+        return ClusterView(snapshot.revision, snapshot.backend, snapshot.connected, workers)
+
+    async def explain(self, request_id: str) -> Explanation:
+        """Raises InvalidRequest when the router does not (or no longer) know the request."""
+        reply = await call(
+            self._topology.ExplainPlan,
+            topology_pb2.ExplainPlanRequest(request_id=request_id),
+            timeout_s=self.CONTROL_TIMEOUT_S,
+            response=topology_pb2.ExplainPlanResponse,
+        )
+        events = tuple(PlanEvent(e.stage, e.at_ms, e.duration_ms, e.detail) for e in reply.events)
+        return Explanation(_decode_plan(reply.plan), events)
+
+    async def close(self) -> None:
+        """Cancels the calls in flight. Idempotent."""
+        await self._channels.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _decode_worker(status: worker_pb2.WorkerStatus) -> WorkerView:
+    return WorkerView(
+        record=codec.decode_worker_record(status.record),
+        kv=codec.decode_kv_stats(status.kv) if status.HasField("kv") else None,
+        running_requests=status.running_requests,
+        waiting_requests=status.waiting_requests,
+        reservations=status.reservations,
+        pinned_transfers=status.pinned_transfers,
+    )
+
+
+def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
+    def kind(number: plan_pb2.PlanNodeKind) -> PlanNodeKind:
+        return PlanNodeKind(plan_pb2.PlanNodeKind.Name(number).removeprefix("PLAN_NODE_KIND_").lower())
+
+    nodes = tuple(
+        PlanNode(n.node_id, kind(n.kind), n.worker_id, tuple(n.depends_on), n.start_token, n.end_token)
+        for n in plan.nodes
+    )
+    return ExecutionPlan(plan.plan_id, plan.request_id, plan.strategy, nodes, plan.reason)

@@ -1,0 +1,210 @@
+"""The Gloo byte path: each pull is a KvTransferService.Pull call, and beside it the bytes on a pair of two processes.
+
+    receiver  pull ──┬── pull_rpc(blocks, pair_id) ──────────► serve_pull: lease, join the pair, send ──► digests
+                     └── join the pair, receive ◄──────────────────────────────────┘
+
+The call tells at once what Gloo tells only when its timeout is up: that the source died, or refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
+
+from sagellm_common.comm_backend.backends.gloo_pair import RECEIVER, SOURCE, GlooPair, WriteGate, join
+from sagellm_common.comm_backend.daemon import in_daemon_thread
+from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
+from sagellm_common.comm_backend.protocol import LeasedBlocks, PullRpc, Regions, TransferResult
+from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, InvalidRequest, PeerLost
+from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.types import BlockIds, KvSource
+
+MAX_SOURCE_PAIRS = 64
+"""Beyond these the longest unused one goes; its receiver makes a new one when it pulls again."""
+
+REASON_GRACE_S = 1.0
+"""How long a receiver whose pair broke waits to hear why."""
+
+Peer = tuple[str, str]
+"""(data address, incarnation)"""
+
+
+class GlooChannel:
+    """A `KVTransferChannel`. `silence_s` bounds each wait of the source, a pull's own timeout the whole of it."""
+
+    name = "gloo"
+
+    def __init__(
+        self,
+        regions: Regions,
+        leases: LeasedBlocks,
+        host: str,
+        port: int,
+        pull_rpc: PullRpc,
+        *,
+        digest: bool,
+        silence_s: float,
+    ) -> None:
+        self.address = ""
+        self._regions = regions
+        self._leases = leases
+        self._host, self._port = host, port
+        self._pull_rpc = pull_rpc
+        self._digest = digest
+        self._silence_s = silence_s
+        self._store: TCPStore | None = None
+        self._closed = False
+        self._idle: dict[Peer, list[tuple[str, GlooPair]]] = {}
+        """Receiver's ends, by source, with their pair ids."""
+        self._serving: OrderedDict[str, GlooPair] = OrderedDict()
+        """Source's ends that no transfer uses just now."""
+        self._lock = threading.Lock()
+
+    async def start(self) -> str:
+        """Raises ConfigError when the port cannot be had."""
+        try:
+            listener = socket.create_server((self._host, self._port))
+        except OSError as err:
+            raise ConfigError(
+                f"KV byte path cannot listen on {self._host}:{self._port}: {err.strerror}; choose another port"
+            ) from err
+        port = listener.getsockname()[1]
+        # A listener of our own, because the store's would listen on every interface.
+        self._store = TCPStore(
+            self._host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self._silence_s),
+            master_listen_fd=listener.detach(),
+        )
+        self.address = f"{self._host}:{port}"
+        return self.address
+
+    async def close(self) -> None:
+        self._closed = True
+        self._idle.clear()
+        with self._lock:
+            self._serving.clear()
+        self._store = None
+
+    # ---- receiver ----
+
+    async def pull(
+        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+    ) -> TransferResult:
+        region = self._regions()
+        check_pull(region, source_blocks, target_blocks)
+        if self._closed:
+            raise Draining("this worker's KV byte path is closed")
+        began_s = time.monotonic()
+        if len(target_blocks):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._pull(region, source, source_blocks, target_blocks, timeout_s)
+            except (TimeoutError, DeadlineExceeded) as err:
+                raise PeerLost(
+                    f"transfer {source.transfer_id!r}: source {source.worker_id!r} was silent for {timeout_s:g} s"
+                ) from err
+        num_bytes = len(target_blocks) * region.block_bytes
+        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
+
+    async def _pull(
+        self, region: KvRegion, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, timeout_s: float
+    ) -> None:
+        peer = (source.data_address, source.incarnation)
+        pair_id, pair = self._idle[peer].pop() if self._idle.get(peer) else (uuid.uuid4().hex, None)
+        write = WriteGate()
+
+        def receive() -> GlooPair:
+            joined = pair or join(source.data_address, pair_id, RECEIVER, self._host, region.block_bytes, timeout_s)
+            joined.recv(region, target_blocks, timeout_s, write)
+            return joined
+
+        received = in_daemon_thread("kv-gloo-recv", receive)
+        asked = asyncio.ensure_future(self._pull_rpc(source, source_blocks, pair_id, timeout_s))
+        try:
+            both: set[asyncio.Future[Any]] = {received, asked}
+            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+            if not asked.done():
+                # No bytes any more: the source refused, which its answer explains, or it died.
+                await asyncio.wait([asked], timeout=REASON_GRACE_S)
+            if asked.done():
+                asked.result()
+            used = await _lost_as_peer_lost(received, source)
+            digests = await asked
+        finally:
+            write.shut()
+            await _cancelled(asked)
+            received.add_done_callback(_retrieve)
+        if self._digest:
+            verify_blocks(region, target_blocks, digests, source.transfer_id)
+        self._keep(peer, pair_id, used)
+
+    def _keep(self, peer: Peer, pair_id: str, pair: GlooPair) -> None:
+        for other in [other for other in self._idle if other[0] == peer[0] and other != peer]:
+            del self._idle[other]
+        if not self._closed:
+            self._idle.setdefault(peer, []).append((pair_id, pair))
+
+    # ---- source ----
+
+    async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
+        if not pair_id:
+            raise InvalidRequest("pair_id is empty: a pull over gloo names the pair that the receiver has made")
+        if self._closed or not self.address:
+            raise Draining("this worker's KV byte path is closed")
+        # On after a cancellation too: the lease is held until nothing of it is read any more.
+        return await asyncio.shield(
+            in_daemon_thread("kv-gloo-send", lambda: self._serve(transfer_id, epoch, block_ids, pair_id))
+        )
+
+    def _serve(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
+        """The source's part of one pull. After an error the pair is dropped, which ends the receiver's wait."""
+        region = self._regions()
+        with self._lock:
+            pair = self._serving.pop(pair_id, None)
+        # Joined before anything is checked: a receiver that is refused must not be left waiting for its pair.
+        pair = pair or join(self.address, pair_id, SOURCE, self._host, region.block_bytes, self._silence_s)
+        with self._leases.reading(transfer_id, epoch, block_ids):
+            digests = block_digests(region, block_ids)
+            try:
+                pair.send(region, block_ids, self._silence_s)
+            except RuntimeError as err:
+                raise PeerLost(f"transfer {transfer_id!r}: the receiver was lost: {err}") from err
+        with self._lock:
+            if not self._closed:
+                self._serving[pair_id] = pair
+            while len(self._serving) > MAX_SOURCE_PAIRS:
+                self._serving.popitem(last=False)
+        return digests
+
+
+async def _lost_as_peer_lost(received: asyncio.Future[GlooPair], source: KvSource) -> GlooPair:
+    try:
+        return await received
+    except RuntimeError as err:
+        raise PeerLost(
+            f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} was lost: {err}"
+        ) from err
+
+
+async def _cancelled(task: asyncio.Future[bytes]) -> None:
+    """Ends the call, if it runs still, and waits for that."""
+    task.cancel()
+    await asyncio.wait([task])
+    _retrieve(task)
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """An error that nobody needs any more has been seen."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,121 @@
+"""A byte path within one process, with faults on request: for tests of what stands on top of byte paths."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass
+from typing import Self
+
+from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions, TransferResult
+from sagellm_common.core.errors import Draining, InvalidRequest, LayoutMismatch, PeerLost
+from sagellm_common.core.types import BlockIds, KvSource
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong with each pull; offsets are bytes of its payload."""
+
+    drop_after_bytes: int | None = None
+    """The source dies."""
+    stall_after_bytes: int | None = None
+    """The source stops, but lives."""
+    corrupt_at_byte: int | None = None
+    delay_s: float = 0.0
+
+    @classmethod
+    def seeded(cls, seed: int, num_bytes: int) -> Self:
+        """One fault of a random kind somewhere in a payload of num_bytes."""
+        rng = random.Random(seed)
+        kind = rng.choice(["drop_after_bytes", "stall_after_bytes", "corrupt_at_byte"])
+        return cls(**{kind: rng.randrange(num_bytes)})
+
+
+class MockNetwork:
+    """Who can reach whom: the channels that were started, by address."""
+
+    def __init__(self) -> None:
+        self.channels: dict[str, MockChannel] = {}
+
+
+class MockChannel:
+    """A `KVTransferChannel` between all channels of one `MockNetwork`."""
+
+    name = "mock"
+
+    def __init__(
+        self,
+        network: MockNetwork,
+        regions: Regions,
+        leases: LeasedBlocks,
+        faults: Faults | None = None,
+        *,
+        digest: bool = True,
+    ) -> None:
+        self.address = ""
+        self.faults = faults or Faults()
+        self._network = network
+        self._regions = regions
+        self._leases = leases
+        self._digest = digest
+        self._closed = False
+
+    async def start(self) -> str:
+        self.address = f"mock:{id(self)}"
+        self._network.channels[self.address] = self
+        return self.address
+
+    async def pull(
+        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+    ) -> TransferResult:
+        check_pull(self._regions(), source_blocks, target_blocks)
+        if self._closed:
+            raise Draining("this worker's KV byte path is closed")
+        began_s = time.monotonic()
+        if len(target_blocks):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._copy(source, source_blocks, target_blocks)
+            except TimeoutError as err:
+                raise PeerLost(f"transfer {source.transfer_id!r}: the source was silent for {timeout_s:g} s") from err
+        num_bytes = len(target_blocks) * self._regions().block_bytes
+        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
+
+    async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
+        raise InvalidRequest("KvTransferService.Pull is for byte paths like gloo; mock asks its network")
+
+    async def close(self) -> None:
+        self._closed = True
+        self._network.channels.pop(self.address, None)
+
+    async def _copy(self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+        peer = self._network.channels.get(source.data_address)
+        if peer is None:
+            raise PeerLost(f"transfer {source.transfer_id!r}: nobody is at {source.data_address!r}")
+        mine, theirs = self._regions(), peer._regions()
+        if mine.block_bytes != theirs.block_bytes:
+            raise LayoutMismatch(f"blocks have {mine.block_bytes} bytes here and {theirs.block_bytes} at the source")
+        with peer._leases.reading(source.transfer_id, source.epoch, source_blocks):
+            digests = block_digests(theirs, source_blocks)
+            await asyncio.sleep(self.faults.delay_s)
+            for n, (theirs_id, mine_id) in enumerate(zip(source_blocks.tolist(), target_blocks.tolist(), strict=True)):
+                await self._fail(source, n * mine.block_bytes, mine.block_bytes)
+                mine.block(mine_id)[:] = theirs.block(theirs_id)
+            self._corrupt(target_blocks)
+        if self._digest:
+            verify_blocks(mine, target_blocks, digests, source.transfer_id)
+
+    async def _fail(self, source: KvSource, begin: int, size: int) -> None:
+        """The fault that lies within the block of `size` bytes from offset `begin`, if any."""
+        if self.faults.drop_after_bytes in range(begin, begin + size):
+            raise PeerLost(f"transfer {source.transfer_id!r}: source {source.worker_id!r} was lost")
+        if self.faults.stall_after_bytes in range(begin, begin + size):
+            await asyncio.Event().wait()
+
+    def _corrupt(self, target_blocks: BlockIds) -> None:
+        at = self.faults.corrupt_at_byte
+        if at is not None:
+            n, offset = divmod(at, self._regions().block_bytes)
+            self._regions().block(int(target_blocks[n]))[offset] ^= 0xFF

@@ -1,0 +1,41 @@
+"""The TCP byte path: scatter/gather between the two sides' KV memory, asked for in band."""
+
+from __future__ import annotations
+
+import asyncio
+
+from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
+from sagellm_common.comm_backend.backends.tcp_source import TcpSource
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions, TransferResult
+from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.core.types import BlockIds, KvSource
+
+
+class TcpChannel:
+    """A `KVTransferChannel`. `silence_s` bounds each wait for a peer, a pull's own timeout the whole of it."""
+
+    name = "tcp"
+
+    def __init__(
+        self, regions: Regions, leases: LeasedBlocks, host: str, port: int, *, digest: bool, silence_s: float
+    ) -> None:
+        self.address = ""
+        self._host, self._port = host, port
+        self._source = TcpSource(regions, leases, silence_s)
+        self._receiver = TcpReceiver(regions, digest=digest, silence_s=silence_s)
+
+    async def start(self) -> str:
+        self.address = self._source.start(self._host, self._port)
+        return self.address
+
+    async def pull(
+        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+    ) -> TransferResult:
+        return await self._receiver.pull(source, source_blocks, target_blocks, timeout_s=timeout_s)
+
+    async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
+        raise InvalidRequest("KvTransferService.Pull is for byte paths like gloo; over tcp the receiver asks in band")
+
+    async def close(self) -> None:
+        await self._receiver.close()
+        await asyncio.to_thread(self._source.close)

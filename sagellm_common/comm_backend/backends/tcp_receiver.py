@@ -1,0 +1,172 @@
+"""Receiver side of the TCP byte path: fills its own blocks straight from the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend.frames import MalformedFrame
+from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
+from sagellm_common.comm_backend.protocol import Regions, TransferResult
+from sagellm_common.comm_backend.wire import Wire, split_address
+from sagellm_common.core import failpoints
+from sagellm_common.core.errors import Draining, PeerLost, error_for
+from sagellm_common.core.types import BlockIds, KvSource
+
+MAX_PULLS = 64
+"""Pulls at a time; more wait, within their deadline."""
+MAX_IDLE_PER_PEER = 4
+
+
+class TcpReceiver:
+    """Pulls into a pool. Connections to a peer are kept for the next pull, and dropped after any error."""
+
+    def __init__(self, regions: Regions, *, digest: bool, silence_s: float) -> None:
+        self._regions = regions
+        self._digest = digest
+        self._silence_s = silence_s
+        self._threads = ThreadPoolExecutor(MAX_PULLS, "kv-pull")
+        self._idle: dict[str, list[Wire]] = {}
+        self._active: dict[Wire, asyncio.Future[None]] = {}
+        self._closed = False
+
+    async def pull(
+        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+    ) -> TransferResult:
+        """See `KVTransferChannel.pull`. When it returns or raises, nobody writes to the target blocks any more."""
+        region = self._regions()
+        check_pull(region, source_blocks, target_blocks)
+        began_s = time.monotonic()
+        if len(target_blocks):
+            try:
+                await self._pull(source, source_blocks, target_blocks, began_s + timeout_s)
+            except (OSError, EOFError, MalformedFrame) as err:
+                raise PeerLost(
+                    f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} "
+                    f"was lost: {err or 'it closed the connection'}"
+                ) from err
+        num_bytes = len(target_blocks) * region.block_bytes
+        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
+
+    async def close(self) -> None:
+        """Ends all pulls. Idempotent."""
+        self._closed = True
+        for wire in self._active:
+            wire.abort()
+        if self._active:
+            await asyncio.wait(self._active.values())
+        for wires in self._idle.values():
+            for wire in wires:
+                wire.close()
+        self._idle.clear()
+        self._threads.shutdown(wait=False)
+
+    async def _pull(
+        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, deadline_s: float
+    ) -> None:
+        wire = await self._connection(source.data_address, deadline_s)
+        if self._closed:
+            wire.close()
+            raise Draining("this worker's KV byte path is closed")
+        wire.deadline_s = deadline_s
+        loop = asyncio.get_running_loop()
+        job = loop.run_in_executor(self._threads, self._transfer, wire, source, source_blocks, target_blocks)
+        self._active[wire] = job
+        try:
+            await asyncio.shield(job)
+        except BaseException:
+            wire.abort()
+            await _finished(job)
+            wire.close()
+            raise
+        finally:
+            del self._active[wire]
+        self._keep(source.data_address, wire)
+
+    def _transfer(self, wire: Wire, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+        """The whole exchange, on a thread of its own."""
+        region = self._regions()
+        size = region.block_bytes
+        request = frames.encode_request(
+            source.transfer_id,
+            source.epoch,
+            source_blocks,
+            block_bytes=size,
+            digest=self._digest,
+            timeout_s=wire.deadline_s - time.monotonic(),
+        )
+        wire.send([request])
+        self._expect_accepted(wire)
+        failpoints.hit("receiver.pulling")
+        for group in frames.groups(target_blocks, size):
+            digests = bytearray(len(group) * DIGEST_BYTES if self._digest else 0)
+            wire.recv_into([*([digests] if self._digest else []), *region.runs(group)])
+            if self._digest:
+                verify_blocks(region, group, digests, source.transfer_id)
+        trailer = wire.recv(len(frames.TRAILER))
+        if trailer != frames.TRAILER:
+            raise MalformedFrame(f"ended with {bytes(trailer)!r}")
+
+    def _expect_accepted(self, wire: Wire) -> None:
+        accepted, reason_bytes, message_bytes = frames.decode_answer(wire.recv(frames.ANSWER.size))
+        if not accepted:
+            reason = wire.recv(reason_bytes).decode(errors="replace")
+            raise error_for(reason, wire.recv(message_bytes).decode(errors="replace"))
+
+    async def _connection(self, address: str, deadline_s: float) -> Wire:
+        """An idle connection to the peer that is still good, or a new one. Raises OSError, TimeoutError."""
+        idle = self._idle.get(address, [])
+        while idle:
+            wire = idle.pop()
+            if not wire.readable(0):
+                return wire
+            wire.close()
+        self._drop_stale()
+        loop = asyncio.get_running_loop()
+        wait_s = min(self._silence_s, deadline_s - time.monotonic())
+        return Wire(await _connect(loop, address, wait_s), self._silence_s)
+
+    def _keep(self, address: str, wire: Wire) -> None:
+        idle = self._idle.setdefault(address, [])
+        if self._closed or len(idle) >= MAX_IDLE_PER_PEER:
+            wire.close()
+        else:
+            idle.append(wire)
+
+    def _drop_stale(self) -> None:
+        """Closes what peers have left behind, so that restarted ones do not use descriptors up."""
+        for address, wires in list(self._idle.items()):
+            for wire in [w for w in wires if w.readable(0)]:
+                wires.remove(wire)
+                wire.close()
+            if not wires:
+                del self._idle[address]
+
+
+async def _connect(loop: asyncio.AbstractEventLoop, address: str, timeout_s: float) -> socket.socket:
+    try:
+        host, port = split_address(address)
+    except ValueError as err:
+        raise PeerLost(f"KV source: {err}") from err
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(timeout_s):
+            await loop.sock_connect(sock, (host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _finished(job: asyncio.Future[None]) -> None:
+    """Waits for a job that was told to end, through any further cancellation: the caller re-raises its own."""
+    while not job.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([job])
+    if not job.cancelled():
+        job.exception()

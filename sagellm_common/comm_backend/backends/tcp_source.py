@@ -1,0 +1,156 @@
+"""Source side of the TCP byte path: answers pulls straight out of KV memory, a thread per connection.
+
+Threads, not the event loop: a group of blocks is copied into the kernel in one call that holds no GIL, and the loop
+that streams tokens never waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+
+from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
+from sagellm_common.comm_backend.integrity import block_digests
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions
+from sagellm_common.comm_backend.wire import Buffer, Wire
+from sagellm_common.core import failpoints
+from sagellm_common.core.errors import ConfigError, LayoutMismatch, SageError
+from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.types import BlockIds
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 300.0
+"""A connection that asks for nothing this long is closed; the receiver makes a new one when it needs it."""
+
+
+class TcpSource:
+    """Serves the blocks of a pool that `leases` lets be read."""
+
+    def __init__(self, regions: Regions, leases: LeasedBlocks, silence_s: float) -> None:
+        self._regions = regions
+        self._leases = leases
+        self._silence_s = silence_s
+        self._listener: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._wires: dict[Wire, threading.Thread] = {}
+        self._acceptor: threading.Thread | None = None
+
+    def start(self, host: str, port: int) -> str:
+        """Listens; returns host:port. Raises ConfigError when the port cannot be had."""
+        try:
+            self._listener = socket.create_server((host, port), backlog=128)
+        except OSError as err:
+            raise ConfigError(
+                f"KV byte path cannot listen on {host}:{port}: {err.strerror}; choose another port"
+            ) from err
+        self._acceptor = threading.Thread(target=self._accept, args=(self._listener,), name="kv-accept", daemon=True)
+        self._acceptor.start()
+        return f"{host}:{self._listener.getsockname()[1]}"
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stops listening, drops all connections and waits for their threads. Idempotent."""
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        # Closing alone does not wake a thread inside accept().
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        assert self._acceptor is not None
+        self._acceptor.join(timeout_s)
+        listener.close()
+        with self._lock:
+            threads = list(self._wires.values())
+            for wire in self._wires:
+                wire.abort()
+        for thread in threads:
+            thread.join(timeout_s)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, (host, port, *_) = listener.accept()
+            except OSError as err:
+                if self._listener is None:
+                    return
+                # Out of file descriptors, or a peer that left the backlog: the next one may be fine.
+                log.warning("KV byte path: accept failed: %s", err)
+                time.sleep(0.05)
+                continue
+            wire = Wire(sock, self._silence_s)
+            thread = threading.Thread(target=self._serve, args=(wire, f"{host}:{port}"), name="kv-serve", daemon=True)
+            with self._lock:
+                self._wires[wire] = thread
+            thread.start()
+
+    def _serve(self, wire: Wire, peer: str) -> None:
+        """Answers one connection's requests until either side ends it. Nothing a peer sends gets past this."""
+        try:
+            while self._answer_next(wire):
+                pass
+        except MalformedFrame as err:
+            log.warning("KV byte path: closing the connection from %s: its request %s", peer, err)
+        except (OSError, EOFError) as err:
+            log.warning("KV byte path: lost receiver %s: %s", peer, err or "closed within a request")
+        except Exception:
+            log.exception("KV byte path: serving %s failed", peer)
+        finally:
+            # Under the lock, so that `close` cannot abort a descriptor that is someone else's by then.
+            with self._lock:
+                del self._wires[wire]
+                wire.close()
+
+    def _answer_next(self, wire: Wire) -> bool:
+        """One request and its answer; False when the receiver closed in between."""
+        fixed = self._await_request(wire)
+        if fixed is None:
+            return False
+        wire.deadline_s = time.monotonic() + self._silence_s
+        header = frames.decode_request(fixed, self._regions().num_blocks)
+        try:
+            transfer_id = wire.recv(header.transfer_id_bytes).decode()
+        except UnicodeDecodeError:
+            raise MalformedFrame("has a transfer id that is not UTF-8") from None
+        block_ids = frames.unpack_ids(wire.recv(4 * header.num_blocks))
+        wire.deadline_s = time.monotonic() + header.timeout_ms / 1000
+        self._answer(wire, header, transfer_id, block_ids)
+        return True
+
+    def _await_request(self, wire: Wire) -> bytearray | None:
+        """The fixed part of the next request; None when the receiver has no more."""
+        if not wire.readable(IDLE_S):
+            return None
+        wire.deadline_s = time.monotonic() + self._silence_s
+        try:
+            return wire.recv(frames.REQUEST.size)
+        except EOFError:
+            return None
+
+    def _answer(self, wire: Wire, header: PullHeader, transfer_id: str, block_ids: BlockIds) -> None:
+        region = self._regions()
+        with contextlib.ExitStack() as held:
+            try:
+                _check_layout(region, header, transfer_id)
+                held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
+            except SageError as err:
+                wire.send([frames.encode_refusal(err.reason, err.message)])
+                return
+            head: list[Buffer] = [frames.encode_accepted()]
+            for group in frames.groups(block_ids, region.block_bytes):
+                digests = [block_digests(region, group)] if header.digest else []
+                wire.send([*head, *digests, *region.runs(group)])
+                head = []
+                failpoints.hit("source.sending")
+            wire.send([frames.TRAILER])
+
+
+def _check_layout(region: KvRegion, header: PullHeader, transfer_id: str) -> None:
+    if header.block_bytes != region.block_bytes:
+        raise LayoutMismatch(
+            f"transfer {transfer_id!r}: the receiver's blocks have {header.block_bytes} bytes, "
+            f"the source's {region.block_bytes}; both need one KV layout"
+        )

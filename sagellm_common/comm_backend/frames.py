@@ -1,0 +1,100 @@
+"""What the TCP byte path says on the wire, before and around the raw blocks. All integers are little-endian.
+
+receiver → source   request   magic, version, op, flags, len(transfer_id), timeout_ms, epoch, num_blocks, block_bytes
+                              transfer_id (UTF-8), block ids (int32 each)
+source → receiver   answer    magic, status, len(reason), len(message); reason and message when refused
+                    then, when accepted, for each group of blocks: digests (8 bytes each, if asked for), the blocks
+                    trailer   magic: all was sent and the lease was held until here
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from sagellm_common.core.types import BlockIds, pack_int32
+
+MAGIC = b"SKVT"
+TRAILER = b"SKVE"
+VERSION = 1
+OP_PULL = 1
+FLAG_DIGEST = 1
+ACCEPTED, REFUSED = 0, 1
+MAX_GROUP_BYTES = 1 << 20
+"""One group stays in a core's cache between its digest and its copy."""
+MAX_GROUP_BLOCKS = 1000
+"""Below IOV_MAX (1024) together with the digests."""
+MAX_TIMEOUT_MS = 600_000
+"""No receiver makes a source hold blocks for it any longer."""
+
+REQUEST = struct.Struct("<4sBBBxHxxIqIQ")
+ANSWER = struct.Struct("<4sBxHI")
+
+
+class MalformedFrame(Exception):
+    """The other side does not speak this protocol; the connection is of no further use."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullHeader:
+    """The fixed part of a request."""
+
+    digest: bool
+    transfer_id_bytes: int
+    timeout_ms: int
+    epoch: int
+    num_blocks: int
+    block_bytes: int
+
+
+def encode_request(
+    transfer_id: str, epoch: int, block_ids: BlockIds, *, block_bytes: int, digest: bool, timeout_s: float
+) -> bytes:
+    name = transfer_id.encode()
+    flags = FLAG_DIGEST if digest else 0
+    timeout_ms = max(1, min(MAX_TIMEOUT_MS, int(timeout_s * 1000)))
+    header = REQUEST.pack(MAGIC, VERSION, OP_PULL, flags, len(name), timeout_ms, epoch, len(block_ids), block_bytes)
+    return header + name + pack_int32(block_ids)
+
+
+def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
+    """Raises MalformedFrame, also for more blocks than the pool has: nothing is allocated for such a request."""
+    magic, version, op, flags, name_bytes, timeout_ms, epoch, num_blocks, block_bytes = REQUEST.unpack(header)
+    if magic != MAGIC:
+        raise MalformedFrame(f"starts with {magic!r}, not {MAGIC!r}")
+    if version != VERSION or op != OP_PULL:
+        raise MalformedFrame(f"has version {version} op {op}; known: version {VERSION} op {OP_PULL}")
+    if not 0 < num_blocks <= max_blocks:
+        raise MalformedFrame(f"asks for {num_blocks} blocks of a pool of {max_blocks}")
+    return PullHeader(
+        bool(flags & FLAG_DIGEST), name_bytes, min(timeout_ms, MAX_TIMEOUT_MS), epoch, num_blocks, block_bytes
+    )
+
+
+def encode_refusal(reason: str, message: str) -> bytes:
+    why, text = reason.encode(), message.encode()[:4096]
+    return ANSWER.pack(MAGIC, REFUSED, len(why), len(text)) + why + text
+
+
+def encode_accepted() -> bytes:
+    return ANSWER.pack(MAGIC, ACCEPTED, 0, 0)
+
+
+def decode_answer(header: bytes | bytearray) -> tuple[bool, int, int]:
+    """(accepted, bytes of the reason, bytes of the message). Raises MalformedFrame."""
+    magic, status, reason_bytes, message_bytes = ANSWER.unpack(header)
+    if magic != MAGIC or status not in (ACCEPTED, REFUSED) or reason_bytes > 256 or message_bytes > 8192:
+        raise MalformedFrame(f"answered with {bytes(header)!r}")
+    return status == ACCEPTED, reason_bytes, message_bytes
+
+
+def groups(block_ids: BlockIds, block_bytes: int, max_bytes: int = MAX_GROUP_BYTES) -> list[BlockIds]:
+    """The blocks in groups of at most `max_bytes` (but at least one block): the same on both sides."""
+    per_group = max(1, min(MAX_GROUP_BLOCKS, max_bytes // block_bytes))
+    return [block_ids[at : at + per_group] for at in range(0, len(block_ids), per_group)]
+
+
+def unpack_ids(packed: bytes | bytearray) -> BlockIds:
+    return np.frombuffer(packed, dtype="<i4")

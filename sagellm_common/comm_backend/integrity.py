@@ -1,0 +1,49 @@
+"""Digests and bounds of blocks on their way: the same checks on every byte path."""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+
+from sagellm_common.core.errors import InvalidRequest, KvCorrupt
+from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.types import BlockIds
+
+DIGEST_BYTES = 8
+
+
+def block_digests(region: KvRegion, block_ids: BlockIds) -> bytes:
+    """8-byte xxh3 of each block, in order."""
+    size, view = region.block_bytes, region.view
+    digest = xxhash.xxh3_64_digest
+    return b"".join([digest(view[at * size : (at + 1) * size]) for at in block_ids.tolist()])
+
+
+def verify_blocks(region: KvRegion, block_ids: BlockIds, expected: bytes | bytearray, transfer_id: str) -> None:
+    """Raises KvCorrupt naming the first block whose bytes are not what the source sent."""
+    actual = block_digests(region, block_ids)
+    if actual == expected:
+        return
+    for n, block_id in enumerate(block_ids.tolist()):
+        part = slice(n * DIGEST_BYTES, (n + 1) * DIGEST_BYTES)
+        if actual[part] != expected[part]:
+            raise KvCorrupt(
+                f"transfer {transfer_id!r}: block {block_id} arrived with digest {actual[part].hex()}, "
+                f"sent as {bytes(expected[part]).hex()}",
+                metadata={"transfer_id": transfer_id, "block_id": str(block_id)},
+            )
+    raise KvCorrupt(f"transfer {transfer_id!r}: {len(expected)} bytes of digests for {len(block_ids)} blocks")
+
+
+def check_pull(region: KvRegion, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+    """Raises InvalidRequest unless each source block has one target block of its own within the pool."""
+    if len(source_blocks) != len(target_blocks):
+        raise InvalidRequest(f"{len(source_blocks)} source blocks cannot fill {len(target_blocks)} target blocks")
+    if not len(target_blocks):
+        return
+    if target_blocks.min() < 0 or target_blocks.max() >= region.num_blocks:
+        raise InvalidRequest(
+            f"target blocks {target_blocks.min()}..{target_blocks.max()} are outside the pool of {region.num_blocks}"
+        )
+    if len(np.unique(target_blocks)) != len(target_blocks):
+        raise InvalidRequest("a target block is named twice: each block can be filled once")

@@ -1,0 +1,70 @@
+"""Traces (OpenTelemetry, W3C context) and logs. Metrics are prometheus_client objects next to what they measure."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter
+from opentelemetry.trace import Span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+_propagator = TraceContextTextMapPropagator()
+# A proxy: it follows the provider that `setup_tracing` installs later, and without one makes no spans.
+_tracer = trace.get_tracer("sagellm")
+
+
+def setup_tracing(service_name: str, otlp_endpoint: str = "", exporter: SpanExporter | None = None) -> None:
+    """Installs the process-wide tracer, once, at the start.
+
+    Spans go to `exporter` as they end (tests), else in batches to the OTLP gRPC collector at `otlp_endpoint`
+    (host:port or URL); with neither, traces are passed on but not recorded.
+    """
+    if exporter is None and not otlp_endpoint:
+        return
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name}))
+    if exporter is not None:
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+    else:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=otlp_endpoint, insecure=True)))
+    trace.set_tracer_provider(provider)
+
+
+def shutdown_tracing() -> None:
+    """Sends what is still buffered. Blocks for at most the exporter's timeout."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):
+        provider.shutdown()
+
+
+@contextmanager
+def span(name: str, carrier: Mapping[str, str] | None = None, /, **attributes: AttributeValue) -> Iterator[Span]:
+    """A span around the block: child of `carrier` where given, else of the current one. Errors mark it failed."""
+    parent = _propagator.extract(carrier) if carrier else None
+    with _tracer.start_as_current_span(name, context=parent, attributes=attributes) as current:
+        yield current
+
+
+def current_carrier() -> dict[str, str]:
+    """The current trace context as W3C headers, to send along; empty outside any trace."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier
+
+
+def setup_logging(level: str, name: str = "") -> None:
+    """Logs to stderr, one line each, with the name of the process; stdout belongs to the program's own output."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format=f"%(asctime)s %(levelname).1s {name.replace('%', '%%') + ' ' if name else ''}%(name)s: %(message)s",
+        force=True,
+    )

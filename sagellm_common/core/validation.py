@@ -1,0 +1,68 @@
+"""Is this request one that can be served? Asked once, at admission; everything behind may rely on it."""
+
+from __future__ import annotations
+
+from sagellm_common.core.errors import ContextTooLong, InvalidRequest
+from sagellm_common.core.types import GenerationRequest, ModelInfo, SamplingParams
+
+MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_SEED = 2**64 - 1
+_MAX_INT32 = 2**31 - 1
+
+
+def validate_sampling(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raises InvalidRequest naming the first parameter out of range, its value and the range."""
+    s = sampling
+    _check(1 <= s.max_new_tokens <= _MAX_INT32, "max_new_tokens", s.max_new_tokens, "at least 1")
+    _check(
+        0 <= s.min_new_tokens <= s.max_new_tokens,
+        "min_new_tokens",
+        s.min_new_tokens,
+        f"0 to max_new_tokens ({s.max_new_tokens})",
+    )
+    # A NaN fails every comparison, so these need no check of their own.
+    _check(0 <= s.temperature <= MAX_TEMPERATURE, "temperature", s.temperature, f"0 to {MAX_TEMPERATURE:g}")
+    _check(0 < s.top_p <= 1, "top_p", s.top_p, "above 0 and at most 1")
+    _check(0 <= s.top_k <= _MAX_INT32, "top_k", s.top_k, "at least 0 (0 is off)")
+    _check(0 <= s.min_p <= 1, "min_p", s.min_p, "0 to 1")
+    _check(
+        0 < s.repetition_penalty <= MAX_REPETITION_PENALTY,
+        "repetition_penalty",
+        s.repetition_penalty,
+        f"above 0 and at most {MAX_REPETITION_PENALTY:g}",
+    )
+    _check(s.seed is None or 0 <= s.seed <= MAX_SEED, "seed", s.seed, "0 to 2**64 - 1")
+    _check(0 <= s.num_logprobs <= MAX_LOGPROBS, "num_logprobs", s.num_logprobs, f"0 to {MAX_LOGPROBS}")
+    for token in s.stop_token_ids:
+        _check(0 <= token < vocab_size, "stop_token_ids", token, f"token ids of 0 to {vocab_size - 1}")
+
+
+def validate_request(request: GenerationRequest, model: ModelInfo) -> None:
+    """Raises InvalidRequest, and ContextTooLong when prompt and new tokens together exceed the context."""
+    prompt = request.prompt_token_ids
+    if prompt.size == 0:
+        raise InvalidRequest("the prompt is empty: send at least one token")
+    lowest, highest = int(prompt.min()), int(prompt.max())
+    outside = lowest if lowest < 0 else highest
+    _check(0 <= outside < model.vocab_size, "prompt_token_ids", outside, f"token ids of 0 to {model.vocab_size - 1}")
+    validate_sampling(request.sampling, model.vocab_size)
+    wanted = prompt.size + request.sampling.max_new_tokens
+    if wanted > model.context_length_tokens:
+        raise ContextTooLong(
+            f"prompt of {prompt.size} tokens + max_new_tokens {request.sampling.max_new_tokens} = {wanted}, "
+            f"but {model.name} has a context of {model.context_length_tokens} tokens",
+            metadata={
+                "prompt_tokens": str(prompt.size),
+                "max_new_tokens": str(request.sampling.max_new_tokens),
+                "context_length_tokens": str(model.context_length_tokens),
+            },
+        )
+
+
+def _check(ok: bool, field: str, value: float | None, allowed: str) -> None:
+    if not ok:
+        raise InvalidRequest(
+            f"{field} is {value}, but must be {allowed}", metadata={"field": field, "value": str(value)}
+        )

@@ -1,0 +1,337 @@
+"""KV blocks in host memory, found by the hash of their content: the pool of kv_store.
+
+absent ──begin_put──► filling ──commit_put──► stored, unreferenced (in LRU order) ◄──► stored, referenced
+  ▲                      │ abort_put                     │ evicted                      by get, pin, allocate
+  └──────────────────────┴───────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sagellm_common.core.clock import Clock
+from sagellm_common.core.errors import ConfigError, InvalidRequest, KvExhausted, LayoutMismatch
+from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+
+_NO_MEMORY = KvRegion(memoryview(b""), 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    block_id: int
+    token_bytes: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingPut:
+    """Blocks to be filled: allocation.block_ids[i] is for the put's hash number positions[i]."""
+
+    positions: BlockIds
+    hashes: tuple[BlockHash, ...]
+    token_bytes: tuple[bytes, ...]
+    allocation: Allocation
+    num_present: int
+    """How many of the put's hashes are stored already."""
+
+
+class HostKvPool:
+    """A `KVBackendProtocol`, and content-addressed puts and gets beside it. Thread-safe.
+
+    The pool takes the first layout it is given, with budget_bytes of memory that the system provides as it is
+    touched; another layout is refused with LayoutMismatch from then on.
+    """
+
+    def __init__(self, budget_bytes: int, clock: Clock, layout: KvLayout | None = None) -> None:
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._watchers: list[Callable[[BlockEvent], None]] = []
+        self._layout: KvLayout | None = None
+        self._region = _NO_MEMORY
+        self._free: list[int] = []
+        self._refs = np.zeros(0, dtype=np.int32)
+        self._stored: dict[BlockHash, _Stored] = {}
+        self._hash_of: dict[int, BlockHash] = {}
+        self._lru: OrderedDict[BlockHash, None] = OrderedDict()
+        """Stored and unreferenced, least recently used first."""
+        self._filling: set[BlockHash] = set()
+        self._held: dict[int, Allocation] = {}
+        """The allocations out there, by id(): what makes `free` idempotent."""
+        self._pins: dict[BlockHash, float] = {}
+        self.outcomes: Counter[str] = Counter()
+        """Blocks that were stored, evicted, hit and missed; for telemetry."""
+        if layout is not None:
+            self.adopt(layout)
+
+    # ---- what there is ----
+
+    @property
+    def layout(self) -> KvLayout:
+        """Raises LayoutMismatch before the first one is known."""
+        if self._layout is None:
+            raise LayoutMismatch("the pool has no layout yet: its first put brings one")
+        return self._layout
+
+    def adopt(self, layout: KvLayout) -> None:
+        """Settles the layout or checks it. Raises LayoutMismatch, ConfigError when not one block fits the budget."""
+        with self._lock:
+            if self._layout is None:
+                self._settle(layout)
+        self.check_layout(layout)
+
+    def check_layout(self, layout: KvLayout) -> bool:
+        """Raises LayoutMismatch for another layout than the settled one; False when there is none yet."""
+        if self._layout is None:
+            return False
+        differences = self._layout.differences(layout)
+        if differences:
+            listed = ", ".join(f"{name} is {mine!r}, not {theirs!r}" for name, (mine, theirs) in differences.items())
+            raise LayoutMismatch(
+                f"the pool holds KV of another layout: {listed}; restart it to serve another model",
+                metadata={name: f"{mine}|{theirs}" for name, (mine, theirs) in differences.items()},
+            )
+        return True
+
+    def regions(self) -> KvRegion:
+        """Empty before the first layout."""
+        return self._region
+
+    def get_utilization(self) -> KvStats:
+        with self._lock:
+            self._expire_pins()
+            return KvStats(
+                total_blocks=self._region.num_blocks,
+                free_blocks=len(self._free),
+                used_blocks=int(np.count_nonzero(self._refs)),
+                cached_blocks=len(self._lru),
+            )
+
+    def cached_hashes(self) -> list[BlockHash]:
+        with self._lock:
+            return list(self._stored)
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        """Called with the pool's lock held: in order, but it must not call back into the pool."""
+        with self._lock:
+            self._watchers.append(callback)
+
+    # ---- by token ids: KVBackendProtocol ----
+
+    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "") -> Allocation:
+        """See `KVBackendProtocol.allocate`."""
+        size = self.layout.block_size_tokens
+        reusable = token_ids[: max(0, (len(token_ids) - 1) // size) * size]
+        hashes = block_hashes(reusable, size, root_hash(self.layout, cache_salt))
+        with self._lock:
+            self._expire_pins()
+            hits = self._leading(hashes, reusable)
+            self._take(hits)
+            missing = max(0, -(-num_tokens // size) - len(hits))
+            available = len(self._free) + len(self._lru)
+            if missing > available:
+                self._drop(self._blocks_of(hits))
+                raise KvExhausted(
+                    f"{num_tokens} tokens need {missing} more KV blocks; {available} of {len(self._refs)} are left",
+                    retry_after_s=0.1,
+                )
+            fresh = self._claim(missing)
+            self._refs[fresh] = 1
+            return self._hand_out([*self._blocks_of(hits), *fresh], len(hits))
+
+    def free(self, allocation: Allocation) -> None:
+        """Drops the references. Idempotent."""
+        with self._lock:
+            if self._held.pop(id(allocation), None) is not None:
+                self._drop(allocation.block_ids.tolist())
+
+    # ---- by hash ----
+
+    def lookup(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading hashes are stored."""
+        with self._lock:
+            for n, block_hash in enumerate(hashes):
+                if block_hash not in self._stored:
+                    return n
+            return len(hashes)
+
+    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> Allocation:
+        """References on the leading blocks that are stored for exactly these tokens; an empty one for none.
+
+        The caller gives it to `free`. Raises InvalidRequest when the tokens do not match the number of hashes.
+        """
+        self._check_tokens(hashes, token_ids)
+        with self._lock:
+            self._expire_pins()
+            hits = self._leading(hashes, token_ids)
+            self.outcomes["hit"] += len(hits)
+            self.outcomes["missed"] += len(hashes) - len(hits)
+            self._take(hits)
+            return self._hand_out(self._blocks_of(hits), len(hits))
+
+    def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> PendingPut:
+        """Blocks for the hashes that are neither stored nor being filled by another put.
+
+        When memory is short only the first of them get one, for a block is of no use without those before it.
+        Nobody sees the blocks before `commit_put`; `abort_put` gives them back. Raises InvalidRequest.
+        """
+        self._check_tokens(hashes, token_ids)
+        step = self.layout.block_size_tokens
+        with self._lock:
+            self._expire_pins()
+            present: list[BlockHash] = []
+            absent: dict[BlockHash, int] = {}
+            for n, block_hash in enumerate(hashes):
+                if block_hash in self._stored:
+                    present.append(block_hash)
+                elif block_hash not in self._filling:
+                    absent.setdefault(block_hash, n)
+            # Referenced meanwhile, so that the put does not evict the blocks it builds on.
+            self._take(present)
+            block_ids = self._claim(len(absent))
+            self._drop(self._blocks_of(present))
+            self._refs[block_ids] = 1
+            positions = list(absent.values())[: len(block_ids)]
+            put = PendingPut(
+                positions=np.array(positions, dtype=np.int32),
+                hashes=tuple(hashes[n] for n in positions),
+                token_bytes=tuple(_token_bytes(token_ids, n, step) for n in positions),
+                allocation=self._hand_out(block_ids, 0),
+                num_present=len(present),
+            )
+            self._filling.update(put.hashes)
+            return put
+
+    def commit_put(self, put: PendingPut) -> None:
+        """The blocks are filled: from now on they are found. Ends the put."""
+        with self._lock:
+            if not self._end_put(put):
+                return
+            block_ids = put.allocation.block_ids.tolist()
+            for block_hash, block_id, token_bytes in zip(put.hashes, block_ids, put.token_bytes, strict=True):
+                self._stored[block_hash] = _Stored(block_id, token_bytes)
+                self._hash_of[block_id] = block_hash
+            self._drop(block_ids)
+            self.outcomes["stored"] += len(block_ids)
+            self._tell(BlockEvent(stored=put.hashes))
+
+    def abort_put(self, put: PendingPut) -> None:
+        """The blocks were not filled. A no-op for a put that has ended."""
+        with self._lock:
+            if self._end_put(put):
+                self._drop(put.allocation.block_ids.tolist())
+
+    def pin(self, hashes: Iterable[BlockHash], ttl_s: float) -> int:
+        """Keeps stored blocks from eviction for ttl_s (0: no longer); returns how many are pinned now."""
+        with self._lock:
+            self._expire_pins()
+            known = [block_hash for block_hash in dict.fromkeys(hashes) if block_hash in self._stored]
+            if ttl_s <= 0:
+                self._unpin([block_hash for block_hash in known if block_hash in self._pins])
+                return 0
+            self._take([block_hash for block_hash in known if block_hash not in self._pins])
+            self._pins.update(dict.fromkeys(known, self._clock.now() + ttl_s))
+            return len(known)
+
+    # ---- the lock is held from here on ----
+
+    def _settle(self, layout: KvLayout) -> None:
+        num_blocks = self._budget_bytes // layout.block_bytes
+        if num_blocks < 1:
+            raise ConfigError(
+                f"kv_store.budget_bytes is {self._budget_bytes}, which holds no block of {layout.block_bytes} bytes"
+            )
+        # Zeroed, and taken from the system only as it is touched.
+        arena = mmap.mmap(-1, num_blocks * layout.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._region = KvRegion(memoryview(arena), layout.block_bytes, num_blocks)
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._refs = np.zeros(num_blocks, dtype=np.int32)
+        self._layout = layout
+
+    def _check_tokens(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> None:
+        wanted = len(hashes) * self.layout.block_size_tokens
+        if len(token_ids) != wanted:
+            raise InvalidRequest(
+                f"token_ids has {len(token_ids)} tokens, but {len(hashes)} block hashes stand for {wanted}"
+            )
+
+    def _leading(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> list[BlockHash]:
+        """The hashes up to the first that is not stored, or that is stored for other tokens."""
+        step = self.layout.block_size_tokens
+        for n, block_hash in enumerate(hashes):
+            stored = self._stored.get(block_hash)
+            if stored is None or stored.token_bytes != _token_bytes(token_ids, n, step):
+                return list(hashes[:n])
+        return list(hashes)
+
+    def _blocks_of(self, hashes: Iterable[BlockHash]) -> list[int]:
+        return [self._stored[block_hash].block_id for block_hash in hashes]
+
+    def _take(self, hashes: Iterable[BlockHash]) -> None:
+        """One reference more on each of these stored blocks."""
+        for block_hash in hashes:
+            self._refs[self._stored[block_hash].block_id] += 1
+            self._lru.pop(block_hash, None)
+
+    def _drop(self, block_ids: Sequence[int]) -> None:
+        """One reference less on each block. From the last to the first, so that a chain's tail is evicted before
+        its head, without which it would not be found."""
+        for block_id in reversed(block_ids):
+            self._refs[block_id] -= 1
+            if self._refs[block_id]:
+                continue
+            block_hash = self._hash_of.get(block_id)
+            if block_hash is None:
+                self._free.append(block_id)
+            else:
+                self._lru[block_hash] = None
+
+    def _claim(self, wanted: int) -> list[int]:
+        """Up to `wanted` unreferenced blocks, evicting the least recently used ones where free ones run out."""
+        evicted = [self._lru.popitem(last=False)[0] for _ in range(min(wanted - len(self._free), len(self._lru)))]
+        for block_hash in evicted:
+            block_id = self._stored.pop(block_hash).block_id
+            del self._hash_of[block_id]
+            self._free.append(block_id)
+        if evicted:
+            self.outcomes["evicted"] += len(evicted)
+            self._tell(BlockEvent(removed=tuple(evicted)))
+        return [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+
+    def _hand_out(self, block_ids: list[int], num_shared: int) -> Allocation:
+        allocation = Allocation(
+            np.array(block_ids, dtype=np.int32), num_shared * self.layout.block_size_tokens, num_shared
+        )
+        self._held[id(allocation)] = allocation
+        return allocation
+
+    def _end_put(self, put: PendingPut) -> bool:
+        if self._held.pop(id(put.allocation), None) is None:
+            return False
+        self._filling.difference_update(put.hashes)
+        return True
+
+    def _expire_pins(self) -> None:
+        if self._pins:
+            now = self._clock.now()
+            self._unpin([block_hash for block_hash, until_s in self._pins.items() if until_s <= now])
+
+    def _unpin(self, hashes: Sequence[BlockHash]) -> None:
+        for block_hash in hashes:
+            del self._pins[block_hash]
+        self._drop(self._blocks_of(hashes))
+
+    def _tell(self, event: BlockEvent) -> None:
+        for callback in self._watchers:
+            callback(event)
+
+
+def _token_bytes(token_ids: TokenIds, block: int, block_size_tokens: int) -> bytes:
+    return token_ids[block * block_size_tokens : (block + 1) * block_size_tokens].astype("<i4", copy=False).tobytes()

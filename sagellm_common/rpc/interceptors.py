@@ -1,0 +1,132 @@
+"""What every call of every service gets: typed errors, a span, metrics. The servicers know nothing of it.
+
+measured( traced( errors_to_status( handler ) ) )
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from prometheus_client import Counter, Histogram
+from pydantic import ValidationError
+
+from sagellm_common.core.errors import InvalidRequest, SageError
+from sagellm_common.core.telemetry import span
+from sagellm_common.rpc.status import abort
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+REQUESTS = Counter("sagellm_rpc_requests", "Calls served, by their outcome.", ["service", "method", "code"])
+DURATION = Histogram(
+    "sagellm_rpc_duration_seconds",
+    "Duration of calls, streams included.",
+    ["service", "method"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    service: str
+    method: str
+    context: Context
+    request_id: str
+    is_session: bool
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The status set so far; gRPC keeps it as a number until the call ends."""
+        number = self.context.code()
+        return next((c for c in grpc.StatusCode if number in (c, c.value[0])), grpc.StatusCode.OK)
+
+
+@asynccontextmanager
+async def errors_to_status(call: Call) -> AsyncIterator[None]:
+    try:
+        yield
+    except SageError as err:
+        await abort(call.context, err)
+    except ValidationError as err:
+        await abort(call.context, InvalidRequest("; ".join(e["msg"] for e in err.errors())))
+    except grpc.aio.AbortError:
+        raise
+    except Exception as err:
+        log.exception("%s/%s failed, request_id=%s", call.service, call.method, call.request_id or "-")
+        await abort(call.context, err)
+
+
+@asynccontextmanager
+async def traced(call: Call) -> AsyncIterator[None]:
+    """A span per call. None for a session, which outlives its requests and carries their contexts itself."""
+    if call.is_session or not call.service.startswith("sagellm."):
+        yield
+        return
+    carrier = {key: value for key, value in call.context.invocation_metadata() or () if isinstance(value, str)}
+    with span(f"{call.service}/{call.method}", carrier, **{"rpc.system": "grpc", "request_id": call.request_id}):
+        yield
+
+
+@asynccontextmanager
+async def measured(call: Call) -> AsyncIterator[None]:
+    begin = time.perf_counter()
+    code = grpc.StatusCode.OK
+    try:
+        yield
+        code = call.code
+    except asyncio.CancelledError:
+        code = grpc.StatusCode.CANCELLED
+        raise
+    except BaseException:
+        code = call.code
+        raise
+    finally:
+        REQUESTS.labels(call.service, call.method, code.name).inc()
+        DURATION.labels(call.service, call.method).observe(time.perf_counter() - begin)
+
+
+class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return handler  # type: ignore[return-value]  # an unknown method: gRPC answers UNIMPLEMENTED
+        _, service, method = handler_call_details.method.split("/")
+        kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
+        inner = getattr(handler, kind)
+        is_session = handler.request_streaming
+
+        async def behaviour(request: Any, context: Context) -> Any:
+            call = Call(service, method, context, getattr(request, "request_id", ""), is_session)
+            async with measured(call), traced(call), errors_to_status(call):
+                return await _run(inner, request, context)
+
+        make: Callable[..., grpc.RpcMethodHandler[Any, Any]] = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+async def _run(inner: Callable[..., Any], request: Any, context: Context) -> Any:
+    """Runs a handler to its end, as a coroutine.
+
+    gRPC itself leaves a cancelled generator to the garbage collector; driven from here, its `finally` blocks run
+    at once, in the task and context of the call.
+    """
+    result = inner(request, context)
+    if inspect.isasyncgen(result):
+        async with aclosing(result) as responses:
+            async for response in responses:
+                await context.write(response)
+        return None
+    return await result

@@ -1,0 +1,91 @@
+"""KvTransferService: the control side of a handoff, served by whoever holds blocks that others pull."""
+
+from __future__ import annotations
+
+import grpc
+
+from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.core.errors import ConfigError, LayoutMismatch
+from sagellm_common.core.types import KvLayout
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
+
+
+class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
+    """Errors are raised as they are: the server's interceptor puts them on the wire.
+
+    `layout` None is for kv_store, which takes its layout from its clients and compares it in each of its own calls.
+    """
+
+    def __init__(
+        self,
+        source: HandoffSource,
+        channel: KVTransferChannel,
+        layout: KvLayout | None,
+        worker_id: str,
+        incarnation: str,
+    ) -> None:
+        self._source = source
+        self._channel = channel
+        self._layout = layout
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+
+    async def Handshake(
+        self,
+        request: kv_pb2.HandshakeRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.HandshakeRequest, kv_pb2.HandshakeResponse],
+    ) -> kv_pb2.HandshakeResponse:
+        theirs = codec.decode_layout(request.layout)
+        check_backend(self._channel.name, request.backend)
+        if self._layout is not None:
+            check_layout(self._layout, theirs, f"worker {self._worker_id!r}")
+        return kv_pb2.HandshakeResponse(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            layout=codec.encode_layout(self._layout or theirs),
+            data_address=self._channel.address,
+        )
+
+    async def RenewLease(
+        self,
+        request: kv_pb2.RenewLeaseRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.RenewLeaseRequest, kv_pb2.RenewLeaseResponse],
+    ) -> kv_pb2.RenewLeaseResponse:
+        left_s = self._source.renew(request.transfer_id, request.epoch)
+        return kv_pb2.RenewLeaseResponse(expires_in_ms=int(left_s * 1000))
+
+    async def ReleaseLease(
+        self,
+        request: kv_pb2.ReleaseLeaseRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.ReleaseLeaseRequest, kv_pb2.ReleaseLeaseResponse],
+    ) -> kv_pb2.ReleaseLeaseResponse:
+        self._source.release(request.transfer_id, request.epoch, request.committed)
+        return kv_pb2.ReleaseLeaseResponse()
+
+    async def Pull(
+        self,
+        request: kv_pb2.PullRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.PullRequest, kv_pb2.PullResponse],
+    ) -> kv_pb2.PullResponse:
+        block_ids = codec.decode_block_ids(request.block_ids, "block_ids")
+        digests = await self._channel.serve_pull(request.transfer_id, request.epoch, block_ids, request.pair_id)
+        return kv_pb2.PullResponse(digests=digests)
+
+
+def check_layout(mine: KvLayout, theirs: KvLayout, who: str) -> None:
+    """Raises LayoutMismatch naming each field that differs."""
+    differences = mine.differences(theirs)
+    if differences:
+        listed = ", ".join(f"{name} is {a!r} here and {b!r} there" for name, (a, b) in differences.items())
+        raise LayoutMismatch(
+            f"KV blocks of {who} do not fit: {listed}; run all workers with one model and one engine section",
+            metadata={name: f"{a}|{b}" for name, (a, b) in differences.items()},
+        )
+
+
+def check_backend(mine: str, theirs: str) -> None:
+    """Raises ConfigError when two sides would move bytes in different ways."""
+    if theirs != mine:
+        raise ConfigError(f"transport.backend is {mine!r} here and {theirs!r} at the peer; set one for the cluster")

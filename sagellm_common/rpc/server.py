@@ -1,0 +1,74 @@
+"""A gRPC server as every service runs it: health, reflection, typed errors, traces and metrics included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sagellm_common.core.errors import ConfigError
+from sagellm_common.rpc.channels import MAX_MESSAGE_BYTES
+from sagellm_common.rpc.interceptors import ServiceInterceptor
+
+_OPTIONS: list[tuple[str, int]] = [
+    # Without this a second server on the same port would silently share its connections.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Registrar:
+    """A servicer to serve: `Registrar("sagellm.v1.DecodeService", add_DecodeServiceServicer_to_server, servicer)`."""
+
+    name: str
+    add: Callable[[Any, grpc.aio.Server], None]
+    servicer: Any
+
+
+class GrpcServer:
+    """Serves `services` on `bind` (host:port, port 0 picks a free one) between `start` and `stop`."""
+
+    def __init__(self, bind: str, services: Sequence[Registrar]) -> None:
+        self._bind = bind
+        self._names = [service.name for service in services]
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
+        self._server = grpc.aio.server(interceptors=[ServiceInterceptor()], options=_OPTIONS)
+        for service in services:
+            service.add(service.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+
+    async def start(self) -> int:
+        """Serves, and returns the port. Health says NOT_SERVING until `set_serving(True)`.
+
+        Raises ConfigError when the address cannot be bound.
+        """
+        await self.set_serving(False)
+        try:
+            port = self._server.add_insecure_port(self._bind)
+        except RuntimeError as err:
+            raise ConfigError(
+                f"cannot listen on {self._bind}: the port is in use or the address is not this machine's; "
+                "choose another port or stop the process that holds it"
+            ) from err
+        await self._server.start()
+        return port
+
+    async def set_serving(self, serving: bool) -> None:
+        """What grpc.health.v1 answers, for the server as a whole ('') and for each service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ["", *self._names]:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING, no new calls; running ones have `grace_s` seconds before they are cancelled. Idempotent."""
+        await self.set_serving(False)
+        await self._server.stop(grace_s)

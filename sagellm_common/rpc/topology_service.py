@@ -1,0 +1,106 @@
+"""TopologyService: what the router knows of its workers, and the embedded topology's registrations."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, cast
+
+import grpc
+
+from sagellm_common.core.errors import ConfigError, InvalidRequest, SageError
+from sagellm_common.core.topology import TopologySnapshot, TopologyStore
+from sagellm_common.core.topology_embedded import EmbeddedTopology
+from sagellm_common.core.types import WorkerRecord
+from sagellm_common.rpc.codec import decode_worker_record, encode_worker_record
+from sagellm_common.rpc.gen.sagellm.v1 import topology_pb2, topology_pb2_grpc, worker_pb2
+from sagellm_common.rpc.worker_client import WorkerStatus, encode_status
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+StatusOf = Callable[[WorkerRecord], Awaitable[WorkerStatus | None]]
+ExplainPlan = Callable[[str], Awaitable[topology_pb2.ExplainPlanResponse]]
+
+STATUS_TIMEOUT_S = 1.0
+MAX_TTL_S = 3600.0
+
+
+class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
+    """`status` asks a worker for its live numbers (None: unknown); `explain` is the router's, which has the plans."""
+
+    def __init__(self, topology: TopologyStore, status: StatusOf, explain: ExplainPlan) -> None:
+        self._topology = topology
+        self._status_of = status
+        self._explain = explain
+
+    async def Get(self, request: topology_pb2.GetTopologyRequest, context: Context) -> topology_pb2.TopologySnapshot:
+        return await self._encode(self._topology.snapshot())
+
+    async def Watch(
+        self, request: topology_pb2.WatchTopologyRequest, context: Context
+    ) -> AsyncIterator[topology_pb2.TopologySnapshot]:
+        # Stores make their changes() from an async generator, which must be closed with the call.
+        changes = cast("Any", self._topology.changes())
+        async with aclosing(changes) as snapshots:
+            async for snapshot in snapshots:
+                yield await self._encode(snapshot)
+
+    async def ExplainPlan(
+        self, request: topology_pb2.ExplainPlanRequest, context: Context
+    ) -> topology_pb2.ExplainPlanResponse:
+        if not request.request_id:
+            raise InvalidRequest("request_id is empty: name the request to explain")
+        return await self._explain(request.request_id)
+
+    async def Register(self, request: topology_pb2.RegisterRequest, context: Context) -> topology_pb2.RegisterResponse:
+        embedded = self._embedded()
+        ttl_s = request.ttl_ms / 1000
+        if not 0 < ttl_s <= MAX_TTL_S:
+            raise InvalidRequest(f"ttl_ms is {request.ttl_ms}, but must be 1 to {int(MAX_TTL_S * 1000)}")
+        lease_id = await embedded.grant(decode_worker_record(request.record), ttl_s)
+        return topology_pb2.RegisterResponse(lease_id=lease_id)
+
+    async def KeepAlive(
+        self, request: topology_pb2.KeepAliveRequest, context: Context
+    ) -> topology_pb2.KeepAliveResponse:
+        embedded = self._embedded()
+        record = decode_worker_record(request.record) if request.HasField("record") else None
+        await embedded.keep_alive(request.lease_id, record)
+        return topology_pb2.KeepAliveResponse(ttl_ms=round(embedded.ttl_s(request.lease_id) * 1000))
+
+    async def Deregister(
+        self, request: topology_pb2.DeregisterRequest, context: Context
+    ) -> topology_pb2.DeregisterResponse:
+        await self._embedded().revoke(request.lease_id)
+        return topology_pb2.DeregisterResponse()
+
+    def _embedded(self) -> EmbeddedTopology:
+        if isinstance(self._topology, EmbeddedTopology):
+            return self._topology
+        backend = self._topology.snapshot().backend
+        raise ConfigError(
+            f"this router's topology is {backend}: workers register there themselves; "
+            f"start the worker with topology.backend={backend}"
+        )
+
+    async def _encode(self, snapshot: TopologySnapshot) -> topology_pb2.TopologySnapshot:
+        statuses = await asyncio.gather(*(self._status(record) for record in snapshot.workers))
+        return topology_pb2.TopologySnapshot(
+            revision=snapshot.revision, backend=snapshot.backend, connected=snapshot.connected, workers=statuses
+        )
+
+    async def _status(self, record: WorkerRecord) -> worker_pb2.WorkerStatus:
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                status = await self._status_of(record)
+        except (SageError, TimeoutError) as err:
+            # Registered, yet silent: shown without numbers until its lease ends.
+            log.debug("no status of worker %s: %s", record.worker_id, err)
+            status = None
+        if status is None:
+            return worker_pb2.WorkerStatus(record=encode_worker_record(record))
+        return encode_status(replace(status, record=record))

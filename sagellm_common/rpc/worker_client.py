@@ -1,0 +1,89 @@
+"""WorkerService from outside: what a worker says of its load, its KV and its prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+
+from sagellm_common.core.types import BlockHash, KvStats, WorkerRecord
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.channels import call, stream
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChanges:
+    """What a worker's prefix cache gained and lost. With `snapshot`, `stored` is all it holds.
+
+    `revision` grows by one per message; a gap means that changes were missed.
+    """
+
+    revision: int
+    snapshot: bool
+    stored: tuple[BlockHash, ...]
+    removed: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    record: WorkerRecord
+    kv: KvStats
+    running_requests: int = 0
+    waiting_requests: int = 0
+    reservations: int = 0
+    pinned_transfers: int = 0
+
+
+async def get_status(channel: grpc.aio.Channel, *, timeout_s: float) -> WorkerStatus:
+    """Raises PeerLost, DeadlineExceeded."""
+    method = worker_pb2_grpc.WorkerServiceStub(channel).GetStatus
+    return decode_status(
+        await call(method, worker_pb2.GetStatusRequest(), timeout_s=timeout_s, response=worker_pb2.WorkerStatus)
+    )
+
+
+async def watch_status(
+    channel: grpc.aio.Channel, *, min_interval_s: float
+) -> AsyncGenerator[tuple[WorkerStatus, BlockChanges], None]:
+    """The full state, then each change. Iterate under `aclosing`. Raises PeerLost when the worker goes away."""
+    request = worker_pb2.WatchStatusRequest(min_interval_ms=int(min_interval_s * 1000))
+    method = worker_pb2_grpc.WorkerServiceStub(channel).WatchStatus
+    updates = stream(method, request, timeout_s=None, response=worker_pb2.WorkerStatus)
+    async with aclosing(updates):
+        async for message in updates:
+            yield decode_status(message), _decode_changes(message.block_events)
+
+
+def decode_status(message: worker_pb2.WorkerStatus) -> WorkerStatus:
+    return WorkerStatus(
+        record=codec.decode_worker_record(message.record),
+        kv=codec.decode_kv_stats(message.kv),
+        running_requests=message.running_requests,
+        waiting_requests=message.waiting_requests,
+        reservations=message.reservations,
+        pinned_transfers=message.pinned_transfers,
+    )
+
+
+def encode_status(status: WorkerStatus) -> worker_pb2.WorkerStatus:
+    """Without block events."""
+    return worker_pb2.WorkerStatus(
+        record=codec.encode_worker_record(status.record),
+        kv=codec.encode_kv_stats(status.kv),
+        running_requests=status.running_requests,
+        waiting_requests=status.waiting_requests,
+        reservations=status.reservations,
+        pinned_transfers=status.pinned_transfers,
+    )
+
+
+def _decode_changes(events: worker_pb2.BlockEvents) -> BlockChanges:
+    return BlockChanges(
+        revision=events.revision,
+        snapshot=events.snapshot,
+        stored=tuple(codec.decode_hashes(events.stored_hashes, "block_events.stored_hashes")),
+        removed=tuple(codec.decode_hashes(events.removed_hashes, "block_events.removed_hashes")),
+    )

@@ -1,0 +1,346 @@
+"""The life of every worker process, whatever its role.
+
+Three phases:
+
+    start:  byte path → gRPC server → topology → ready line
+    run:    until SIGTERM, SIGINT, Drain, or until another process has taken the worker's id
+    stop:   refuse new work → wait for what runs (at most the grace) → leave the topology → close
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+
+from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.core.config import Config
+from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, SageError, Unreachable, WorkerIdTaken
+from sagellm_common.core.topology import Registration, TopologyStore
+from sagellm_common.core.types import KvStats, ModelInfo, WorkerRecord, WorkerRole, WorkerState
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc, worker_pb2_grpc
+from sagellm_common.rpc.kv_transfer_service import KvTransferServicer
+from sagellm_common.rpc.server import GrpcServer, Registrar
+from sagellm_common.rpc.worker_service import BlockFeed, Load, WorkerServicer
+
+log = logging.getLogger(__name__)
+
+DEFAULT_DRAIN_GRACE_S = 10.0
+STREAM_GRACE_S = 0.2
+"""For answers on their way out once nothing runs; watchers and sessions would otherwise stay for ever."""
+TOPOLOGY_TIMEOUT_S = 2.0
+REGISTER_RETRY_S = 0.2
+TICK_S = 0.5
+
+
+class WorkerRuntime:
+    """Composes one worker. Made first, for its `record` and `check_accepting` are what the service's logic needs of
+    its surroundings; `run` gets the service and the logic's load.
+
+    `host` binds and is advertised, port 0 is an ephemeral port. `metrics_port` None serves no metrics.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        role: WorkerRole,
+        worker_id: str,
+        *,
+        pool: KVBackendProtocol,
+        source: HandoffSource,
+        channel: KVTransferChannel,
+        topology: TopologyStore,
+        target: HandoffTarget | None = None,
+        model: ModelInfo | None = None,
+        port: int = 0,
+        metrics_port: int | None = None,
+        metrics: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._source = source
+        self._target = target
+        self._channel = channel
+        self._topology = topology
+        self._port = port
+        self._metrics_port = metrics_port
+        self._metrics = metrics
+        self._feed = BlockFeed(pool)
+        self._load: Callable[[], Load] = Load
+        self._server: GrpcServer | None = None
+        self._registration: Registration | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._drain: asyncio.Task[int] | None = None
+        self._drain_requested = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._stack = contextlib.AsyncExitStack()
+        self.metrics_address = ""
+        self._record = WorkerRecord(
+            worker_id=worker_id,
+            role=role,
+            address="",
+            data_address="",
+            incarnation=secrets.token_hex(8),
+            pid=os.getpid(),
+            model=model,
+            transport=config.transport.backend,
+            host_id=socket.gethostname(),
+        )
+
+    # ---- what the service's logic asks ----
+
+    @property
+    def record(self) -> WorkerRecord:
+        """Who this worker is. Addresses are known from `start` on, id and incarnation at once."""
+        return self._record
+
+    def check_accepting(self) -> None:
+        """Raises Draining once no new work is taken."""
+        if self._record.state is WorkerState.DRAINING:
+            raise Draining(
+                f"worker {self._record.worker_id} is draining; send the request to another worker", retry_after_s=0.1
+            )
+
+    def load(self) -> Load:
+        return self._load()
+
+    def kv_stats(self) -> KvStats:
+        return self._pool.get_utilization()
+
+    # ---- life ----
+
+    async def run(self, services: Sequence[Registrar], load: Callable[[], Load]) -> None:
+        """Serves until told to stop. Raises ConfigError (port in use), WorkerIdTaken and EngineFailed."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self.start(services, load)
+            print(json.dumps(self.ready_line()), flush=True)
+            await self._until_stopped()
+        except Draining as err:
+            log.info("%s", err)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            await self.close()
+
+    async def start(self, services: Sequence[Registrar], load: Callable[[], Load]) -> None:
+        """Serves and is in the topology when this returns. On an error, `close` gives everything back.
+
+        Raises ConfigError (port in use), WorkerIdTaken, and Draining when told to stop before it got there.
+        """
+        self._load = load
+        host = self._config.cluster.host
+        for leases in (self._source, self._target):
+            if leases is not None:
+                self._stack.callback(leases.close)
+        data_address = await self._channel.start()
+        self._stack.push_async_callback(self._channel.close)
+        self._record = replace(self._record, data_address=data_address)
+        layout = self._record.model.kv_layout if self._record.model else None
+        transfer = KvTransferServicer(
+            self._source, self._channel, layout, self._record.worker_id, self._record.incarnation
+        )
+        own = [
+            Registrar(
+                "sagellm.v1.WorkerService",
+                worker_pb2_grpc.add_WorkerServiceServicer_to_server,
+                WorkerServicer(self, self._feed),
+            ),
+            Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer),
+        ]
+        self._server = GrpcServer(f"{host}:{self._port}", [*services, *own])
+        port = await self._server.start()
+        self._stack.push_async_callback(self._server.stop, STREAM_GRACE_S)
+        self._record = replace(self._record, address=f"{host}:{port}")
+        collector = _WorkerCollector(self)
+        self._metrics.register(collector)
+        self._stack.callback(self._metrics.unregister, collector)
+        if self._metrics_port is not None:
+            self.metrics_address = await self._stack.enter_async_context(
+                _metrics_server(host, self._metrics_port, self._metrics)
+            )
+        self._ticker = asyncio.create_task(self._tick(), name="worker-tick")
+        self._registration = await self._register()
+        await self._server.set_serving(True)
+
+    def ready_line(self) -> dict[str, object]:
+        """What a supervisor reads from stdout."""
+        record = self._record
+        return {
+            "ready": True,
+            "address": record.address,
+            "data_address": record.data_address,
+            "metrics_address": self.metrics_address,
+            "pid": record.pid,
+            "id": record.worker_id,
+        }
+
+    async def drain(self, grace_s: float | None = None) -> int:
+        """Turns new work away, waits for what runs, at most `grace_s`; returns the number of unfinished requests.
+
+        The process ends afterwards. Idempotent: later calls wait for the same drain.
+        """
+        if self._drain is None:
+            self._drain = asyncio.create_task(self._drain_once(grace_s), name="drain")
+        unfinished = await asyncio.shield(self._drain)
+        self._drain_requested.set()
+        return unfinished
+
+    async def close(self) -> None:
+        """Leaves the topology and closes what `start` opened. Idempotent."""
+        tasks = [task for task in (self._drain, self._ticker) if task is not None]
+        self._drain = self._ticker = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # a failed tick was `run`'s to raise
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            await self._briefly(registration.close(), "leave the topology")
+        await self._stack.aclose()
+        await self._topology.close()
+
+    # ---- parts of it ----
+
+    def _on_signal(self) -> None:
+        """The first signal drains, the second stops at once."""
+        if self._drain_requested.is_set():
+            self._stop_now.set()
+        self._drain_requested.set()
+
+    async def _until_stopped(self) -> None:
+        assert self._registration is not None and self._ticker is not None
+        requested = asyncio.create_task(self._drain_requested.wait(), name="drain-requested")
+        lost = asyncio.create_task(self._registration.lost.wait(), name="registration-lost")
+        stop_now = asyncio.create_task(self._stop_now.wait(), name="stop-now")
+        try:
+            await asyncio.wait([requested, lost, self._ticker], return_when=asyncio.FIRST_COMPLETED)
+            if self._ticker.done():
+                self._ticker.result()
+            if lost.done():
+                raise WorkerIdTaken(
+                    f"another process has registered as worker {self._record.worker_id!r}; this one "
+                    f"(incarnation {self._record.incarnation}) stops - give each worker its own --id"
+                )
+            drained = asyncio.create_task(self.drain(), name="drain-on-signal")
+            await asyncio.wait([drained, stop_now], return_when=asyncio.FIRST_COMPLETED)
+            if drained.done():
+                drained.result()
+            drained.cancel()
+        finally:
+            for task in (requested, lost, stop_now):
+                task.cancel()
+
+    async def _register(self) -> Registration:
+        """Enters the topology, waiting for a control plane that is not up yet: services start in any order."""
+        complained = False
+        while not self._drain_requested.is_set():
+            try:
+                await self._topology.start()
+                return await self._topology.register(self._record, self._config.topology.lease_ttl_s)
+            except (Unreachable, DeadlineExceeded) as err:
+                if not complained:
+                    log.warning("the topology is out of reach, trying on: %s", err)
+                    complained = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REGISTER_RETRY_S):
+                    await self._drain_requested.wait()
+        raise Draining("told to stop before the topology could be reached")
+
+    async def _drain_once(self, grace_s: float | None) -> int:
+        if self._server is not None:
+            await self._server.set_serving(False)
+        self._record = replace(self._record, state=WorkerState.DRAINING)
+        await self._announce()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEFAULT_DRAIN_GRACE_S if grace_s is None else grace_s):
+                while not self._load().idle:  # noqa: ASYNC110 - told by leases and engines, which have no event for it
+                    await asyncio.sleep(0.02)
+        load = self._load()
+        return load.running_requests + load.waiting_requests
+
+    async def _announce(self) -> None:
+        if self._registration is not None:
+            await self._briefly(self._registration.update(self._record), "update the topology")
+
+    async def _briefly(self, what: Awaitable[None], doing: str) -> None:
+        """The topology is advice: a worker neither stops nor hangs because it is away."""
+        try:
+            async with asyncio.timeout(TOPOLOGY_TIMEOUT_S):
+                await what
+        except (SageError, TimeoutError) as err:
+            log.warning("could not %s: %r", doing, err)
+
+    @property
+    def expired_leases(self) -> int:
+        """Since the start."""
+        return self._source.outcomes["expired"] + (self._target.outcomes["expired"] if self._target else 0)
+
+    async def _tick(self) -> None:
+        """Frees what dead parties held, and notices an engine that has stopped. Raises EngineFailed."""
+        while True:
+            await asyncio.sleep(min(self._config.transport.lease_ttl_s / 4, TICK_S))
+            self._load()
+            expired = self._source.expire() + (self._target.expire() if self._target else 0)
+            if expired:
+                log.warning("freed the blocks of %d leases whose party went silent", expired)
+
+
+@contextlib.asynccontextmanager
+async def _metrics_server(host: str, port: int, registry: CollectorRegistry) -> AsyncIterator[str]:
+    """Yields host:port."""
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as err:
+        raise ConfigError(f"--metrics-port {port}: cannot listen on {host}:{port}: {err.strerror}") from err
+    try:
+        yield f"{host}:{server.server_port}"
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        await asyncio.to_thread(thread.join)
+
+
+class _WorkerCollector:
+    """Reads the worker at scrape time: nothing to keep up to date, nothing on the path of a request."""
+
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        self._runtime = runtime
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats, load = self._runtime.kv_stats(), self._runtime.load()
+        blocks = GaugeMetricFamily("sagellm_worker_kv_blocks", "KV blocks by state.", labels=["state"])
+        for state in ("total", "free", "used", "cached"):
+            blocks.add_metric([state], getattr(stats, f"{state}_blocks"))
+        yield blocks
+        requests = GaugeMetricFamily("sagellm_worker_requests", "Requests by state.", labels=["state"])
+        requests.add_metric(["running"], load.running_requests)
+        requests.add_metric(["waiting"], load.waiting_requests)
+        yield requests
+        yield GaugeMetricFamily(
+            "sagellm_worker_reservations", "Blocks reserved for a prefill to come.", load.reservations
+        )
+        yield GaugeMetricFamily(
+            "sagellm_worker_pinned_transfers", "Transfers whose blocks are pinned here.", load.pinned_transfers
+        )
+        yield CounterMetricFamily(
+            "sagellm_worker_expired_leases",
+            "Leases freed because their party went silent.",
+            self._runtime.expired_leases,
+        )

@@ -1,0 +1,164 @@
+"""WorkerService: what a worker says of itself - status on demand, status as it changes, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from sagellm_common.core.kv import BlockEvent
+from sagellm_common.core.types import BlockHash, KvStats, WorkerRecord
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+
+DEFAULT_MIN_INTERVAL_S = 0.2
+SHORTEST_MIN_INTERVAL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much a worker has to do right now."""
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    reservations: int = 0
+    pinned_transfers: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self.running_requests or self.waiting_requests or self.reservations or self.pinned_transfers)
+
+
+class WorkerView(Protocol):
+    """What WorkerServicer and the services' loops ask of the worker they run in; `WorkerRuntime` implements it."""
+
+    @property
+    def record(self) -> WorkerRecord: ...
+
+    def load(self) -> Load: ...
+
+    def kv_stats(self) -> KvStats: ...
+
+    def check_accepting(self) -> None:
+        """Raises Draining once no new work is taken."""
+
+    async def drain(self, grace_s: float | None) -> int:
+        """Turns new work away, waits for what runs; returns the number of requests left unfinished. Idempotent."""
+
+
+class BlockFeed:
+    """Fans the prefix cache's changes out to watchers, each with its own backlog, coalesced per hash.
+
+    A backlog remembers only the last state of each hash, so it is bounded by the number of hashes that changed
+    however slow its watcher is.
+    """
+
+    def __init__(self, pool: KVBackendProtocol) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._backlogs: dict[object, dict[BlockHash, bool]] = {}
+        pool.watch(self._on_event)
+
+    def _on_event(self, event: BlockEvent) -> None:
+        """From any thread. Takes no other lock, for the pool may hold its own here."""
+        with self._lock:
+            for backlog in self._backlogs.values():
+                backlog.update(dict.fromkeys(event.removed, False))
+                backlog.update(dict.fromkeys(event.stored, True))
+
+    def subscribe(self) -> tuple[object, list[BlockHash]]:
+        """A watcher's key and what the cache holds now.
+
+        The backlog opens before the snapshot is taken: a change in between is told twice, which is harmless, and
+        never lost.
+        """
+        key = object()
+        with self._lock:
+            self._backlogs[key] = {}
+        return key, self._pool.cached_hashes()
+
+    def unsubscribe(self, key: object) -> None:
+        with self._lock:
+            self._backlogs.pop(key, None)
+
+    def take(self, key: object) -> BlockEvent:
+        """What changed since the last call."""
+        with self._lock:
+            backlog, self._backlogs[key] = self._backlogs[key], {}
+        return BlockEvent(
+            stored=tuple(h for h, present in backlog.items() if present),
+            removed=tuple(h for h, present in backlog.items() if not present),
+        )
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    def __init__(self, worker: WorkerView, feed: BlockFeed) -> None:
+        self._worker = worker
+        self._feed = feed
+
+    def status(self) -> worker_pb2.WorkerStatus:
+        load = self._worker.load()
+        return worker_pb2.WorkerStatus(
+            record=codec.encode_worker_record(self._worker.record),
+            kv=codec.encode_kv_stats(self._worker.kv_stats()),
+            running_requests=load.running_requests,
+            waiting_requests=load.waiting_requests,
+            reservations=load.reservations,
+            pinned_transfers=load.pinned_transfers,
+        )
+
+    async def GetStatus(
+        self,
+        request: worker_pb2.GetStatusRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.GetStatusRequest, worker_pb2.WorkerStatus],
+    ) -> worker_pb2.WorkerStatus:
+        return self.status()
+
+    async def WatchStatus(
+        self,
+        request: worker_pb2.WatchStatusRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.WatchStatusRequest, worker_pb2.WorkerStatus],
+    ) -> AsyncIterator[worker_pb2.WorkerStatus]:
+        """Lives as long as the caller wants it: the one kind of call without a deadline."""
+        interval_s = max(request.min_interval_ms / 1000 or DEFAULT_MIN_INTERVAL_S, SHORTEST_MIN_INTERVAL_S)
+        key, hashes = self._feed.subscribe()
+        try:
+            revision, last = 1, self.status()
+            message = worker_pb2.WorkerStatus()
+            message.CopyFrom(last)
+            message.block_events.MergeFrom(_events(BlockEvent(stored=tuple(hashes)), revision, snapshot=True))
+            yield message
+            while True:
+                await asyncio.sleep(interval_s)
+                event, now = self._feed.take(key), self.status()
+                if now == last and not event.stored and not event.removed:
+                    continue
+                revision, last = revision + 1, now
+                message = worker_pb2.WorkerStatus()
+                message.CopyFrom(now)
+                message.block_events.MergeFrom(_events(event, revision))
+                yield message
+        finally:
+            self._feed.unsubscribe(key)
+
+    async def Drain(
+        self,
+        request: worker_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainResponse],
+    ) -> worker_pb2.DrainResponse:
+        grace_s = request.grace_ms / 1000 if request.grace_ms > 0 else None
+        return worker_pb2.DrainResponse(unfinished_requests=await self._worker.drain(grace_s))
+
+
+def _events(event: BlockEvent, revision: int, *, snapshot: bool = False) -> worker_pb2.BlockEvents:
+    return worker_pb2.BlockEvents(
+        revision=revision,
+        snapshot=snapshot,
+        stored_hashes=b"".join(event.stored),
+        removed_hashes=b"".join(event.removed),
+    )

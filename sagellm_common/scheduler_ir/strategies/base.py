@@ -1,0 +1,65 @@
+"""What a placement strategy sees and answers: filter → score in [0, 1] → pick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sagellm_common.core.registry import Registry
+from sagellm_common.core.types import WorkerRole
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What matters of a request for placing it."""
+
+    request_id: str
+    num_prompt_tokens: int
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """What matters of a worker for placing one request. A value: the caller takes a fresh one per decision.
+
+    `outstanding` are requests sent there and not finished, `assigned` all ever sent (breaks ties, so that equal
+    workers take turns), `matched_tokens` the leading prompt tokens whose KV it holds.
+    """
+
+    worker_id: str
+    role: WorkerRole
+    outstanding: int = 0
+    assigned: int = 0
+    matched_tokens: int = 0
+
+    @property
+    def prefills(self) -> bool:
+        return self.role in (WorkerRole.PREFILL, WorkerRole.BOTH)
+
+    @property
+    def decodes(self) -> bool:
+        return self.role in (WorkerRole.DECODE, WorkerRole.BOTH)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Who does what. No `prefill_worker_id`: the decode worker computes the prompt itself."""
+
+    decode_worker_id: str
+    prefill_worker_id: str | None = None
+    kv_store_worker_id: str | None = None
+    strategy: str = ""
+    reason: str = ""
+
+
+class Strategy(Protocol):
+    """Places one request. Pure: the same views give the same answer."""
+
+    name: str
+
+    def place(self, request: RequestView, workers: Sequence[WorkerView]) -> Placement:
+        """Raises NoWorker when nobody among `workers` can decode."""
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy")

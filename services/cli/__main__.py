@@ -1,0 +1,267 @@
+"""`sagellm`: start, stop, look into and talk to a cluster.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such cluster, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Unpack
+
+import typer
+
+from sagellm_common.client.aio import Options, Prompt, gather
+from sagellm_common.client.sync import Client
+from sagellm_common.core.config_loader import config_schema, dump_config, load_config
+from sagellm_common.core.errors import ConfigError, SageError
+from services.cli import render, run
+from services.cli.cluster import Cluster, StartFailed
+from services.cli.home import ClusterHome
+from services.cli.status import NotRunning, running_state, status_document, view_of
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    name="sagellm",
+    help="Disaggregated LLM serving: prefill and decode on separate workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="The configuration as it is understood.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Name = Annotated[str, typer.Option("--name", help="the cluster; cluster.name unless given")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration")]
+Set = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="overrides one setting")]
+Json = Annotated[bool, typer.Option("--json", help="print data as JSON")]
+Router = Annotated[str, typer.Option("--router", metavar="HOST:PORT", help="of a cluster not started here")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="tokens to generate at most")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy")]
+Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
+
+
+# ---- the cluster ----
+
+
+@app.command()
+def up(
+    prefill: Annotated[int, typer.Option(min=1, help="prefill workers")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="decode workers")] = 1,
+    config: ConfigFile = None,
+    set_: Set = [],  # noqa: B006 - typer copies it
+    name: Name = "",
+    detach: Annotated[bool, typer.Option("--detach", help="return when it serves; `sagellm down` stops it")] = False,
+    json_: Json = False,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+) -> None:
+    """Start a cluster on this machine; Ctrl-C stops it."""
+    resolved = run.resolve_config(config, set_, name)
+    home = ClusterHome(resolved.cluster.name)
+    if detach:
+        arguments = [f"--prefill={prefill}", f"--decode={decode}", *(f"--set={s}" for s in set_)]
+        arguments += [f"--config={config}"] * bool(config) + [f"--name={name}"] * bool(name) + ["--json"] * json_
+        code, printed = run.up_detached(arguments)
+        sys.stdout.buffer.write(printed)
+        raise typer.Exit(code)
+
+    async def serve() -> None:
+        cluster = Cluster(resolved, home, prefill, decode)
+
+        async def on_ready() -> None:
+            state = running_state(home.name)
+            if json_:
+                _print_json(status_document(state, await view_of(state)), indent=None)
+            else:
+                stop_with = f"sagellm down --name {home.name}" if supervised else "Ctrl-C"
+                render.out.print(render.served(state, home.path / "logs", stop_with))
+            sys.stdout.flush()
+            if supervised:
+                run.detach_output(home.log_file("supervisor"))
+
+        await run.serve(cluster, on_ready)
+
+    asyncio.run(serve())
+
+
+@app.command()
+def down(name: Name = "") -> None:
+    """Stop a cluster, and wait until nothing of it runs."""
+    name = _name(name)
+    run.down(name)
+    render.err.print(f"cluster {name!r} stopped")
+
+
+@app.command()
+def status(name: Name = "", json_: Json = False) -> None:
+    """Processes, workers and their KV blocks."""
+    state = running_state(_name(name))
+    view = asyncio.run(view_of(state))
+    if json_:
+        _print_json(status_document(state, view))
+        return
+    render.out.print(render.served(state))
+    render.out.print(render.status_table(state, view))
+
+
+# ---- requests ----
+
+
+@app.command()
+def chat(
+    message: str,
+    system: Annotated[str, typer.Option(help="system message")] = "",
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Ask the model, through its chat template."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": message})
+    _generate(messages, name, router, json_, **_options(max_tokens, temperature, seed))
+
+
+@app.command()
+def generate(
+    prompt: str,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Let the model continue a text."""
+    _generate(prompt, name, router, json_, **_options(max_tokens, temperature, seed))
+
+
+@app.command()
+def explain(request_id: str, name: Name = "", router: Router = "", json_: Json = False) -> None:
+    """What was planned for a request, and when what happened."""
+    with _client(name, router) as client:
+        explanation = client.explain(request_id)
+    if json_:
+        _print_json(asdict(explanation))
+        return
+    render.out.print(f"{explanation.plan.request_id} · {explanation.plan.strategy} · {explanation.plan.reason}\n")
+    render.out.print(render.plan_diagram(explanation.plan))
+    render.out.print(render.explanation_table(explanation))
+
+
+@app.command()
+def demo() -> None:
+    """From nothing to an answered chat, with what happened on the way."""
+    from services.cli.demo import run_demo
+
+    asyncio.run(run_demo())
+
+
+# ---- configuration ----
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile = None, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
+    """Defaults, file, environment and flags together."""
+    resolved = load_config(config, os.environ, set_)
+    if json_:
+        _print_json(resolved.model_dump(mode="json"))
+    else:
+        typer.echo(dump_config(resolved), nl=False)
+
+
+@config_app.command("schema")
+def config_schema_() -> None:
+    """The JSON schema: every key, its default and what it means."""
+    _print_json(config_schema())
+
+
+@config_app.command("validate")
+def config_validate(file: Path, json_: Json = False) -> None:
+    """Check a file; exit code 2 and what is wrong if it is not valid."""
+    load_config(file, {}, ())
+    if json_:
+        _print_json({"file": str(file), "valid": True})
+    else:
+        render.err.print(f"{file} is valid")
+
+
+# ---- helpers ----
+
+
+def _name(name: str) -> str:
+    return name or load_config(None, os.environ).cluster.name
+
+
+def _client(name: str, router: str) -> Client:
+    if router:
+        return Client(router)
+    state = running_state(_name(name))
+    return Client(state.router_address, model_path=state.model_path)
+
+
+def _options(max_tokens: int | None, temperature: float, seed: int | None) -> Options:
+    options: Options = {"temperature": temperature}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if seed is not None:
+        options["seed"] = seed
+    return options
+
+
+def _generate(prompt: Prompt, name: str, router: str, as_json: bool, **options: Unpack[Options]) -> None:
+    """Text on stdout as it comes, what happened on stderr."""
+    outputs = []
+    with _client(name, router) as client:
+        for output in client.generate(prompt, **options):
+            outputs.append(output)
+            if not as_json:
+                sys.stdout.write(output.text)
+                sys.stdout.flush()
+    completion = gather(outputs)
+    if as_json:
+        _print_json(asdict(completion))
+        return
+    typer.echo()
+    render.err.print(render.footer(completion))
+
+
+def _print_json(value: Any, indent: int | None = 2) -> None:
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point: typed errors become one message and an exit code."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error.message, EXIT_USAGE)
+    except NotRunning as error:
+        _fail(str(error), EXIT_NOT_RUNNING)
+    except SageError as error:
+        _fail(f"{error.reason}: {error.message}", EXIT_FAILED)
+    except StartFailed as error:
+        said = "".join(f"\n  │ {line}" for line in error.tail)
+        _fail(f"{error}{said}\n  log: {error.log}", EXIT_FAILED)
+    except (run.Interrupted, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `sagellm … | head` is no failure
+        sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    render.error(message)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What people see: progress while something starts, tables and plans afterwards. Data on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from sagellm_common.client.aio import Completion
+from sagellm_common.client.router import ClusterView, Explanation
+from sagellm_common.core.types import GenerationSummary
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
+from services.cli import models
+from services.cli.cluster import ClusterEvent
+from services.cli.home import ClusterState
+
+# Where nobody resizes a window, tables get the room they need.
+PIPE_WIDTH = 120
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH, stderr=True)
+
+
+# ---- progress ----
+
+
+class StartupView:
+    """One line per process as it comes up, and what is still awaited below them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("starting")
+        self._awaited: list[str] = []
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        with self._status:
+            yield
+
+    def on_event(self, event: ClusterEvent) -> None:
+        """For a Cluster's on_event, also after startup."""
+        if event.kind == "starting":
+            self._awaited.append(event.process_id)
+        else:
+            self._awaited = [id for id in self._awaited if id != event.process_id]
+        if event.kind == "ready":
+            self._console.print(f"  [green]✓[/] {event.process_id:<12} [dim]{event.detail}[/]")
+        elif event.kind in ("died", "restarting", "gave up"):
+            self._console.print(f"  [yellow]![/] {event.process_id:<12} {event.kind} [dim]{event.detail}[/]")
+        self._status.update(f"starting {', '.join(self._awaited)}" if self._awaited else "waiting for the gateway")
+
+
+@contextmanager
+def model_progress(console: Console) -> Iterator[models.Progress]:
+    """A bar for `models.prepare_smollm2`, gone afterwards; one line where there is no terminal."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None, visible=False)
+
+        def show(what: str, done: int, total: int) -> None:
+            if done == 0 and not console.is_terminal:
+                console.print(f"  preparing {models.SMOLLM2}, once")
+            description = f"{models.SMOLLM2}, once: {what}"
+            progress.update(task, description=description, completed=done, total=total, visible=True)
+
+        yield show
+
+
+# ---- data ----
+
+
+def served(state: ClusterState, logs: Path | None = None, stop_with: str = "") -> Table:
+    """Where the cluster can be reached."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    rows = [
+        ("OpenAI API", f"{state.gateway_url}/v1"),
+        ("router", f"{state.router_address} (gRPC)"),
+        ("model", state.model_path),
+    ]
+    if logs:
+        rows.append(("logs", str(logs)))
+    if stop_with:
+        rows.append(("stop", stop_with))
+    for label, value in rows:
+        table.add_row(f"  {label}", value)
+    return table
+
+
+def footer(completion: Completion) -> str:
+    """One dim line under an answer."""
+    s = completion.summary
+    parts = (
+        f"{s.prompt_tokens} + {s.completion_tokens} tokens",
+        f"TTFT {s.ttft_ms:.0f} ms",
+        f"TPOT {s.tpot_ms:.1f} ms",
+        f"{size(s.kv_bytes_transferred)} of KV moved",
+        completion.request_id,
+    )
+    return f"[dim]{' · '.join(parts)}[/]"
+
+
+def status_table(state: ClusterState, view: ClusterView) -> Table:
+    """Processes of this machine and what the topology knows of the workers."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("ID", "ROLE", "ADDRESS", "PID", "STATE"):
+        table.add_column(name, no_wrap=True)
+    for name in ("RUNNING", "KV USED", "CACHED", "FREE", "TOTAL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    seen = set()
+    for worker in view.workers:
+        record, kv = worker.record, worker.kv
+        seen.add(record.worker_id)
+        blocks = (kv.used_blocks, kv.cached_blocks, kv.free_blocks, kv.total_blocks) if kv else ("–",) * 4
+        table.add_row(
+            record.worker_id,
+            record.role,
+            record.address,
+            str(record.pid),
+            record.state,
+            str(worker.running_requests),
+            *map(str, blocks),
+        )
+    for process in state.processes:
+        if process.id not in seen:
+            joining = "" if process.role in ("router", "gateway") else "not in the topology"
+            table.add_row(process.id, process.role, process.address, str(process.pid), joining)
+    return table
+
+
+def plan_diagram(plan: ExecutionPlan) -> Text:
+    """One column per step, in order: what, on which worker, on which tokens."""
+    columns = [(node.kind.value, node.worker_id, f"{node.start_token}–{node.end_token}") for node in plan.nodes]
+    widths = [max(map(len, column)) for column in columns]
+    text = Text()
+    for row, style in enumerate(("bold", "", "dim")):
+        joint = " ──► " if row == 0 else "     "
+        line = "  " + joint.join(f"{column[row]:<{width}}" for column, width in zip(columns, widths, strict=True))
+        text.append(line.rstrip() + "\n", style=style)
+    return text
+
+
+def explanation_table(explanation: Explanation) -> Table:
+    table = Table(box=None, pad_edge=True, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("  STAGE")
+    table.add_column("AT MS", justify="right")
+    table.add_column("TOOK MS", justify="right")
+    table.add_column("DETAIL")
+    for event in explanation.events:
+        table.add_row(f"  {event.stage}", f"{event.at_ms:.1f}", f"{event.duration_ms:.1f}", event.detail)
+    return table
+
+
+SummaryRow = tuple[str, str]
+
+
+def summary_rows(summary: GenerationSummary) -> list[SummaryRow]:
+    """What happened to one request, as label and value."""
+    own_cache = summary.cached_tokens - summary.store_tokens
+    rows = [
+        ("prompt tokens", str(summary.prompt_tokens)),
+        ("  from prefill's cache", str(own_cache)),
+        ("  from the store", str(summary.store_tokens)),
+        ("generated tokens", str(summary.completion_tokens)),
+        ("prefill on", summary.prefill_worker_id or "–"),
+        ("decode on", summary.decode_worker_id or "–"),
+        ("KV moved", size(summary.kv_bytes_transferred)),
+        ("  over", summary.transport or "–"),
+        ("  in", f"{summary.transfer_ms:.1f} ms"),
+        ("TTFT", f"{summary.ttft_ms:.1f} ms"),
+        ("TPOT", f"{summary.tpot_ms:.1f} ms"),
+    ]
+    if summary.attempts > 1:
+        rows.append(("attempts", str(summary.attempts)))
+    return rows
+
+
+def summaries_table(titled: Sequence[tuple[str, GenerationSummary]]) -> Table:
+    """Requests side by side."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table.add_column("", no_wrap=True)
+    for title, _ in titled:
+        table.add_column(title, justify="right", no_wrap=True)
+    columns = [dict(summary_rows(summary)) for _, summary in titled]
+    labels = [label for label, _ in summary_rows(titled[0][1])]
+    for label in labels:
+        table.add_row(f"  {label}", *(column.get(label, "") for column in columns))
+    return table
+
+
+def error(message: str) -> None:
+    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.2f} {unit}"
+    return f"{num_bytes} B"

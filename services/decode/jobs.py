@@ -1,0 +1,90 @@
+"""What the decode service is asked for and what it answers, free of the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sagellm_common.core.types import (
+    FinishReason,
+    HandoffTicket,
+    KvSource,
+    SamplingParams,
+    TokenIds,
+    TokenLogprob,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReserveJob:
+    """Memory for one prompt's KV, wanted before anybody computes it."""
+
+    request_id: str
+    attempt: int
+    prompt: TokenIds
+    cache_salt: str = ""
+    trace_context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeJob:
+    """One generation to go on with after `emitted`. `source` None: the prompt is computed here.
+
+    `sampling.max_new_tokens` counts the emitted tokens too.
+    """
+
+    request_id: str
+    attempt: int
+    prompt: TokenIds
+    emitted: TokenIds
+    sampling: SamplingParams
+    timeout_s: float
+    source: KvSource | None = None
+    cache_salt: str = ""
+    trace_context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What one pull moved. `blocks_reused` were here already."""
+
+    bytes: int
+    transfer_ms: float
+    blocks: int
+    blocks_reused: int
+    backend: str
+
+
+@dataclass(slots=True, eq=False)
+class DecodeChunk:
+    """Tokens `index, index + 1, …` of one generation, as one engine step gave them."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    transfer: Transfer | None = None
+
+
+Emit = Callable[[DecodeChunk], None]
+"""Takes a chunk on the event loop, within the engine's step: it must not wait."""
+
+
+class Decode(Protocol):
+    """`loop.DecodeLoop` and what is wrapped around it."""
+
+    def reserve(self, job: ReserveJob) -> HandoffTicket:
+        """Takes blocks under a lease. Raises SageError."""
+
+    def release(self, request_id: str, attempt: int) -> None:
+        """Gives reserved blocks back; running requests are left alone. A no-op for unknown ones."""
+
+    async def decode(self, job: DecodeJob, emit: Emit) -> None:
+        """Emits every chunk up to the one with finish_reason STOP or LENGTH, then returns.
+
+        Raises SageError; then nothing is emitted any more. Cancelling the call gives everything back.
+        """
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Ends this attempt and older ones with Cancelled, reservations included. A no-op for unknown ones."""

@@ -1,0 +1,208 @@
+"""The heart of the decode service: reserve → pull → commit → submit → stream → offload → free.
+
+Who owns the blocks on the way, and so who frees them when the request ends there:
+
+    reserve ── the reservations ── claim ── this request ── submit ── the engine ── last output ── this request
+                                                                          offload ── the lease table ◄──┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.core import failpoints
+from sagellm_common.core.errors import DeadlineExceeded, Draining, InvalidRequest, LeaseExpired
+from sagellm_common.core.types import FinishReason, HandoffTicket, TokenIds
+from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
+from sagellm_common.engines.limits import check_fits
+from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
+from sagellm_common.rpc.worker_service import Load, WorkerView
+from services.decode.jobs import DecodeChunk, DecodeJob, Emit, ReserveJob, Transfer
+from services.decode.offload import Offloader
+from services.decode.pull import KvPuller
+from services.decode.running import RunningRequests
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One sequence in the engine. `last` gets the output that ends it; cancelled, nobody is interested any more."""
+
+    emit: Emit
+    next_index: int
+    transfer: Transfer | None
+    last: asyncio.Future[SequenceOutput]
+    token_ids: list[int] = field(default_factory=list)
+
+
+class DecodeLoop:
+    """Generates tokens. `on_step` is the engine's callback; `offload` None goes without a kv_store."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reservations: HandoffTarget,
+        leases: HandoffSource,
+        worker: WorkerView,
+        puller: KvPuller,
+        offload: Offloader | None,
+    ) -> None:
+        self._engine = engine
+        self._pool = engine.kv
+        self._reservations = reservations
+        self._leases = leases
+        self._worker = worker
+        self._puller = puller
+        self._offload = offload
+        self._running = RunningRequests()
+        self._sequences: dict[str, _Sequence] = {}
+        self._numbers = itertools.count()
+
+    # ---- the handoff's first step ----
+
+    def reserve(self, job: ReserveJob) -> HandoffTicket:
+        """Raises Draining, KvExhausted, InvalidRequest, ContextTooLong, LeaseExpired (for an older attempt)."""
+        self._worker.check_accepting()
+        check_fits(self._engine, job.prompt)
+        # A repeated call replaces what the first one took: the request id may have come back with another prompt.
+        self._reservations.release(job.request_id, job.attempt)
+        with OwnedBlocks(self._pool, self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt)) as blocks:
+            reserved = self._reservations.reserve(job.request_id, job.attempt, blocks.allocation)
+            blocks.hand_over()
+        failpoints.hit("decode.reserved")
+        record = self._worker.record
+        return HandoffTicket(
+            transfer_id=job.request_id,
+            epoch=job.attempt,
+            worker_id=record.worker_id,
+            incarnation=record.incarnation,
+            block_table=reserved.block_ids,
+            num_cached_tokens=reserved.num_cached_tokens,
+            expires_in_ms=round(self._reservations.ttl_s * 1e3),
+        )
+
+    def release(self, request_id: str, attempt: int) -> None:
+        self._reservations.release(request_id, attempt)
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        self._reservations.release(request_id, attempt)
+        self._running.cancel(request_id, attempt)
+
+    # ---- the rest of it ----
+
+    async def decode(self, job: DecodeJob, emit: Emit) -> None:
+        """Raises LeaseExpired, PeerLost, KvCorrupt, LayoutMismatch, KvExhausted, ContextTooLong, InvalidRequest,
+        Draining, DeadlineExceeded, EngineFailed, Cancelled.
+        """
+        try:
+            async with asyncio.timeout(job.timeout_s):
+                with self._running.enter(job.request_id, job.attempt):
+                    await self._decode(job, emit)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"request {job.request_id}: decode did not finish within its {job.timeout_s:g} s"
+            ) from None
+
+    async def _decode(self, job: DecodeJob, emit: Emit) -> None:
+        with OwnedBlocks(self._pool) as blocks:
+            transfer = None
+            with self._puller.lease(job.source) if job.source else nullcontext():
+                self._claim(job, blocks)
+                if job.source is not None:
+                    transfer = await self._puller.pull(job, job.source, blocks.allocation)
+                    failpoints.hit("decode.pulled")
+            token_ids = await self._generate(job, blocks, transfer, emit)
+            if self._offload is not None and blocks.held:
+                self._offload.offer(job.request_id, job.attempt, token_ids, job.cache_salt, blocks)
+
+    def _claim(self, job: DecodeJob, blocks: OwnedBlocks) -> None:
+        """Takes the reserved blocks. Without a source they are optional, for the engine allocates what is missing."""
+        check_fits(self._engine, job.prompt)
+        if len(job.emitted) >= job.sampling.max_new_tokens:
+            raise InvalidRequest(
+                f"emitted_token_ids has {len(job.emitted)} tokens, which leaves nothing to generate of "
+                f"sampling.max_new_tokens {job.sampling.max_new_tokens}"
+            )
+        try:
+            blocks.take(self._reservations.claim(job.request_id, job.attempt))
+        except LeaseExpired:
+            if job.source is not None:
+                raise
+            self._worker.check_accepting()
+
+    async def _generate(self, job: DecodeJob, blocks: OwnedBlocks, transfer: Transfer | None, emit: Emit) -> TokenIds:
+        """Streams the generation out of the engine; returns all tokens, and `blocks` has their KV if it is wanted."""
+        # Numbered, for a cancelled sequence may still be in the engine when its request comes again.
+        engine_id = f"{job.request_id}/{job.attempt}#{next(self._numbers)}"
+        known = np.concatenate([job.prompt, job.emitted]).astype(np.int32, copy=False)
+        request = EngineRequest(
+            request_id=engine_id,
+            token_ids=known,
+            sampling=job.sampling,
+            num_emitted_tokens=len(job.emitted),
+            allocation=blocks.allocation if blocks.held else None,
+            cache_salt=job.cache_salt,
+            hold_blocks=self._offload is not None,
+        )
+        sequence = _Sequence(emit, len(job.emitted), transfer, asyncio.get_running_loop().create_future())
+        self._sequences[engine_id] = sequence
+        try:
+            self._engine.submit(request)
+        except BaseException:
+            del self._sequences[engine_id]
+            raise
+        if blocks.held:
+            blocks.hand_over()
+        try:
+            output = await sequence.last
+        except asyncio.CancelledError:
+            # Either the engine has just let go and the blocks are ours again, or `on_step` frees them once it does.
+            if sequence.last.cancelled():
+                self._engine.cancel(engine_id)
+            else:
+                blocks.take(sequence.last.result().held)
+            raise
+        blocks.take(output.held)
+        if output.error is not None:
+            raise output.error
+        if output.finish_reason is FinishReason.CANCELLED:
+            raise Draining(f"request {job.request_id}: the engine of this worker was stopped")
+        return np.concatenate([known, np.array(sequence.token_ids, dtype=np.int32)])
+
+    def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
+        """The engine's callback: passes tokens on at once, and wakes whoever waits when a sequence ends."""
+        for output in outputs:
+            sequence = self._sequences[output.request_id]
+            finished = output.finish_reason is not None
+            if finished:
+                del self._sequences[output.request_id]
+            if sequence.last.cancelled():
+                if output.held is not None:
+                    self._pool.free(output.held)
+                continue
+            well = output.finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH)
+            if output.token_ids or (finished and well):
+                reason = output.finish_reason if well else None
+                sequence.emit(
+                    DecodeChunk(sequence.next_index, output.token_ids, output.logprobs, reason, sequence.transfer)
+                )
+                sequence.transfer = None
+                sequence.next_index += len(output.token_ids)
+                sequence.token_ids += output.token_ids
+            if finished:
+                sequence.last.set_result(output)
+
+    def load(self) -> Load:
+        running = self._engine.stats().running
+        return Load(
+            running_requests=running,
+            waiting_requests=max(0, len(self._running) - running),
+            reservations=len(self._reservations),
+            pinned_transfers=len(self._leases),
+        )

@@ -1,0 +1,104 @@
+"""Finished blocks to the kv_store, so that they outlive this worker. Never on the path of a token."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+
+from prometheus_client import Counter
+
+from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.core.errors import Draining, SageError
+from sagellm_common.core.types import BlockIds, KvLayout, TokenIds
+from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.rpc.background import Background
+from sagellm_common.rpc.kv_source import describe_source
+from sagellm_common.rpc.store_client import StoreClient
+from sagellm_common.rpc.worker_service import WorkerView
+
+log = logging.getLogger(__name__)
+
+MAX_CONCURRENT = 2
+PUT_TIMEOUT_S = 5.0
+
+OFFLOADS = Counter("sagellm_decode_offloads", "Finished sequences offered to kv_store.", ["outcome"])
+OFFLOADED_BLOCKS = Counter("sagellm_decode_offloaded_blocks", "Blocks kv_store took, or had already.", ["outcome"])
+
+
+class Offloader:
+    """At most MAX_CONCURRENT at a time; what comes while they run is dropped, not queued: blocks are for sequences."""
+
+    def __init__(
+        self,
+        store: StoreClient,
+        leases: HandoffSource,
+        worker: WorkerView,
+        layout: KvLayout,
+        background: Background,
+    ) -> None:
+        self._store = store
+        self._leases = leases
+        self._worker = worker
+        self._layout = layout
+        self._background = background
+        self._running = 0
+        self._numbers = itertools.count()
+
+    def offer(self, request_id: str, epoch: int, token_ids: TokenIds, cache_salt: str, blocks: OwnedBlocks) -> None:
+        """Takes the blocks over if it offloads them, else leaves them with the caller."""
+        num_blocks = blocks.allocation.num_cached_tokens // self._layout.block_size_tokens
+        if num_blocks == 0 or not self._store.available:
+            return
+        if self._running >= MAX_CONCURRENT:
+            OFFLOADS.labels("dropped").inc()
+            return
+        # Numbered, for a request id may come again before this lease has ended, with other tokens.
+        transfer_id = f"offload:{request_id}#{next(self._numbers)}"
+        num_tokens = num_blocks * self._layout.block_size_tokens
+        try:
+            pinned = self._leases.pin(transfer_id, epoch, blocks.allocation, num_tokens)
+        except Draining:
+            return
+        # From here on the lease table owns them, so that nothing leaks should the task never get to run.
+        blocks.hand_over()
+        self._running += 1
+        self._background.spawn(
+            self._offload(transfer_id, epoch, pinned.block_ids[:num_blocks], token_ids[:num_tokens], cache_salt),
+            f"offload of request {request_id}",
+            on_end=lambda: self._ended(transfer_id, epoch),
+        )
+
+    def _ended(self, transfer_id: str, epoch: int) -> None:
+        self._running -= 1
+        self._leases.release(transfer_id, epoch, committed=True)
+
+    async def _offload(
+        self, transfer_id: str, epoch: int, block_ids: BlockIds, token_ids: TokenIds, cache_salt: str
+    ) -> None:
+        size = self._layout.block_size_tokens
+        hashes = block_hashes(token_ids, size, root_hash(self._layout, cache_salt))
+        try:
+            async with asyncio.timeout(PUT_TIMEOUT_S):
+                present = await self._store.lookup(hashes)
+                OFFLOADED_BLOCKS.labels("present").inc(present)
+                if present < len(hashes):
+                    source = describe_source(
+                        self._worker.record,
+                        self._layout,
+                        transfer_id=transfer_id,
+                        epoch=epoch,
+                        block_ids=block_ids[present:],
+                        num_tokens=(len(hashes) - present) * size,
+                        lease_ttl_s=self._leases.ttl_s,
+                    )
+                    result = await self._store.put(
+                        hashes[present:], token_ids[present * size :], source, timeout_s=PUT_TIMEOUT_S
+                    )
+                    OFFLOADED_BLOCKS.labels("stored").inc(result.num_stored)
+        except (SageError, TimeoutError) as err:
+            OFFLOADS.labels("failed").inc()
+            log.warning("%s failed: %r", transfer_id, err)
+        else:
+            OFFLOADS.labels("done").inc()

@@ -1,0 +1,94 @@
+"""Brings a prompt's KV from the worker that computed it into blocks of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.core.errors import SageError
+from sagellm_common.core.kv import Allocation
+from sagellm_common.core.telemetry import span
+from sagellm_common.core.types import KvLayout, KvSource
+from sagellm_common.rpc.kv_transfer_client import KvTransferClient
+from sagellm_common.rpc.lease_release import LeaseReleaser
+from sagellm_common.rpc.worker_service import WorkerView
+from services.decode.jobs import DecodeJob, Transfer
+
+log = logging.getLogger(__name__)
+
+
+class KvPuller:
+    def __init__(
+        self,
+        channel: KVTransferChannel,
+        transfers: KvTransferClient,
+        releaser: LeaseReleaser,
+        worker: WorkerView,
+        layout: KvLayout,
+    ) -> None:
+        self._channel = channel
+        self._transfers = transfers
+        self._releaser = releaser
+        self._worker = worker
+        self._layout = layout
+
+    @contextmanager
+    def lease(self, source: KvSource) -> Iterator[None]:
+        """The source learns how the block ended: committed, or cancelled when it raised."""
+        committed = False
+        try:
+            yield
+            committed = True
+        finally:
+            self._releaser.release(source, committed)
+
+    async def pull(self, job: DecodeJob, source: KvSource, allocation: Allocation) -> Transfer:
+        """Fills the blocks that are not valid yet and raises `allocation.num_cached_tokens` to what is ready.
+
+        Raises LayoutMismatch, ConfigError (another byte path), PeerLost, LeaseExpired, KvCorrupt.
+        """
+        with span("transfer", request_id=job.request_id, source=source.worker_id, backend=source.backend) as current:
+            me = self._worker.record
+            await self._transfers.handshake(
+                source, worker_id=me.worker_id, incarnation=me.incarnation, layout=self._layout
+            )
+            size = self._layout.block_size_tokens
+            ready = min(self._ready_tokens(source), len(job.prompt))
+            begin = max(allocation.num_cached_tokens // size, allocation.num_shared_blocks)
+            end = -(-ready // size)
+            if begin >= end:
+                return Transfer(0, 0.0, 0, end, self._channel.name)
+            async with self._renewed(source):
+                result = await self._channel.pull(
+                    source, source.block_table[begin:end], allocation.block_ids[begin:end], timeout_s=job.timeout_s
+                )
+            allocation.num_cached_tokens = ready
+            current.set_attributes({"bytes": result.bytes, "blocks": result.blocks, "blocks_reused": begin})
+            return Transfer(result.bytes, result.seconds * 1e3, result.blocks, begin, self._channel.name)
+
+    def _ready_tokens(self, source: KvSource) -> int:
+        """Below the watermark all layers are there; above it nothing may be read."""
+        return min(source.tokens_ready, source.num_tokens) if source.layers_ready >= self._layout.num_layers else 0
+
+    @asynccontextmanager
+    async def _renewed(self, source: KvSource) -> AsyncIterator[None]:
+        """Keeps the source's lease alive for the time of the block."""
+        renewing = asyncio.create_task(self._renew(source), name=f"renew-{source.transfer_id}")
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            await asyncio.wait([renewing])
+
+    async def _renew(self, source: KvSource) -> None:
+        """A renewal that fails is no error of its own: the pull finds out for itself."""
+        left_s = source.lease_expires_in_ms / 1e3
+        try:
+            while True:
+                await asyncio.sleep(max(left_s / 3, 0.05))
+                left_s = await self._transfers.renew(source)
+        except SageError as err:
+            log.info("transfer %s: the lease could not be renewed: %s", source.transfer_id, err)

@@ -1,0 +1,164 @@
+"""DecodeService: decode → call the domain → encode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+
+from sagellm_common.core.errors import Cancelled, InvalidRequest, SageError
+from sagellm_common.core.types import FinishReason, pack_int32
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.session_writer import SessionWriter
+from sagellm_common.rpc.status import to_status
+from services.decode.jobs import Decode, DecodeChunk, DecodeJob, ReserveJob
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Part = worker_pb2.DecodeResponse | worker_pb2.ReserveResult
+Writer = SessionWriter[Part, worker_pb2.DecodeSessionResponse]
+
+
+class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
+    """`default_timeout_s` is for callers that send no timeout_ms."""
+
+    def __init__(self, decode: Decode, default_timeout_s: float) -> None:
+        self._decode = decode
+        self._default_timeout_s = default_timeout_s
+
+    async def Reserve(self, request: worker_pb2.ReserveRequest, context: Context) -> worker_pb2.ReserveResponse:
+        return self._reserve(request)
+
+    async def ReleaseReservation(
+        self, request: worker_pb2.ReleaseReservationRequest, context: Context
+    ) -> worker_pb2.ReleaseReservationResponse:
+        self._decode.release(request.request_id, request.attempt)
+        return worker_pb2.ReleaseReservationResponse()
+
+    async def Cancel(self, request: worker_pb2.CancelRequest, context: Context) -> worker_pb2.CancelResponse:
+        self._decode.cancel(request.request_id, request.attempt)
+        return worker_pb2.CancelResponse()
+
+    async def Decode(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
+        async def write(responses: Sequence[worker_pb2.DecodeResponse]) -> None:
+            for response in responses:
+                await context.write(response)
+
+        writer = SessionWriter[worker_pb2.DecodeResponse, Sequence[worker_pb2.DecodeResponse]](lambda all: all, write)
+        job = self._job(request)
+        async with writer.serving():
+            await self._decode.decode(job, lambda chunk: writer.put(encode_chunk(job, chunk)))
+
+    async def Session(self, requests: AsyncIterator[worker_pb2.DecodeSessionRequest], context: Context) -> None:
+        """Each generation runs in a task of the session: the stream's end, however it comes, cancels the unfinished.
+
+        Reservations outlive it: their lease does.
+        """
+        writer = Writer(encode_session, context.write)
+        async with writer.serving() as running:
+            async for message in requests:
+                match message.WhichOneof("op"):
+                    case "reserve":
+                        writer.put(self._reserve_result(message.reserve))
+                    case "decode":
+                        running.create_task(self._generate(message.decode, writer))
+                    case "cancel":
+                        self._decode.cancel(message.cancel.request_id, message.cancel.attempt)
+                    case "release":
+                        self._decode.release(message.release.request_id, message.release.attempt)
+
+    async def _generate(self, request: worker_pb2.DecodeRequest, writer: Writer) -> None:
+        end = worker_pb2.DecodeResponse(request_id=request.request_id, attempt=request.attempt)
+        try:
+            job = self._job(request)
+            await self._decode.decode(job, lambda chunk: writer.put(encode_chunk(job, chunk)))
+            return
+        except Cancelled:
+            end.finish_reason = codec.encode_finish_reason(FinishReason.CANCELLED)
+        except SageError as err:
+            end.finish_reason = codec.encode_finish_reason(FinishReason.ERROR)
+            end.error.CopyFrom(to_status(err))
+        except Exception as err:
+            log.exception("decode of request %s failed", request.request_id)
+            end.finish_reason = codec.encode_finish_reason(FinishReason.ERROR)
+            end.error.CopyFrom(to_status(err))
+        writer.put(end)
+
+    def _reserve_result(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveResult:
+        result = worker_pb2.ReserveResult(request_id=request.request_id, attempt=request.attempt)
+        try:
+            result.response.CopyFrom(self._reserve(request))
+        except SageError as err:
+            result.error.CopyFrom(to_status(err))
+        except Exception as err:
+            log.exception("reservation for request %s failed", request.request_id)
+            result.error.CopyFrom(to_status(err))
+        return result
+
+    def _reserve(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveResponse:
+        job = ReserveJob(
+            request_id=_request_id(request.request_id),
+            attempt=request.attempt,
+            prompt=codec.decode_token_ids(request.prompt_token_ids, "prompt_token_ids"),
+            cache_salt=request.cache_salt,
+            trace_context=dict(request.trace_context),
+        )
+        ticket = self._decode.reserve(job)
+        return worker_pb2.ReserveResponse(
+            request_id=request.request_id, attempt=request.attempt, ticket=codec.encode_ticket(ticket)
+        )
+
+    def _job(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
+        if request.timeout_ms < 0:
+            raise InvalidRequest(f"timeout_ms is {request.timeout_ms}, but must be at least 0")
+        return DecodeJob(
+            request_id=_request_id(request.request_id),
+            attempt=request.attempt,
+            prompt=codec.decode_token_ids(request.prompt_token_ids, "prompt_token_ids"),
+            emitted=codec.decode_token_ids(request.emitted_token_ids, "emitted_token_ids"),
+            sampling=codec.decode_sampling(request.sampling),
+            timeout_s=request.timeout_ms / 1000 or self._default_timeout_s,
+            source=codec.decode_kv_source(request.source) if request.HasField("source") else None,
+            cache_salt=request.cache_salt,
+            trace_context=dict(request.trace_context),
+        )
+
+
+def _request_id(request_id: str) -> str:
+    if not request_id:
+        raise InvalidRequest("request_id is empty, but must be set")
+    return request_id
+
+
+def encode_session(parts: Sequence[Part]) -> worker_pb2.DecodeSessionResponse:
+    """All that has come up since the last message: what one engine step gave travels together."""
+    return worker_pb2.DecodeSessionResponse(
+        outputs=[part for part in parts if isinstance(part, worker_pb2.DecodeResponse)],
+        reservations=[part for part in parts if isinstance(part, worker_pb2.ReserveResult)],
+    )
+
+
+def encode_chunk(job: DecodeJob, chunk: DecodeChunk) -> worker_pb2.DecodeResponse:
+    response = worker_pb2.DecodeResponse(
+        request_id=job.request_id,
+        attempt=job.attempt,
+        index=chunk.index,
+        token_ids=pack_int32(chunk.token_ids),
+        logprobs=codec.encode_logprobs(chunk.logprobs) if chunk.logprobs else None,
+        finish_reason=codec.encode_finish_reason(chunk.finish_reason),
+    )
+    if chunk.transfer is not None:
+        response.transfer.CopyFrom(
+            worker_pb2.TransferReport(
+                bytes=chunk.transfer.bytes,
+                transfer_ms=chunk.transfer.transfer_ms,
+                blocks=chunk.transfer.blocks,
+                blocks_reused=chunk.transfer.blocks_reused,
+                backend=chunk.transfer.backend,
+            )
+        )
+    return response

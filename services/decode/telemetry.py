@@ -1,0 +1,103 @@
+"""What decode tells about itself, as a wrapper: the loop knows nothing of it."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import Counter, Histogram
+
+from sagellm_common.core.errors import SageError
+from sagellm_common.core.telemetry import span
+from sagellm_common.core.types import HandoffTicket
+from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, ReserveJob
+
+_TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
+
+RESERVATIONS = Counter("sagellm_decode_reservations", "Reservations: done or the error's reason.", ["outcome"])
+REQUESTS = Counter("sagellm_decode_requests", "Generations by finish reason or the error's reason.", ["outcome"])
+TOKENS = Counter("sagellm_decode_tokens", "Tokens generated.")
+TPOT_SECONDS = Histogram("sagellm_decode_tpot_seconds", "Time per token after the first here.", buckets=_TPOT_SECONDS)
+BLOCKS = Counter("sagellm_decode_handoff_blocks", "Prompt blocks handed over: pulled, or reused.", ["origin"])
+
+
+class ObservedDecode:
+    """A `Decode` with spans and metrics."""
+
+    def __init__(self, inner: Decode) -> None:
+        self._inner = inner
+
+    def reserve(self, job: ReserveJob) -> HandoffTicket:
+        with span(
+            "reserve",
+            job.trace_context,
+            request_id=job.request_id,
+            attempt=job.attempt,
+            prompt_tokens=len(job.prompt),
+        ) as current:
+            try:
+                ticket = self._inner.reserve(job)
+            except SageError as err:
+                RESERVATIONS.labels(err.reason.lower()).inc()
+                raise
+            current.set_attribute("cached_tokens", ticket.num_cached_tokens)
+        RESERVATIONS.labels("done").inc()
+        return ticket
+
+    def release(self, request_id: str, attempt: int) -> None:
+        self._inner.release(request_id, attempt)
+
+    async def decode(self, job: DecodeJob, emit: Emit) -> None:
+        meter = _Meter(emit)
+        with span(
+            "decode",
+            job.trace_context,
+            request_id=job.request_id,
+            attempt=job.attempt,
+            emitted_tokens=len(job.emitted),
+        ) as current:
+            outcome = "cancelled"
+            try:
+                await self._inner.decode(job, meter)
+                outcome = meter.finish_reason
+            except SageError as err:
+                outcome = err.reason.lower()
+                raise
+            except Exception:
+                outcome = "internal"
+                raise
+            finally:
+                current.set_attribute("tokens", meter.num_tokens)
+                REQUESTS.labels(outcome).inc()
+                meter.report()
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        self._inner.cancel(request_id, attempt)
+
+
+class _Meter:
+    """Counts what passes. On the path of every token, so it only adds and looks at the clock."""
+
+    __slots__ = ("_emit", "_first_s", "_last_s", "finish_reason", "num_tokens")
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._first_s = self._last_s = 0.0
+        self.num_tokens = 0
+        self.finish_reason = "none"
+
+    def __call__(self, chunk: DecodeChunk) -> None:
+        self._emit(chunk)
+        self._last_s = time.perf_counter()
+        if not self.num_tokens:
+            self._first_s = self._last_s
+        self.num_tokens += len(chunk.token_ids)
+        if chunk.finish_reason is not None:
+            self.finish_reason = chunk.finish_reason.value
+        if chunk.transfer is not None:
+            BLOCKS.labels("pulled").inc(chunk.transfer.blocks)
+            BLOCKS.labels("reused").inc(chunk.transfer.blocks_reused)
+
+    def report(self) -> None:
+        TOKENS.inc(self.num_tokens)
+        if self.num_tokens > 1:
+            TPOT_SECONDS.observe((self._last_s - self._first_s) / (self.num_tokens - 1))

@@ -1,0 +1,61 @@
+"""`python -m services.kv_store`: composes a KV store and serves until told to stop."""
+
+from __future__ import annotations
+
+import sys
+
+from prometheus_client import REGISTRY
+
+from sagellm_common.comm_backend import make_channel
+from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.types import WorkerRole
+from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc
+from sagellm_common.rpc.kv_transfer_client import KvTransferClient
+from sagellm_common.rpc.server import Registrar
+from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
+from sagellm_common.rpc.worker_runtime import WorkerRuntime
+from services.kv_store.block_log import BlockLog
+from services.kv_store.loop import KvStore
+from services.kv_store.servicer import KvStoreServicer
+from services.kv_store.telemetry import StoreCollector
+
+
+async def compose(args: WorkerArgs) -> None:
+    config, clock = args.config, SystemClock()
+    pool = HostKvPool(config.kv_store.budget_bytes, clock)
+    REGISTRY.register(StoreCollector(pool))
+    async with ChannelPool() as channels:
+        leases = HandoffSource(config.transport.lease_ttl_s, clock, pool.free)
+        channel = make_channel(
+            config.transport,
+            pool.regions,
+            leases,
+            config.cluster.host,
+            args.data_port,
+            KvTransferClient(channels).pull_rpc,
+        )
+        runtime = WorkerRuntime(
+            config,
+            WorkerRole.KV_STORE,
+            args.worker_id,
+            pool=pool,
+            source=leases,
+            channel=channel,
+            topology=make_topology(config, args.router, channels),
+            port=args.port,
+            metrics_port=args.metrics_port,
+        )
+        store = KvStore(pool, leases, channel, runtime)
+        service = Registrar(
+            "sagellm.v1.KvStoreService",
+            kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
+            KvStoreServicer(store, BlockLog(pool)),
+        )
+        await runtime.run([service], store.load)
+
+
+if __name__ == "__main__":
+    sys.exit(worker_main(WorkerRole.KV_STORE, compose, sys.argv[1:]))

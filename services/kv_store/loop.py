@@ -1,0 +1,130 @@
+"""What kv_store does: KV blocks of finished requests in host memory, found by hash.
+
+put   begin_put (blocks for what is absent) → pull from the source → commit_put, or abort_put in any other case
+get   references on the leading hits → pinned under a lease → the client pulls and releases, or the lease runs out
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.core import failpoints
+from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.core.types import BlockHash, KvLayout, KvSource, TokenIds, WorkerRecord
+from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.rpc.kv_transfer_service import check_backend
+from sagellm_common.rpc.worker_service import Load
+
+FIRST_EPOCH = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    num_stored: int
+    num_present: int
+    bytes_pulled: int
+
+
+class Worker(Protocol):
+    """What the store asks of the worker it runs in (`WorkerRuntime`)."""
+
+    @property
+    def record(self) -> WorkerRecord: ...
+
+    def check_accepting(self) -> None:
+        """Raises Draining once no new work is taken."""
+
+
+class KvStore:
+    def __init__(
+        self,
+        pool: HostKvPool,
+        leases: HandoffSource,
+        channel: KVTransferChannel,
+        worker: Worker,
+    ) -> None:
+        self._pool = pool
+        self._leases = leases
+        self._channel = channel
+        self._worker = worker
+        self._running_puts = 0
+
+    def load(self) -> Load:
+        return Load(running_requests=self._running_puts, pinned_transfers=len(self._leases))
+
+    def lookup(self, hashes: Sequence[BlockHash], layout: KvLayout) -> int:
+        """How many leading hashes are stored. Raises LayoutMismatch."""
+        return self._pool.lookup(hashes) if self._pool.check_layout(layout) else 0
+
+    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds, layout: KvLayout, backend: str) -> KvSource | None:
+        """The leading blocks stored for these tokens, pinned under a new lease; None for none.
+
+        Raises InvalidRequest, LayoutMismatch, ConfigError (another byte path), Draining.
+        """
+        self._worker.check_accepting()
+        check_backend(self._channel.name, backend)
+        if not self._pool.check_layout(layout):
+            return None
+        allocation = self._pool.get(hashes, token_ids)
+        if not len(allocation.block_ids):
+            self._pool.free(allocation)
+            return None
+        transfer_id = f"store:{secrets.token_hex(8)}"
+        try:
+            self._leases.pin(transfer_id, FIRST_EPOCH, allocation, allocation.num_cached_tokens)
+        except BaseException:
+            self._pool.free(allocation)
+            raise
+        failpoints.hit("store.getting")
+        record = self._worker.record
+        return KvSource(
+            transfer_id=transfer_id,
+            epoch=FIRST_EPOCH,
+            worker_id=record.worker_id,
+            incarnation=record.incarnation,
+            control_address=record.address,
+            data_address=self._channel.address,
+            backend=self._channel.name,
+            block_table=allocation.block_ids,
+            num_tokens=allocation.num_cached_tokens,
+            lease_expires_in_ms=int(self._leases.ttl_s * 1000),
+            layers_ready=layout.num_layers,
+            tokens_ready=allocation.num_cached_tokens,
+        )
+
+    async def put(
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, layout: KvLayout, source: KvSource, timeout_s: float
+    ) -> PutResult:
+        """Pulls what is absent from `source`, whose lease the caller holds. Stores fewer when memory is short.
+
+        Raises InvalidRequest, LayoutMismatch, ConfigError, Draining, and what `KVTransferChannel.pull` raises.
+        """
+        self._worker.check_accepting()
+        check_backend(self._channel.name, source.backend)
+        if len(source.block_table) != len(hashes):
+            raise InvalidRequest(
+                f"source.block_table has {len(source.block_table)} blocks for {len(hashes)} block hashes"
+            )
+        self._pool.adopt(layout)
+        put = self._pool.begin_put(hashes, token_ids)
+        self._running_puts += 1
+        try:
+            pulled = await self._channel.pull(
+                source, source.block_table[put.positions], put.allocation.block_ids, timeout_s=timeout_s
+            )
+            failpoints.hit("store.putting")
+            self._pool.commit_put(put)
+        finally:
+            # Whatever kept it from being committed: no one may find half-filled blocks.
+            self._pool.abort_put(put)
+            self._running_puts -= 1
+        return PutResult(len(put.positions), put.num_present, pulled.bytes)
+
+    def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
+        """Keeps blocks from eviction; returns how many."""
+        return self._pool.pin(hashes, ttl_s)

@@ -1,0 +1,85 @@
+"""KvStoreService on the wire: decode → KvStore → encode. The server's interceptor puts errors on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
+from services.kv_store.block_log import BlockLog
+from services.kv_store.loop import KvStore
+
+DEFAULT_PUT_TIMEOUT_S = 10.0
+"""For a caller that sets no deadline."""
+
+
+class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
+    def __init__(self, store: KvStore, block_log: BlockLog) -> None:
+        self._store = store
+        self._block_log = block_log
+
+    async def Lookup(
+        self,
+        request: kv_pb2.KvLookupRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.KvLookupRequest, kv_pb2.KvLookupResponse],
+    ) -> kv_pb2.KvLookupResponse:
+        hashes, layout = codec.decode_hashes(request.block_hashes), codec.decode_layout(request.layout)
+        return kv_pb2.KvLookupResponse(num_blocks=self._store.lookup(hashes, layout))
+
+    async def Get(
+        self,
+        request: kv_pb2.KvGetRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.KvGetRequest, kv_pb2.KvGetResponse],
+    ) -> kv_pb2.KvGetResponse:
+        source = self._store.get(
+            codec.decode_hashes(request.block_hashes),
+            codec.decode_token_ids(request.token_ids),
+            codec.decode_layout(request.layout),
+            request.backend,
+        )
+        if source is None:
+            return kv_pb2.KvGetResponse()
+        return kv_pb2.KvGetResponse(num_blocks=len(source.block_table), source=codec.encode_kv_source(source))
+
+    async def Put(
+        self,
+        request: kv_pb2.KvPutRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.KvPutRequest, kv_pb2.KvPutResponse],
+    ) -> kv_pb2.KvPutResponse:
+        result = await self._store.put(
+            codec.decode_hashes(request.block_hashes),
+            codec.decode_token_ids(request.token_ids),
+            codec.decode_layout(request.layout),
+            codec.decode_kv_source(request.source),
+            context.time_remaining() or DEFAULT_PUT_TIMEOUT_S,
+        )
+        return kv_pb2.KvPutResponse(
+            num_stored=result.num_stored, num_present=result.num_present, bytes_pulled=result.bytes_pulled
+        )
+
+    async def Pin(
+        self,
+        request: kv_pb2.KvPinRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.KvPinRequest, kv_pb2.KvPinResponse],
+    ) -> kv_pb2.KvPinResponse:
+        if request.ttl_ms < 0:
+            raise InvalidRequest(f"ttl_ms is {request.ttl_ms}, but must be at least 0 (0 unpins)")
+        hashes = codec.decode_hashes(request.block_hashes)
+        return kv_pb2.KvPinResponse(num_pinned=self._store.pin(hashes, request.ttl_ms / 1000))
+
+    async def WatchBlocks(
+        self,
+        request: kv_pb2.WatchBlocksRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.WatchBlocksRequest, kv_pb2.WatchBlocksResponse],
+    ) -> AsyncIterator[kv_pb2.WatchBlocksResponse]:
+        """Lives as long as the caller wants it."""
+        async for revision in self._block_log.watch(request.from_revision):
+            yield kv_pb2.WatchBlocksResponse(
+                revision=revision.number,
+                snapshot=revision.snapshot,
+                stored_hashes=codec.encode_hashes(revision.event.stored),
+                removed_hashes=codec.encode_hashes(revision.event.removed),
+            )

@@ -1,0 +1,47 @@
+"""What the prefill service is asked for and what it answers, free of the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sagellm_common.core.types import FinishReason, KvSource, SamplingParams, TokenIds, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillJob:
+    """One prompt to compute. `sampling.max_new_tokens` is the request's; prefill makes the first of them."""
+
+    request_id: str
+    attempt: int
+    prompt: TokenIds
+    sampling: SamplingParams
+    timeout_s: float
+    cache_salt: str = ""
+    trace_context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillDone:
+    """The first token and where the prompt's KV waits; or the finish reason, when nothing is left to decode."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    source: KvSource | None = None
+    cached_tokens: int = 0
+    store_tokens: int = 0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+    store_fetch_ms: float = 0.0
+
+
+class Prefill(Protocol):
+    """`loop.PrefillLoop` and what is wrapped around it."""
+
+    async def prefill(self, job: PrefillJob) -> PrefillDone:
+        """Raises SageError. Cancelling the call gives everything back."""
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Ends this attempt and older ones and unpins their blocks. A no-op for unknown ones."""

@@ -1,0 +1,90 @@
+"""PrefillService: decode → call the domain → encode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from sagellm_common.core.errors import InvalidRequest, SageError
+from sagellm_common.core.types import pack_int32
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.session_writer import SessionWriter
+from sagellm_common.rpc.status import to_status
+from services.prefill.jobs import Prefill, PrefillDone, PrefillJob
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Writer = SessionWriter[worker_pb2.PrefillResult, worker_pb2.PrefillSessionResponse]
+
+
+class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
+    """`default_timeout_s` is for callers that send no timeout_ms."""
+
+    def __init__(self, prefill: Prefill, default_timeout_s: float) -> None:
+        self._prefill = prefill
+        self._default_timeout_s = default_timeout_s
+
+    async def Prefill(self, request: worker_pb2.PrefillRequest, context: Context) -> worker_pb2.PrefillResponse:
+        return encode_done(request, await self._prefill.prefill(self._job(request)))
+
+    async def Cancel(self, request: worker_pb2.CancelRequest, context: Context) -> worker_pb2.CancelResponse:
+        self._prefill.cancel(request.request_id, request.attempt)
+        return worker_pb2.CancelResponse()
+
+    async def Session(self, requests: AsyncIterator[worker_pb2.PrefillSessionRequest], context: Context) -> None:
+        """Each request runs in a task of the session: the stream's end, however it comes, cancels the unfinished."""
+        writer = Writer(lambda results: worker_pb2.PrefillSessionResponse(results=results), context.write)
+        async with writer.serving() as running:
+            async for message in requests:
+                if message.HasField("prefill"):
+                    running.create_task(self._answer(message.prefill, writer))
+                elif message.HasField("cancel"):
+                    self._prefill.cancel(message.cancel.request_id, message.cancel.attempt)
+
+    async def _answer(self, request: worker_pb2.PrefillRequest, writer: Writer) -> None:
+        result = worker_pb2.PrefillResult(request_id=request.request_id, attempt=request.attempt)
+        try:
+            done = await self._prefill.prefill(self._job(request))
+            result.response.CopyFrom(encode_done(request, done))
+        except SageError as err:
+            result.error.CopyFrom(to_status(err))
+        except Exception as err:
+            log.exception("prefill of request %s failed", request.request_id)
+            result.error.CopyFrom(to_status(err))
+        writer.put(result)
+
+    def _job(self, request: worker_pb2.PrefillRequest) -> PrefillJob:
+        if not request.request_id:
+            raise InvalidRequest("request_id is empty, but must be set")
+        if request.timeout_ms < 0:
+            raise InvalidRequest(f"timeout_ms is {request.timeout_ms}, but must be at least 0")
+        return PrefillJob(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            prompt=codec.decode_token_ids(request.prompt_token_ids, "prompt_token_ids"),
+            sampling=codec.decode_sampling(request.sampling),
+            timeout_s=request.timeout_ms / 1000 or self._default_timeout_s,
+            cache_salt=request.cache_salt,
+            trace_context=dict(request.trace_context),
+        )
+
+
+def encode_done(request: worker_pb2.PrefillRequest, done: PrefillDone) -> worker_pb2.PrefillResponse:
+    return worker_pb2.PrefillResponse(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        token_ids=pack_int32(done.token_ids),
+        logprobs=codec.encode_logprobs(done.logprobs),
+        finish_reason=codec.encode_finish_reason(done.finish_reason),
+        source=codec.encode_kv_source(done.source) if done.source else None,
+        cached_tokens=done.cached_tokens,
+        store_tokens=done.store_tokens,
+        queue_ms=done.queue_ms,
+        compute_ms=done.compute_ms,
+        store_fetch_ms=done.store_fetch_ms,
+    )

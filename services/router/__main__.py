@@ -1,0 +1,172 @@
+"""`python -m services.router`: composes the router and serves until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import uvloop
+from prometheus_client import start_http_server
+
+from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.config import Config
+from sagellm_common.core.config_loader import load_config
+from sagellm_common.core.errors import ConfigError, SageError
+from sagellm_common.core.telemetry import setup_logging, setup_tracing, shutdown_tracing
+from sagellm_common.core.topology import TopologyStore
+from sagellm_common.core.topology_embedded import EmbeddedTopology
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2_grpc, topology_pb2_grpc
+from sagellm_common.rpc.server import GrpcServer, Registrar
+from sagellm_common.rpc.topology_service import TopologyServicer
+from sagellm_common.scheduler_ir.strategies import make_strategy
+from services.router.explain import ExplainLog
+from services.router.observed import ObservedPipeline, RouterMetrics
+from services.router.pipeline import Pipeline
+from services.router.servicer import InferenceServicer, explain_plan
+from services.router.workers import Workers
+
+log = logging.getLogger(__name__)
+
+DRAIN_GRACE_S = 10.0
+STOP_GRACE_S = 0.2
+EXIT_REFUSED = 2
+
+
+def make_topology(config: Config) -> TopologyStore:
+    """Raises ConfigError."""
+    if config.topology.backend == "etcd":
+        from sagellm_common.core.topology_etcd import EtcdTopology
+
+        return EtcdTopology(config.topology.endpoints, config.cluster.name)
+    return EmbeddedTopology()
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A serving router; `address` is host:port."""
+
+    address: str
+    pipeline: ObservedPipeline
+    workers: Workers
+
+
+@asynccontextmanager
+async def serving(
+    config: Config, topology: TopologyStore, *, port: int = 0, metrics: RouterMetrics | None = None
+) -> AsyncIterator[Router]:
+    """A router that serves for the time of the block. Closes the topology.
+
+    Raises ConfigError (port in use, unknown strategy), PeerLost (no etcd).
+    """
+    explain = ExplainLog()
+    async with contextlib.AsyncExitStack() as stack:
+        channels = await stack.enter_async_context(ChannelPool())
+        stack.push_async_callback(topology.close)
+        await topology.start()
+        workers = Workers(topology, channels)
+        stack.push_async_callback(workers.close)
+        pipeline = ObservedPipeline(
+            Pipeline(
+                config.router,
+                workers,
+                make_strategy(config.router.strategy),
+                explain,
+                SystemClock(),
+                random.Random(),
+            ),
+            metrics or RouterMetrics(),
+        )
+        inference = InferenceServicer(pipeline, workers, explain, config.router.request_timeout_s)
+        known = TopologyServicer(topology, workers.status, partial(explain_plan, explain))
+        server = GrpcServer(
+            f"{config.cluster.host}:{port}",
+            [
+                Registrar(
+                    "sagellm.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference
+                ),
+                Registrar("sagellm.v1.TopologyService", topology_pb2_grpc.add_TopologyServiceServicer_to_server, known),
+            ],
+        )
+        bound = await server.start()
+        stack.push_async_callback(server.stop, STOP_GRACE_S)
+        workers.start()
+        await server.set_serving(True)
+        try:
+            yield Router(f"{config.cluster.host}:{bound}", pipeline, workers)
+        finally:
+            await server.set_serving(False)
+
+
+async def run(config: Config, port: int, metrics_port: int) -> None:
+    """Serves until SIGTERM or SIGINT; then what is in flight may finish, until the grace or a second signal."""
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    with _metrics_server(config.cluster.host, metrics_port) as metrics_address:
+        async with serving(config, make_topology(config), port=port) as router:
+            ready = {"ready": True, "address": router.address, "data_address": "", "metrics_address": metrics_address}
+            print(json.dumps({**ready, "pid": os.getpid(), "id": "router"}), flush=True)
+            await stop.wait()
+            log.info("stopping, %d requests in flight", router.pipeline.in_flight)
+            ends = [asyncio.create_task(router.pipeline.drain()), asyncio.create_task(stop_now.wait())]
+            _, waiting = await asyncio.wait(ends, timeout=DRAIN_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+
+
+@contextlib.contextmanager
+def _metrics_server(host: str, port: int) -> Iterator[str]:
+    try:
+        server, thread = start_http_server(port, host)
+    except OSError as err:
+        raise ConfigError(f"--metrics-port {port}: cannot listen on {host}:{port}: {err.strerror}") from err
+    try:
+        yield f"{host}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="services.router", description="The sageLLM router.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one setting")
+    parser.add_argument("--port", type=int, default=0, help="gRPC; 0 is ephemeral")
+    parser.add_argument("--metrics-port", type=int, default=0, help="Prometheus; 0 is ephemeral")
+    args = parser.parse_args(argv)
+    try:
+        for name in ("port", "metrics_port"):
+            if not 0 <= getattr(args, name) <= 65535:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0..65535")
+        config = load_config(args.config, os.environ, args.set)
+        setup_logging(config.telemetry.log_level)
+        setup_tracing("sagellm-router", config.telemetry.otlp_endpoint)
+        uvloop.run(run(config, args.port, args.metrics_port))
+    except SageError as err:
+        print(f"services.router: {err.reason}: {err.message}", file=sys.stderr)
+        return EXIT_REFUSED
+    finally:
+        shutdown_tracing()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""What a request has asked of workers and may still hold there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sagellm_common.core.errors import Cancelled
+from services.router.workers import WorkerLink
+
+
+class OpenCalls:
+    """Every call is entered before it is sent and left in until its worker is known to hold nothing for it.
+
+    `settle` gives the rest back. It only queues messages, so it may stand in any `finally`; workers treat cancel and
+    release of what they do not know as no-ops, so it may come too often but never too late.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._undo: dict[tuple[str, WorkerLink, int], Callable[[str, int], None]] = {}
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def reserving(self, link: WorkerLink, attempt: int) -> None:
+        self._enter("reserve", link, attempt, link.decode.release)
+
+    def prefilling(self, link: WorkerLink, attempt: int) -> None:
+        """Covers the KV pinned there, too."""
+        self._enter("prefill", link, attempt, link.prefill.cancel)
+
+    def decoding(self, link: WorkerLink, attempt: int) -> None:
+        self._enter("decode", link, attempt, link.decode.cancel)
+
+    def finished(self) -> None:
+        """The decode worker has ended the generation: it has claimed its reservation and released the prefill's pin."""
+        self._undo.clear()
+
+    def settle(self, *, keep_prefill: tuple[WorkerLink, int] | None = None) -> None:
+        """Cancels and releases everything but the prefill `keep_prefill`, whose KV is still wanted. Idempotent."""
+        for (what, link, attempt), undo in list(self._undo.items()):
+            if what == "prefill" and (link, attempt) == keep_prefill:
+                continue
+            del self._undo[what, link, attempt]
+            undo(self._request_id, attempt)
+
+    def cancel(self) -> None:
+        """CancelGeneration: settles, which ends whatever call waits, and lets no further one begin."""
+        self._cancelled = True
+        self.settle()
+
+    def check(self) -> None:
+        """Raises Cancelled once `cancel` was called."""
+        if self._cancelled:
+            raise Cancelled(f"request {self._request_id} was cancelled")
+
+    def _enter(self, what: str, link: WorkerLink, attempt: int, undo: Callable[[str, int], None]) -> None:
+        self.check()
+        self._undo[what, link, attempt] = undo

@@ -1,0 +1,146 @@
+"""What one request has become so far: the one mutable thing of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sagellm_common.core.clock import Clock
+from sagellm_common.core.errors import EngineFailed, SageError
+from sagellm_common.core.telemetry import span
+from sagellm_common.core.types import (
+    FinishReason,
+    GenerationOutput,
+    GenerationRequest,
+    GenerationSummary,
+    TokenLogprob,
+)
+from sagellm_common.rpc.sessions import DecodeStep, PrefillOutcome, TransferReport
+from services.router.explain import Explanation, PlanEvent
+from services.router.stages import Prefilled
+from services.router.workers import WorkerLink
+
+
+class Generation:
+    """Counts tokens so that none is emitted twice or skipped, over any number of attempts, and keeps the times.
+
+    `attempts` numbers the attempts on the wire; the `rejections` among them, by full workers, are no failures.
+    `at_fault` is the worker whose call failed last. `pinned` is a finished prefill whose KV nobody has pulled yet.
+    """
+
+    def __init__(self, request: GenerationRequest, clock: Clock, explanation: Explanation) -> None:
+        self.request = request
+        self.explanation = explanation
+        self.emitted: list[int] = []
+        self.attempts = 0
+        self.rejections = 0
+        self.at_fault: WorkerLink | None = None
+        self.pinned: Prefilled | None = None
+        self._clock = clock
+        self._began_s = clock.now()
+        self._first_token_s: float | None = None
+        self._last_token_s = self._began_s
+        self._stage_ms: dict[str, float] = {}
+        self._prefill: PrefillOutcome | None = None
+        self._transfer: TransferReport | None = None
+        self._prefill_worker_id = ""
+        self._decode_worker_id = ""
+
+    @property
+    def complete(self) -> bool:
+        """All tokens are there, only the word that it is finished got lost."""
+        return len(self.emitted) >= self.request.sampling.max_new_tokens
+
+    @contextmanager
+    def stage(self, name: str, link: WorkerLink | None = None) -> Iterator[None]:
+        """A span, an explain event and a time around one stage; a failure in it is the worker's."""
+        begin_s = self._clock.now()
+        detail = link.worker_id if link else ""
+        try:
+            with span(name, request_id=self.request.request_id, worker_id=detail):
+                yield
+        except SageError as err:
+            self.at_fault = link
+            detail = f"{detail}: {err.reason} {err.message}".removeprefix(": ")
+            raise
+        finally:
+            self._record(name, begin_s, (self._clock.now() - begin_s) * 1e3, detail)
+
+    def take_prefill(self, prefilled: Prefilled) -> GenerationOutput:
+        """The first token, or the end."""
+        outcome = prefilled.outcome
+        self._prefill, self._prefill_worker_id = outcome, prefilled.worker.worker_id
+        self.pinned = prefilled if outcome.source else None
+        return self._emit(outcome.token_ids, outcome.logprobs, outcome.finish_reason)
+
+    def take_step(self, link: WorkerLink, step: DecodeStep) -> GenerationOutput | None:
+        """The step's tokens; None when it has none. Raises EngineFailed on a repeated or skipped index."""
+        self._decode_worker_id = link.worker_id
+        if step.transfer is not None:
+            self._take_transfer(step.transfer)
+        if step.token_ids:
+            self.pinned = None
+            if step.index != len(self.emitted):
+                raise EngineFailed(
+                    f"decode worker {link.worker_id} sent token {step.index}, expected was {len(self.emitted)}"
+                )
+        if not step.token_ids and step.finish_reason is None:
+            return None
+        return self._emit(step.token_ids, step.logprobs, step.finish_reason)
+
+    def finish(self, reason: FinishReason) -> GenerationOutput:
+        """The last output, without tokens."""
+        return self._emit((), (), reason)
+
+    def summary(self) -> GenerationSummary:
+        prefill, transfer = self._prefill, self._transfer
+        first_s = self._first_token_s if self._first_token_s is not None else self._last_token_s
+        num_tokens = len(self.emitted)
+        return GenerationSummary(
+            prompt_tokens=len(self.request.prompt_token_ids),
+            completion_tokens=num_tokens,
+            cached_tokens=prefill.cached_tokens if prefill else 0,
+            store_tokens=prefill.store_tokens if prefill else 0,
+            prefill_worker_id=self._prefill_worker_id,
+            decode_worker_id=self._decode_worker_id,
+            kv_bytes_transferred=transfer.bytes if transfer else 0,
+            transport=transfer.backend if transfer else "",
+            queue_ms=self._stage_ms.get("plan", 0.0) + (prefill.queue_ms if prefill else 0.0),
+            reserve_ms=self._stage_ms.get("reserve", 0.0),
+            prefill_ms=self._stage_ms.get("prefill", 0.0),
+            prefill_compute_ms=prefill.compute_ms if prefill else 0.0,
+            store_fetch_ms=prefill.store_fetch_ms if prefill else 0.0,
+            transfer_ms=transfer.transfer_ms if transfer else 0.0,
+            ttft_ms=(first_s - self._began_s) * 1e3,
+            tpot_ms=(self._last_token_s - first_s) * 1e3 / max(1, num_tokens - 1),
+            attempts=self.attempts - self.rejections,
+        )
+
+    def _emit(
+        self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], finish_reason: FinishReason | None
+    ) -> GenerationOutput:
+        index = len(self.emitted)
+        self.emitted += token_ids
+        if token_ids:
+            self._last_token_s = self._clock.now()
+            if self._first_token_s is None:
+                self._first_token_s = self._last_token_s
+        return GenerationOutput(
+            request_id=self.request.request_id,
+            index=index,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            summary=self.summary() if finish_reason else None,
+        )
+
+    def _take_transfer(self, transfer: TransferReport) -> None:
+        """Pulled and committed: the source is unpinned. The span is entered afterwards, from the worker's report."""
+        self._transfer, self.pinned = transfer, None
+        blocks = f"{transfer.blocks} blocks, {transfer.blocks_reused} reused"
+        detail = f"{transfer.bytes} bytes, {blocks}, {transfer.backend}"
+        self._record("transfer", self._clock.now() - transfer.transfer_ms / 1e3, transfer.transfer_ms, detail)
+
+    def _record(self, stage: str, begin_s: float, duration_ms: float, detail: str) -> None:
+        self._stage_ms[stage] = self._stage_ms.get(stage, 0.0) + duration_ms
+        self.explanation.add(PlanEvent(stage, (begin_s - self._began_s) * 1e3, duration_ms, detail))

@@ -1,0 +1,264 @@
+"""The life of a request, one way, no back and forth. Start reading at `Pipeline.generate`.
+
+admit → ( match → plan → reserve on decode → prefill → decode ) → release
+           ▲                                            │
+           └──────── again elsewhere, after what ◄──────┘ a worker failed
+                     was emitted already
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TypeVar
+
+from sagellm_common.core.clock import Clock
+from sagellm_common.core.config import RouterConfig
+from sagellm_common.core.errors import Cancelled, Draining, NoWorker, PeerLost, SageError, UnknownModel
+from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, ModelInfo
+from sagellm_common.core.validation import validate_request
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.scheduler_ir.strategies import Strategy
+from services.router.admission import Admission, Slot
+from services.router.explain import ExplainLog
+from services.router.generation import Generation
+from services.router.placing import place
+from services.router.retry import Retry, blames_source
+from services.router.stages import Admitted, Deadline, Matched, Prefilled, Reserved, Routed
+from services.router.workers import WorkerLink, Workers
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Pipeline:
+    def __init__(
+        self,
+        config: RouterConfig,
+        workers: Workers,
+        strategy: Strategy,
+        explain: ExplainLog,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._workers = workers
+        self._strategy = strategy
+        self._explain = explain
+        self._clock = clock
+        self._rng = rng
+        self._admission = Admission(config.max_queue)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._admission)
+
+    async def generate(
+        self, request: GenerationRequest, timeout_s: float | None = None
+    ) -> AsyncGenerator[GenerationOutput, None]:
+        """The tokens of one generation as they come; the last output has finish_reason and summary.
+
+        Iterate under `aclosing`: leaving early cancels the request everywhere. Raises InvalidRequest, ContextTooLong,
+        UnknownModel, QueueFull, NoWorker, DeadlineExceeded, and a worker's failure that outlived all attempts.
+        """
+        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        deadline = self._deadline(timeout_s)
+        with self._admission.admit(request.request_id) as slot:
+            generation = Generation(request, self._clock, self._explain.begin(request.request_id))
+            retry = Retry(self._config.max_attempts)
+            try:
+                with generation.stage("admit"):
+                    admitted = await self._admit(request, deadline, slot)
+                while True:
+                    try:
+                        async with aclosing(self._attempt(admitted, generation, retry, slot)) as outputs:
+                            async for output in outputs:
+                                yield output
+                        return
+                    except SageError as error:
+                        slot.calls.check()
+                        await self._before_retry(error, admitted, generation, retry, slot)
+            except Cancelled:
+                if not slot.calls.cancelled:
+                    raise
+                yield generation.finish(FinishReason.CANCELLED)
+            finally:
+                with generation.stage("release"):
+                    slot.calls.settle()
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request in flight: its stream closes with CANCELLED. False when there is none."""
+        return self._admission.cancel(request_id)
+
+    async def drain(self) -> None:
+        """Turns new requests away with Draining; returns when none is in flight."""
+        await self._admission.drain()
+
+    async def _attempt(
+        self, admitted: Admitted, generation: Generation, retry: Retry, slot: Slot
+    ) -> AsyncGenerator[GenerationOutput, None]:
+        """From match to the last token, once. Where tokens were emitted before, it goes on after them."""
+        if generation.complete:
+            yield generation.finish(FinishReason.LENGTH)
+            return
+        generation.attempts += 1
+        with generation.stage("match"):
+            matched = self._match(admitted)
+        with generation.stage("plan"):
+            routed = await self._route(admitted, matched, generation, retry, slot)
+        with routed.decode.engaged():
+            source = generation.pinned
+            if routed.prefill is not None or source is not None:
+                reserved = await self._reserve(admitted, routed, generation, slot)
+                if routed.prefill is not None:
+                    source = await self._prefill(admitted, routed.prefill, reserved, generation, slot)
+                    yield (output := generation.take_prefill(source))
+                    if output.finish_reason:
+                        return
+            async with aclosing(self._decode(admitted, routed, source, generation, slot)) as outputs:
+                async for output in outputs:
+                    yield output
+            slot.calls.finished()
+
+    # ---- the stages ----
+
+    async def _admit(self, request: GenerationRequest, deadline: Deadline, slot: Slot) -> Admitted:
+        model = await self._with_grace(lambda: self._model(request.model), deadline, slot)
+        validate_request(request, model)
+        if not request.sampling.greedy and request.sampling.seed is None:
+            # Seeded, so that another worker can go on where a lost one stopped.
+            request = replace(request, sampling=replace(request.sampling, seed=self._rng.getrandbits(63)))
+        return Admitted(request, model, deadline)
+
+    def _match(self, admitted: Admitted) -> Matched:
+        layout = admitted.model.kv_layout
+        root = root_hash(layout, admitted.request.cache_salt)
+        hashes = block_hashes(admitted.request.prompt_token_ids, layout.block_size_tokens, root)
+        depths = self._workers.matched(hashes)
+        return Matched({worker_id: depth * layout.block_size_tokens for worker_id, depth in depths.items()})
+
+    async def _route(
+        self, admitted: Admitted, matched: Matched, generation: Generation, retry: Retry, slot: Slot
+    ) -> Routed:
+        def try_once() -> Routed:
+            links = retry.preferred(self._workers.usable(admitted.model))
+            return place(admitted, matched, generation, links, self._strategy)
+
+        routed = await self._with_grace(try_once, admitted.deadline, slot)
+        generation.explanation.plan = routed.plan
+        return routed
+
+    async def _reserve(self, admitted: Admitted, routed: Routed, generation: Generation, slot: Slot) -> Reserved:
+        timeout_s = admitted.deadline.budget_s()
+        slot.calls.reserving(routed.decode, generation.attempts)
+        with generation.stage("reserve", routed.decode):
+            ticket = await routed.decode.decode.reserve(admitted.request, generation.attempts, timeout_s=timeout_s)
+        return Reserved(ticket)
+
+    async def _prefill(
+        self, admitted: Admitted, worker: WorkerLink, reserved: Reserved, generation: Generation, slot: Slot
+    ) -> Prefilled:
+        timeout_s = admitted.deadline.budget_s()
+        slot.calls.prefilling(worker, generation.attempts)
+        with worker.engaged(), generation.stage("prefill", worker):
+            outcome = await worker.prefill.prefill(
+                admitted.request, generation.attempts, reserved.ticket, timeout_s=timeout_s
+            )
+            return Prefilled(outcome, worker, generation.attempts)
+
+    async def _decode(
+        self, admitted: Admitted, routed: Routed, source: Prefilled | None, generation: Generation, slot: Slot
+    ) -> AsyncGenerator[GenerationOutput, None]:
+        timeout_s = admitted.deadline.budget_s()
+        slot.calls.decoding(routed.decode, generation.attempts)
+        with generation.stage("decode", routed.decode):
+            steps = routed.decode.decode.decode(
+                admitted.request,
+                generation.attempts,
+                generation.emitted,
+                source.outcome.source if source else None,
+                timeout_s=timeout_s,
+            )
+            async with aclosing(steps):
+                async for step in steps:
+                    if step.finish_reason is FinishReason.CANCELLED:
+                        raise Draining(f"decode worker {routed.decode.worker_id} ended the request; it is stopping")
+                    if output := generation.take_step(routed.decode, step):
+                        yield output
+
+    # ---- when a worker fails, or is not there ----
+
+    async def _before_retry(
+        self, error: SageError, admitted: Admitted, generation: Generation, retry: Retry, slot: Slot
+    ) -> None:
+        """Gives back what the failed attempt held and waits a little. Raises the error when it was the last attempt.
+
+        A prefill whose KV still waits to be pulled is kept for the next attempt, unless it is the culprit.
+        """
+        at_fault, pinned = generation.at_fault, generation.pinned
+        if pinned and at_fault and blames_source(error, at_fault):
+            at_fault = pinned.worker
+        if pinned and (at_fault is pinned.worker or not pinned.worker.reachable):
+            pinned = generation.pinned = None
+        slot.calls.settle(keep_prefill=(pinned.worker, pinned.attempt) if pinned else None)
+        if isinstance(error, PeerLost) and at_fault:
+            self._workers.suspect(at_fault)
+        delay_s = retry.delay_after(error, at_fault)
+        generation.rejections = retry.rejections
+        if delay_s >= admitted.deadline.budget_s():
+            raise error
+        log.log(
+            logging.DEBUG if error.code == "RESOURCE_EXHAUSTED" else logging.INFO,
+            "request %s: attempt %d failed after %d tokens, trying again: %s",
+            *(admitted.request.request_id, generation.attempts, len(generation.emitted), error.message),
+        )
+        await _wait_any(delay_s, slot.cancelled)
+        slot.calls.check()
+
+    async def _with_grace(self, try_once: Callable[[], T], deadline: Deadline, slot: Slot) -> T:
+        """`try_once`, again at each change of the workers while it raises NoWorker, for a short time: a restarted
+        worker is not there yet."""
+        give_up_s = self._clock.now() + min(self._config.worker_grace_s, deadline.budget_s())
+        while True:
+            changed = self._workers.changed
+            try:
+                return try_once()
+            except NoWorker:
+                patience_s = give_up_s - self._clock.now()
+                if patience_s <= 0:
+                    raise
+                await _wait_any(patience_s, changed, slot.cancelled)
+                slot.calls.check()
+
+    def _model(self, name: str) -> ModelInfo:
+        """No name means the only model. Raises NoWorker when no worker was ever seen, UnknownModel."""
+        models = self._workers.models()
+        if not models:
+            raise NoWorker("no worker has joined yet; start one or wait until it has", retry_after_s=1.0)
+        if name in models:
+            return models[name]
+        if not name and len(models) == 1:
+            return next(iter(models.values()))
+        raise UnknownModel(
+            f"model {name!r} is not served here; known: {', '.join(sorted(models))}", metadata={"model": name}
+        )
+
+    def _deadline(self, timeout_s: float | None) -> Deadline:
+        limit_s = self._config.request_timeout_s
+        return Deadline(self._clock, self._clock.now() + (limit_s if timeout_s is None else min(limit_s, timeout_s)))
+
+
+async def _wait_any(timeout_s: float, *events: asyncio.Event) -> None:
+    """Until one of the events is set, or the time is over."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

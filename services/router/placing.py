@@ -1,0 +1,56 @@
+"""Workers and what they hold, as the strategy sees them; its answer, as a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sagellm_common.core.types import WorkerRole
+from sagellm_common.scheduler_ir.builder import IRBuilder
+from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, WorkerView
+from services.router.generation import Generation
+from services.router.stages import Admitted, Matched, Routed
+from services.router.workers import WorkerLink
+
+
+def place(
+    admitted: Admitted, matched: Matched, generation: Generation, links: Sequence[WorkerLink], strategy: Strategy
+) -> Routed:
+    """Raises NoWorker when none of `links` can decode."""
+    resumed = bool(generation.emitted)
+    pinned = generation.pinned
+    by_id = {link.worker_id: link for link in links if not (resumed and link.record.role is WorkerRole.PREFILL)}
+    request = RequestView(
+        admitted.request.request_id, len(admitted.request.prompt_token_ids), admitted.request.priority
+    )
+    placement = strategy.place(request, [_view(link, matched) for link in by_id.values()])
+    if resumed:
+        how = f"KV pulled from {pinned.worker.worker_id}" if pinned else "KV recomputed"
+        placement = replace(
+            placement,
+            prefill_worker_id=None,
+            reason=f"resumed after {len(generation.emitted)} tokens, {how}; decode on {placement.decode_worker_id}",
+        )
+    decode_id, prefill_id = placement.decode_worker_id, placement.prefill_worker_id
+    plan = IRBuilder(admitted.model.kv_layout.block_size_tokens).build(
+        request,
+        placement,
+        max_new_tokens=admitted.request.sampling.max_new_tokens,
+        num_emitted_tokens=len(generation.emitted),
+        prefill_cached_tokens=matched.cached_tokens.get(prefill_id or "", 0),
+        decode_cached_tokens=matched.cached_tokens.get(decode_id, 0),
+        store_cached_tokens=matched.cached_tokens.get(placement.kv_store_worker_id or "", 0),
+        kv_source_worker_id=pinned.worker.worker_id if pinned else None,
+        attempt=generation.attempts,
+    )
+    return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None)
+
+
+def _view(link: WorkerLink, matched: Matched) -> WorkerView:
+    return WorkerView(
+        worker_id=link.worker_id,
+        role=link.record.role,
+        outstanding=link.load,
+        assigned=link.assigned,
+        matched_tokens=matched.cached_tokens.get(link.worker_id, 0),
+    )

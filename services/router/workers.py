@@ -1,0 +1,284 @@
+"""The workers as the router sees them: follows the topology, keeps one status watch and the sessions per worker.
+
+topology ──► join / leave ──► WorkerLink ──► status watch ──► load, KV counts, block events ──► prefix index
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from sagellm_common.core.errors import SageError
+from sagellm_common.core.topology import TopologySnapshot, TopologyStore
+from sagellm_common.core.types import BlockHash, ModelInfo, WorkerRecord, WorkerRole, WorkerState
+from sagellm_common.prefix_reuse.index import PrefixReuseIndex
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.sessions import DecodeSession, PrefillSession
+from sagellm_common.rpc.worker_client import BlockChanges, WorkerStatus, get_status, watch_status
+
+log = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S = 0.1
+RECONNECT_S = 0.1
+STATUS_TIMEOUT_S = 1.0
+DEPARTED_GRACE_S = 5.0
+"""A worker may drop out of the topology for a moment and be fine (a late heartbeat): what runs there gets this long."""
+
+WorkerKey = tuple[str, str]
+"""(worker_id, incarnation)"""
+
+
+class WorkerLink:
+    """One incarnation of one worker.
+
+    `reachable` once its status watch has answered, until that breaks. `eased` is set when a request ends there, or
+    the worker is lost.
+    """
+
+    def __init__(self, record: WorkerRecord, channels: ChannelPool) -> None:
+        channel = channels.get(record.address)
+        self.record = record
+        self.status: WorkerStatus | None = None
+        self.reachable = False
+        self.departed = False
+        self.outstanding = 0
+        self.foreign = 0
+        self.assigned = 0
+        self.prefill = PrefillSession(channel, record.worker_id, record.address)
+        self.decode = DecodeSession(channel, record.worker_id, record.address)
+        self.eased = asyncio.Event()
+        self.watch: asyncio.Task[None] | None = None
+        self.retirement: asyncio.Task[None] | None = None
+
+    @property
+    def worker_id(self) -> str:
+        return self.record.worker_id
+
+    @property
+    def key(self) -> WorkerKey:
+        return self.record.worker_id, self.record.incarnation
+
+    @property
+    def usable(self) -> bool:
+        """Takes new requests."""
+        return self.reachable and not self.departed and self.record.state is WorkerState.SERVING
+
+    def serves(self, model_name: str) -> bool:
+        model = self.record.model
+        return self.record.role is WorkerRole.KV_STORE or (model is not None and model.name == model_name)
+
+    @property
+    def load(self) -> int:
+        """Requests there: ours are known at once, other clients' from its status."""
+        return self.outstanding + self.foreign
+
+    @contextmanager
+    def engaged(self) -> Iterator[None]:
+        """Counts a request for the time of the block."""
+        self.outstanding += 1
+        self.assigned += 1
+        try:
+            yield
+        finally:
+            self.outstanding -= 1
+            self.eased.set()
+
+
+class Workers:
+    """Between `start` and `close`, `usable` is never older than a second."""
+
+    def __init__(self, topology: TopologyStore, channels: ChannelPool) -> None:
+        self._topology = topology
+        self._channels = channels
+        self._index = PrefixReuseIndex()
+        self._links: dict[WorkerKey, WorkerLink] = {}
+        self._incompatible: set[WorkerKey] = set()
+        self._models: dict[str, ModelInfo] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        self._spawn(self._follow_topology(), "topology")
+
+    async def close(self) -> None:
+        """Drops all sessions and watches. Idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for link in [*self._links.values()]:
+            await self._drop(link)
+
+    # ---- what the pipeline asks ----
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set at the next change of any worker: take it first, then look, then wait for it."""
+        return self._changed
+
+    def usable(self, model: ModelInfo) -> list[WorkerLink]:
+        """Workers that take requests for the model, and stores."""
+        return [
+            link
+            for key, link in self._links.items()
+            if link.usable and key not in self._incompatible and link.serves(model.name)
+        ]
+
+    def matched(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
+        """Longest prefix of `hashes` each worker holds, in blocks, by worker id; those without any are absent."""
+        return self._index.lookup(hashes)
+
+    def find(self, worker_id: str, incarnation: str) -> WorkerLink | None:
+        return self._links.get((worker_id, incarnation))
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Models by name, of all workers seen: a model stays known while its last worker restarts."""
+        return dict(self._models)
+
+    def suspect(self, link: WorkerLink) -> None:
+        """A call was lost there: the worker is not used until it answers a fresh watch."""
+        if link.key in self._links:
+            log.warning("worker %s (%s) was lost in a call; checking it", *link.key)
+            self._watch(link)
+
+    # ---- what the topology service asks ----
+
+    async def status(self, record: WorkerRecord) -> WorkerStatus:
+        """Fresh from the worker. Raises PeerLost, DeadlineExceeded."""
+        return await get_status(self._channels.get(record.address), timeout_s=STATUS_TIMEOUT_S)
+
+    # ---- following the topology ----
+
+    async def _follow_topology(self) -> None:
+        async for snapshot in self._topology.changes():
+            self._apply(snapshot)
+
+    def _apply(self, snapshot: TopologySnapshot) -> None:
+        present = {(record.worker_id, record.incarnation): record for record in snapshot.workers}
+        for key, record in present.items():
+            link = self._links.get(key)
+            if link is None:
+                link = self._links[key] = WorkerLink(record, self._channels)
+                self._watch(link)
+                log.info("worker %s (%s, %s) joined at %s", record.worker_id, key[1], record.role, record.address)
+            link.record = record
+            self._return(link)
+        for key in self._links.keys() - present.keys():
+            self._depart(self._links[key])
+        self._check_layouts()
+        self._notify()
+
+    def _check_layouts(self) -> None:
+        """Per model, what the worker says that joined first counts; other layouts are not used while it is there."""
+        first: dict[str, ModelInfo] = {}
+        incompatible: set[WorkerKey] = set()
+        for key, link in self._links.items():
+            model = link.record.model
+            if link.departed or model is None or link.record.role is WorkerRole.KV_STORE:
+                continue
+            differences = first.setdefault(model.name, model).kv_layout.differences(model.kv_layout)
+            if differences:
+                incompatible.add(key)
+                if key not in self._incompatible:
+                    fields = ", ".join(f"{name} {theirs!r} != {ours!r}" for name, (ours, theirs) in differences.items())
+                    log.error("worker %s is not used, its KV layout differs: %s", link.worker_id, fields)
+        self._incompatible = incompatible
+        self._models |= first
+
+    def _depart(self, link: WorkerLink) -> None:
+        if not link.departed:
+            log.info("worker %s (%s) left", *link.key)
+            link.departed = True
+            self._index.invalidate(link.worker_id)
+            link.retirement = self._spawn(self._retire(link), f"retire {link.worker_id}")
+
+    def _return(self, link: WorkerLink) -> None:
+        if link.departed:
+            log.info("worker %s (%s) is back", *link.key)
+            link.departed = False
+            if link.retirement is not None:
+                link.retirement.cancel()
+            self._watch(link)
+
+    async def _retire(self, link: WorkerLink) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEPARTED_GRACE_S):
+                while link.outstanding and link.reachable:
+                    link.eased.clear()
+                    await link.eased.wait()
+        await self._drop(link)
+
+    async def _drop(self, link: WorkerLink) -> None:
+        self._links.pop(link.key, None)
+        if link.watch is not None:
+            link.watch.cancel()
+        await link.prefill.close()
+        await link.decode.close()
+        if all(other.record.address != link.record.address for other in self._links.values()):
+            await self._channels.drop(link.record.address)
+
+    # ---- watching one worker ----
+
+    def _watch(self, link: WorkerLink) -> None:
+        """A fresh watch; the worker is reachable again when it answers."""
+        if link.watch is not None:
+            link.watch.cancel()
+        self._lost(link)
+        link.watch = self._spawn(self._follow(link), f"watch {link.worker_id}")
+
+    async def _follow(self, link: WorkerLink) -> None:
+        channel = self._channels.get(link.record.address)
+        while True:
+            try:
+                async with aclosing(watch_status(channel, min_interval_s=WATCH_INTERVAL_S)) as updates:
+                    revision = 0
+                    async for status, changes in updates:
+                        if status.record.incarnation != link.record.incarnation:
+                            log.info("another incarnation of worker %s answers at its address", link.worker_id)
+                            break
+                        if changes.revision != revision + 1 and not changes.snapshot:
+                            log.warning("worker %s skipped block events; asking again", link.worker_id)
+                            break
+                        revision = changes.revision
+                        self._update(link, status, changes)
+            except SageError as err:
+                log.debug("watch of worker %s: %s", link.worker_id, err.message)
+            self._lost(link)
+            await asyncio.sleep(RECONNECT_S)
+
+    def _update(self, link: WorkerLink, status: WorkerStatus, changes: BlockChanges) -> None:
+        link.status, link.record, link.reachable = status, status.record, True
+        link.foreign = max(0, status.running_requests + status.waiting_requests - link.outstanding)
+        if not link.departed:
+            if changes.snapshot:
+                self._index.invalidate(link.worker_id)
+            self._index.evict(link.worker_id, changes.removed)
+            self._index.insert(link.worker_id, changes.stored)
+        self._notify()
+
+    def _lost(self, link: WorkerLink) -> None:
+        if link.reachable:
+            link.reachable = False
+            link.eased.set()
+            if not link.departed:  # else the entries may be a successor's by now
+                self._index.invalidate(link.worker_id)
+            self._notify()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)

@@ -1,0 +1,36 @@
+"""Fixtures of the whole suite. Processes and checkpoints are made once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.cli.models import prepare_smollm2
+from tests.support.cluster import RunningCluster
+from tests.support.models import tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """A random two-layer Llama with a token per byte."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2() -> Path:
+    return tiny_model("qwen2")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct."""
+    return prepare_smollm2()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RunningCluster]:
+    """1 prefill, 1 decode and a store with the tiny Llama. Shared: kill nothing in it."""
+    with RunningCluster() as running:
+        yield running

@@ -1,0 +1,245 @@
+"""What every pool of KV blocks does (`KVBackendProtocol`). A new pool is one more `make_…` in POOLS."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from sagellm_common.core.clock import ManualClock
+from sagellm_common.core.errors import KvExhausted
+from sagellm_common.core.kv import Allocation, BlockEvent
+from sagellm_common.core.types import KvStats, TokenIds
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from tests.support.kv_channels import a_layout
+
+NUM_BLOCKS, BLOCK_TOKENS, BLOCK_BYTES = 16, 4, 64
+LAYOUT = a_layout(BLOCK_BYTES, BLOCK_TOKENS)
+
+
+@dataclass(frozen=True)
+class Pool:
+    backend: KVBackendProtocol
+    cache: Callable[[TokenIds], None]
+    """Puts the full blocks of these tokens into the prefix cache, and holds none of them."""
+
+
+def make_host() -> Pool:
+    pool = HostKvPool(NUM_BLOCKS * BLOCK_BYTES, ManualClock(), LAYOUT)
+
+    def cache(token_ids: TokenIds) -> None:
+        hashes = block_hashes(token_ids, BLOCK_TOKENS, root_hash(LAYOUT))
+        pool.commit_put(pool.begin_put(hashes, token_ids[: len(hashes) * BLOCK_TOKENS]))
+
+    return Pool(pool, cache)
+
+
+def make_lmdeploy() -> Pool:
+    from lmdeploy.pytorch.config import CacheConfig, SchedulerConfig
+    from lmdeploy.pytorch.paging.scheduler import Scheduler
+
+    from sagellm_common.engines.lmdeploy.kv_manager import LmdeployKvPool, SequencePrefix
+
+    scheduler = Scheduler(
+        SchedulerConfig(max_batches=4, max_session_len=64),
+        CacheConfig(4, BLOCK_TOKENS, 0, NUM_BLOCKS, device_type="cpu", num_state_caches=0),
+    )
+    pool = LmdeployKvPool(scheduler, LAYOUT, memoryview(bytearray(NUM_BLOCKS * BLOCK_BYTES)), True)
+
+    def cache(token_ids: TokenIds) -> None:
+        allocation = pool.allocate(token_ids, len(token_ids))
+        with pool.lock:
+            pool.cache.publish(SequencePrefix(root_hash(LAYOUT)), token_ids, allocation.logical, len(token_ids))
+        pool.free(allocation)
+
+    return Pool(pool, cache)
+
+
+POOLS = [make_host, make_lmdeploy]
+
+
+@pytest.fixture(params=POOLS, ids=lambda make: make.__name__.removeprefix("make_"))
+def pool(request: pytest.FixtureRequest) -> Pool:
+    made: Pool = request.param()
+    return made
+
+
+def tokens(count: int, start: int = 0) -> TokenIds:
+    return np.arange(start, start + count, dtype=np.int32)
+
+
+def stats(pool: Pool) -> KvStats:
+    counted = pool.backend.get_utilization()
+    assert counted.balanced, counted
+    return counted
+
+
+def used_free_cached(pool: Pool) -> tuple[int, int, int]:
+    counted = stats(pool)
+    return counted.used_blocks, counted.free_blocks, counted.cached_blocks
+
+
+def test_regions_and_layout(pool: Pool) -> None:
+    region = pool.backend.regions()
+    assert (region.num_blocks, region.block_bytes) == (NUM_BLOCKS, BLOCK_BYTES)
+    assert pool.backend.layout == LAYOUT
+    region.block(3)[:] = bytes(range(BLOCK_BYTES))
+    assert pool.backend.regions().block(3).tobytes() == bytes(range(BLOCK_BYTES))
+    assert region.view.nbytes == NUM_BLOCKS * BLOCK_BYTES
+    with pytest.raises(IndexError):
+        region.block(NUM_BLOCKS)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(1, 1), (4, 1), (5, 2), (64, 16)])
+def test_allocates_blocks_for_tokens(pool: Pool, num_tokens: int, num_blocks: int) -> None:
+    allocation = pool.backend.allocate(tokens(num_tokens), num_tokens)
+    ids = allocation.block_ids.tolist()
+    assert len(set(ids)) == len(ids) == num_blocks
+    assert set(ids) <= set(range(NUM_BLOCKS))
+    assert (allocation.num_cached_tokens, allocation.num_shared_blocks) == (0, 0)
+    assert used_free_cached(pool) == (num_blocks, NUM_BLOCKS - num_blocks, 0)
+    pool.backend.free(allocation)
+    assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)
+
+
+def test_free_is_idempotent(pool: Pool) -> None:
+    first = pool.backend.allocate(tokens(8), 8)
+    pool.backend.free(first)
+    second = pool.backend.allocate(tokens(8), 8)
+    pool.backend.free(first)
+    assert used_free_cached(pool) == (2, NUM_BLOCKS - 2, 0)
+    pool.backend.free(second)
+    pool.backend.free(second)
+    assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)
+
+
+def test_what_does_not_fit_takes_nothing(pool: Pool) -> None:
+    pool.cache(tokens(8))
+    held = pool.backend.allocate(tokens(40, start=500), 40)
+    before = used_free_cached(pool)
+    with pytest.raises(KvExhausted) as caught:
+        pool.backend.allocate(np.concatenate([tokens(8), tokens(20, start=900)]), 28)
+    assert caught.value.retry_after_s
+    used, free, cached = used_free_cached(pool)
+    assert used == before[0]
+    assert free + cached == NUM_BLOCKS - used
+    pool.backend.free(held)
+
+
+def test_a_cached_prefix_is_shared(pool: Pool) -> None:
+    prompt = tokens(11)
+    pool.cache(prompt)
+    assert used_free_cached(pool) == (0, NUM_BLOCKS - 2, 2)
+    one = pool.backend.allocate(prompt, 13)
+    two = pool.backend.allocate(np.concatenate([prompt[:4], tokens(8, start=700)]), 12)
+    assert (one.num_cached_tokens, one.num_shared_blocks) == (8, 2)
+    assert (two.num_cached_tokens, two.num_shared_blocks) == (4, 1)
+    assert one.block_ids[0] == two.block_ids[0]
+    assert len({*one.block_ids.tolist(), *two.block_ids.tolist()}) == 4 + 3 - 1
+    assert used_free_cached(pool) == (6, NUM_BLOCKS - 6, 0)
+    pool.backend.free(one)
+    assert used_free_cached(pool) == (3, NUM_BLOCKS - 4, 1)
+    pool.backend.free(two)
+    assert used_free_cached(pool) == (0, NUM_BLOCKS - 2, 2)
+
+
+def test_a_hit_leaves_a_token_to_compute(pool: Pool) -> None:
+    pool.cache(tokens(8))
+    allocation = pool.backend.allocate(tokens(8), 9)
+    assert allocation.num_cached_tokens == 4
+    pool.backend.free(allocation)
+
+
+def test_another_salt_shares_nothing(pool: Pool) -> None:
+    pool.cache(tokens(12))
+    allocation = pool.backend.allocate(tokens(12), 12, cache_salt="tenant")
+    assert allocation.num_cached_tokens == 0
+    pool.backend.free(allocation)
+
+
+def test_allocation_evicts_what_nobody_holds(pool: Pool) -> None:
+    pool.cache(tokens(5 * BLOCK_TOKENS + 1))
+    held = pool.backend.allocate(tokens(9), 9)
+    assert held.num_shared_blocks == 2
+    everything_else = pool.backend.allocate(tokens(13 * BLOCK_TOKENS, start=1000), 13 * BLOCK_TOKENS)
+    assert set(held.block_ids.tolist()).isdisjoint(everything_else.block_ids.tolist())
+    assert used_free_cached(pool) == (NUM_BLOCKS, 0, 0)
+    assert set(pool.backend.cached_hashes()) == set(block_hashes(tokens(8), BLOCK_TOKENS, root_hash(LAYOUT)))
+    pool.backend.free(held)
+    pool.backend.free(everything_else)
+
+
+def test_a_prefix_is_evicted_from_its_end(pool: Pool) -> None:
+    pool.cache(tokens(6 * BLOCK_TOKENS))
+    filler = pool.backend.allocate(tokens(13 * BLOCK_TOKENS, start=1000), 13 * BLOCK_TOKENS)
+    pool.backend.free(filler)
+    again = pool.backend.allocate(tokens(6 * BLOCK_TOKENS), 6 * BLOCK_TOKENS)
+    assert again.num_shared_blocks == 3
+    pool.backend.free(again)
+
+
+def test_watchers_see_the_cache_as_it_is(pool: Pool) -> None:
+    seen: set[bytes] = set()
+
+    def follow(event: BlockEvent) -> None:
+        assert seen.isdisjoint(event.stored)
+        assert seen.issuperset(event.removed)
+        seen.difference_update(event.removed)
+        seen.update(event.stored)
+
+    pool.backend.watch(follow)
+    for start in range(0, 500, 50):
+        pool.cache(tokens(20, start=start))
+        pool.cache(tokens(12, start=start))
+        assert seen == set(pool.backend.cached_hashes())
+    assert seen
+    pool.backend.free(pool.backend.allocate(tokens(NUM_BLOCKS * BLOCK_TOKENS, start=9000), NUM_BLOCKS * BLOCK_TOKENS))
+    assert seen == set(pool.backend.cached_hashes()) == set()
+
+
+def test_threads_do_not_get_each_others_blocks(pool: Pool) -> None:
+    owners: dict[int, int] = {}
+    lock = threading.Lock()
+    wrong: list[str] = []
+
+    def worker(number: int) -> None:
+        held: list[Allocation] = []
+        for turn in range(100):
+            try:
+                allocation = pool.backend.allocate(tokens(8, start=1000 * number + 10 * turn), 8)
+            except KvExhausted:
+                continue
+            with lock:
+                ids = allocation.block_ids.tolist()
+                wrong.extend(f"block {b} is {owners[b]}'s" for b in ids if owners.setdefault(b, number) != number)
+            held.append(allocation)
+            if len(held) > 1:
+                release(held.pop(0))
+        for allocation in held:
+            release(allocation)
+
+    def release(allocation: Allocation) -> None:
+        with lock:
+            for block in allocation.block_ids.tolist():
+                owners.pop(block, None)
+        pool.backend.free(allocation)
+
+    threads = [threading.Thread(target=worker, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+    assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)
+
+
+def test_nothing_is_allocated_for_nothing(pool: Pool) -> None:
+    allocation: Allocation = pool.backend.allocate(tokens(0), 0)
+    assert allocation.block_ids.size == 0
+    pool.backend.free(allocation)
+    assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)

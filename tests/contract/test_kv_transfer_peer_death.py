@@ -1,0 +1,164 @@
+"""What a receiver sees of a source process that dies or stops, over every byte path between processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sagellm_common.core.errors import LayoutMismatch, PeerLost
+from sagellm_common.core.types import KvSource
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.kv_transfer_client import KvTransferClient
+from tests.support.kv_channels import Cluster, Side, a_layout, blocks_of, random_region
+from tests.support.kv_source_process import BLOCK_BYTES, NUM_BLOCKS, SEED
+
+BACKENDS = ("tcp", "gloo")
+ALL = np.arange(NUM_BLOCKS, dtype=np.int32)
+
+
+class SourceProcess:
+    def __init__(self, process: asyncio.subprocess.Process, source: KvSource) -> None:
+        self._process = process
+        self.source = source
+
+    async def paused(self) -> None:
+        assert self._process.stdout is not None
+        async with asyncio.timeout(20):
+            assert (await self._process.stdout.readline()).strip() == b"paused"
+
+    async def kill(self) -> None:
+        self._process.kill()
+        await self._process.wait()
+
+    def stop(self) -> None:
+        """Waits until the system says that it has stopped."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+@contextlib.asynccontextmanager
+async def source_process(backend: str, pause_at: int = -1) -> AsyncIterator[SourceProcess]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.support.kv_source_process",
+        backend,
+        str(pause_at),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            ready = json.loads(await process.stdout.readline())
+        yield SourceProcess(
+            process,
+            KvSource(
+                transfer_id="t",
+                epoch=1,
+                worker_id="source",
+                incarnation="source-1",
+                control_address=ready["address"],
+                data_address=ready["data_address"],
+                backend=backend,
+                block_table=ALL,
+                num_tokens=0,
+                lease_expires_in_ms=60_000,
+            ),
+        )
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def receiver(backend: str) -> AsyncIterator[Side]:
+    async with ChannelPool() as channels:
+        cluster = Cluster(backend)
+        side = await cluster.side(
+            "target",
+            num_blocks=NUM_BLOCKS,
+            block_bytes=BLOCK_BYTES,
+            silence_s=30.0,
+            pull_rpc=KvTransferClient(channels).pull_rpc,
+        )
+        try:
+            yield side
+        finally:
+            await cluster.close()
+
+
+async def wiped_and_left_alone(side: Side) -> None:
+    """No one writes to the pool any more."""
+    side.region.view[:] = bytes(len(side.region.view))
+    await asyncio.sleep(0.05)
+    assert not any(side.region.view.tobytes())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_a_whole_pull_between_processes_and_a_kill_when_idle(backend: str) -> None:
+    async with source_process(backend) as peer, receiver(backend) as side:
+        result = await side.channel.pull(peer.source, ALL, ALL[::-1].copy(), timeout_s=30.0)
+        assert result.bytes == NUM_BLOCKS * BLOCK_BYTES
+        theirs = random_region(NUM_BLOCKS, BLOCK_BYTES, SEED)
+        assert blocks_of(side.region, ALL[::-1]) == blocks_of(theirs, ALL)
+        await peer.kill()
+        async with asyncio.timeout(10):
+            with pytest.raises(PeerLost):
+                await side.channel.pull(peer.source, ALL, ALL, timeout_s=60.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pause_at", [0, 1, 3])
+async def test_a_source_killed_half_way_is_lost_long_before_the_deadline(backend: str, pause_at: int) -> None:
+    async with source_process(backend, pause_at) as peer, receiver(backend) as side:
+        pull = asyncio.create_task(side.channel.pull(peer.source, ALL, ALL, timeout_s=60.0))
+        await peer.paused()
+        await peer.kill()
+        async with asyncio.timeout(10):
+            with pytest.raises(PeerLost):
+                await pull
+        await wiped_and_left_alone(side)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pause_at", [-1, 0, 2])
+async def test_a_stopped_source_is_lost_at_the_deadline(backend: str, pause_at: int) -> None:
+    async with source_process(backend, pause_at) as peer, receiver(backend) as side:
+        if pause_at < 0:
+            peer.stop()
+        async with asyncio.timeout(15):
+            pull = asyncio.create_task(side.channel.pull(peer.source, ALL, ALL, timeout_s=1.0))
+            if pause_at >= 0:
+                await peer.paused()
+                peer.stop()
+            with pytest.raises(PeerLost):
+                await pull
+        await wiped_and_left_alone(side)
+
+
+async def test_handshake_over_the_wire() -> None:
+    async with source_process("tcp") as peer, ChannelPool() as channels:
+        client = KvTransferClient(channels)
+        me = {"worker_id": "target", "incarnation": "target-1"}
+        await client.handshake(peer.source, layout=a_layout(BLOCK_BYTES), **me)
+        with pytest.raises(LayoutMismatch, match="block_bytes is 262144 here and 128 there"):
+            await client.handshake(peer.source, layout=a_layout(128), **me)
+        with pytest.raises(PeerLost, match="restarted"):
+            restarted = replace(peer.source, incarnation="source-0")
+            await client.handshake(restarted, layout=a_layout(BLOCK_BYTES), **me)
+        assert await client.renew(peer.source) == 60.0
+        await client.release(peer.source, committed=True)
+        await peer.kill()
+        # Agreed once, so not asked again; and a release that nobody hears is no error.
+        await client.handshake(peer.source, layout=a_layout(BLOCK_BYTES), **me)
+        await client.release(peer.source, committed=True)

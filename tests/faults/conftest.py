@@ -1,0 +1,54 @@
+"""One 2P2D cluster with a store for all kills; dead processes are started again by its supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.checks import all_serving, assert_nothing_leaked
+from tests.support.cluster import RunningCluster
+
+Arm = Callable[[str], None]
+
+
+@pytest.fixture(scope="package")
+def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    directory = tmp_path_factory.mktemp("failpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAGELLM_FAILPOINTS", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="package")
+def faulty_cluster(failpoints: Path) -> Iterator[RunningCluster]:
+    settings = ("transport.lease_ttl_s=2", "transport.timeout_s=2", "topology.lease_ttl_s=1", "engine.num_blocks=256")
+    with RunningCluster(*settings, num_prefill=2, num_decode=2, restart=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def healthy(faulty_cluster: RunningCluster) -> AsyncIterator[RunningCluster]:
+    """The cluster, whole and idle before the test and after it."""
+    await all_serving(faulty_cluster)
+    await assert_nothing_leaked(faulty_cluster)
+    yield faulty_cluster
+    await all_serving(faulty_cluster)
+    await assert_nothing_leaked(faulty_cluster)
+
+
+@pytest.fixture
+def arm(failpoints: Path) -> Iterator[Arm]:
+    """Arms a failpoint: the first process that passes it dies by SIGKILL. The test fails if none did."""
+    armed: list[Path] = []
+
+    def arm(name: str) -> None:
+        armed.append(failpoints / name)
+        armed[-1].touch()
+
+    yield arm
+    left = [path.name for path in armed if path.exists()]
+    for path in armed:
+        path.unlink(missing_ok=True)
+    assert not left, f"nothing passed the failpoints {left}"

@@ -1,0 +1,158 @@
+"""kill -9 for every party at every stage of the handoff: the client's stream equals the undisturbed one."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from contextlib import aclosing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sagellm_common.client.aio import AsyncClient, Completion
+from sagellm_common.core.errors import Unreachable
+from sagellm_common.core.types import FinishReason
+from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
+from tests.faults.conftest import Arm
+from tests.support.cluster import RunningCluster
+from tests.support.oracle import greedy
+
+DEADLINE_S = 60.0
+NEW_TOKENS = 40
+_seeds = itertools.count(1000)
+
+
+def fresh_prompt(tokens: int = 70) -> list[int]:
+    """One that no cache has seen."""
+    return np.random.default_rng(next(_seeds)).integers(3, 250, size=tokens).tolist()
+
+
+async def complete(cluster: RunningCluster, prompt: list[int], max_tokens: int = NEW_TOKENS) -> Completion:
+    async with asyncio.timeout(DEADLINE_S), AsyncClient(cluster.router_address) as client:
+        return await client.complete(prompt, max_tokens=max_tokens, ignore_eos=True, timeout_s=DEADLINE_S)
+
+
+STAGES = [
+    "prefill.computing",  # before the pull, nothing computed
+    "prefill.pinned",  # before the pull, everything computed
+    "source.sending",  # during the pull, at the source
+    "decode.reserved",
+    "receiver.pulling",  # during the pull, at the receiver
+    "decode.pulled",  # all there, not committed
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_kill_during_the_handoff_is_not_seen_by_the_client(
+    healthy: RunningCluster, arm: Arm, tiny_llama: Path, stage: str
+) -> None:
+    prompt = fresh_prompt()
+    arm(stage)
+    done = await complete(healthy, prompt)
+    assert list(done.token_ids) == greedy(tiny_llama, prompt, NEW_TOKENS)
+    assert done.summary.attempts > 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_others_under_way_are_served_too(healthy: RunningCluster, arm: Arm, tiny_llama: Path, stage: str) -> None:
+    prompts = [fresh_prompt(n) for n in (5, 16, 33, 64, 120, 7)]
+    arm(stage)
+    done = await asyncio.gather(*(complete(healthy, p) for p in prompts))
+    assert [list(d.token_ids) for d in done] == [greedy(tiny_llama, p, NEW_TOKENS) for p in prompts]
+
+
+@pytest.mark.parametrize("kind", [PlanNodeKind.PREFILL, PlanNodeKind.DECODE])
+async def test_a_kill_in_mid_stream_leaves_one_unbroken_stream(
+    healthy: RunningCluster, tiny_llama: Path, kind: PlanNodeKind
+) -> None:
+    prompt, new_tokens, request_id = fresh_prompt(), 400, f"mid-stream-{kind}"
+    found: list[int] = []
+    killed_at = 0
+    async with asyncio.timeout(DEADLINE_S), AsyncClient(healthy.router_address) as client:
+        outputs = client.generate(prompt, max_tokens=new_tokens, ignore_eos=True, request_id=request_id)
+        async with aclosing(outputs):
+            async for output in outputs:
+                found += output.token_ids
+                summary = output.summary
+                if len(found) >= 5 and not killed_at:
+                    plan = (await client.explain(request_id)).plan
+                    worker_id = next(node.worker_id for node in plan.nodes if node.kind is kind)
+                    await asyncio.to_thread(healthy.kill, worker_id)
+                    killed_at = len(found)
+    assert 0 < killed_at < new_tokens
+    assert found == greedy(tiny_llama, prompt, new_tokens)
+    assert summary is not None
+    assert summary.attempts == (2 if kind is PlanNodeKind.DECODE else 1)
+
+
+async def test_a_seeded_sample_resumes_as_itself(healthy: RunningCluster, arm: Arm) -> None:
+    prompt = fresh_prompt()
+    sampling = {"temperature": 0.9, "top_k": 40, "seed": 11, "ignore_eos": True, "max_tokens": NEW_TOKENS}
+    async with AsyncClient(healthy.router_address) as client:
+        undisturbed = await client.complete(prompt, **sampling)
+        arm("decode.reserved")
+        assert (await client.complete(prompt, **sampling)).token_ids == undisturbed.token_ids
+
+
+@pytest.mark.parametrize("stage", ["store.putting", "store.getting"])
+async def test_the_loss_of_the_store_costs_hits_never_a_request(
+    healthy: RunningCluster, arm: Arm, tiny_llama: Path, stage: str
+) -> None:
+    prompt = fresh_prompt(100)
+    expected = greedy(tiny_llama, prompt, NEW_TOKENS)
+    if stage == "store.getting":
+        assert list((await complete(healthy, prompt)).token_ids) == expected
+        for worker_id in ("prefill-0", "prefill-1"):  # their caches are gone, the store's is not
+            await asyncio.to_thread(healthy.restart, worker_id)
+    arm(stage)
+    assert list((await complete(healthy, prompt)).token_ids) == expected
+    assert list((await complete(healthy, prompt)).token_ids) == expected
+
+
+async def test_both_decode_workers_gone_is_a_typed_error_or_waited_out(
+    healthy: RunningCluster, tiny_llama: Path
+) -> None:
+    """Within the deadline the answer is either right or one that says when to try again."""
+    prompt = fresh_prompt()
+    for worker_id in ("decode-0", "decode-1"):
+        await asyncio.to_thread(healthy.kill, worker_id)
+    try:
+        done = await complete(healthy, prompt)
+    except Unreachable as err:
+        assert err.retry_after_s
+    else:
+        assert list(done.token_ids) == greedy(tiny_llama, prompt, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("after_tokens", [0, 1, 10])
+async def test_a_client_that_leaves_frees_everything(healthy: RunningCluster, after_tokens: int) -> None:
+    async with asyncio.timeout(DEADLINE_S), AsyncClient(healthy.router_address) as client:
+        outputs = client.generate(fresh_prompt(200), max_tokens=1000, ignore_eos=True)
+        if after_tokens:
+            async with aclosing(outputs):
+                count = 0
+                async for output in outputs:
+                    count += len(output.token_ids)
+                    if count >= after_tokens:
+                        break
+        else:
+            task = asyncio.create_task(anext(outputs))
+            done, _ = await asyncio.wait({task}, timeout=0.005)
+            if not done:
+                task.cancel()
+                await asyncio.wait({task})
+            await outputs.aclose()
+    # `healthy` checks that every block came back.
+
+
+async def test_a_cancel_by_id_reaches_every_party(healthy: RunningCluster) -> None:
+    async with asyncio.timeout(DEADLINE_S), AsyncClient(healthy.router_address) as client:
+        outputs = client.generate(fresh_prompt(), max_tokens=1500, ignore_eos=True, request_id="cancel-me")
+        async with aclosing(outputs):
+            async for output in outputs:
+                last = output
+                await client.cancel("cancel-me")
+                await client.cancel("cancel-me")
+        assert last.finish_reason is FinishReason.CANCELLED
+        await client.cancel("never heard of")

@@ -1,0 +1,189 @@
+"""kv_store behind prefill and decode, all three with their real services: what decode offloads, prefill fetches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from sagellm_common.comm_backend import make_channel
+from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.topology_embedded import EmbeddedTopology
+from sagellm_common.core.types import WorkerRole
+from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc
+from sagellm_common.rpc.kv_transfer_client import KvTransferClient
+from sagellm_common.rpc.server import Registrar
+from sagellm_common.rpc.topology_client import RemoteTopology
+from sagellm_common.rpc.worker_runtime import WorkerRuntime
+from services.kv_store.block_log import BlockLog
+from services.kv_store.loop import KvStore
+from services.kv_store.servicer import KvStoreServicer
+from tests.support.simulated_engine import reference
+from tests.support.topology_server import topology_server
+from tests.support.waiting import eventually
+from tests.support.workers import Worker, generate, request, test_config, worker
+
+PROMPT = list(range(1, 15))
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[str]:
+    async with topology_server(EmbeddedTopology()) as address:
+        yield address
+
+
+@asynccontextmanager
+async def kv_store(router: str) -> AsyncIterator[HostKvPool]:
+    config, clock = test_config(), SystemClock()
+    pool = HostKvPool(1 << 20, clock)
+    async with contextlib.AsyncExitStack() as stack:
+        channels = await stack.enter_async_context(ChannelPool())
+        leases = HandoffSource(config.transport.lease_ttl_s, clock, pool.free)
+        pull_rpc = KvTransferClient(channels).pull_rpc
+        channel = make_channel(config.transport, pool.regions, leases, config.cluster.host, 0, pull_rpc)
+        runtime = WorkerRuntime(
+            config,
+            WorkerRole.KV_STORE,
+            "kv_store-0",
+            pool=pool,
+            source=leases,
+            channel=channel,
+            topology=RemoteTopology(router, channels),
+            metrics=CollectorRegistry(),
+        )
+        store = KvStore(pool, leases, channel, runtime)
+        service = Registrar(
+            "sagellm.v1.KvStoreService",
+            kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
+            KvStoreServicer(store, BlockLog(pool)),
+        )
+        stack.push_async_callback(runtime.close)
+        await runtime.start([service], store.load)
+        yield pool
+        await eventually(lambda: runtime.load().idle, lambda: f"the store is still busy: {runtime.load()}")
+
+
+@asynccontextmanager
+async def pair(router: str) -> AsyncIterator[tuple[Worker, Worker]]:
+    async with (
+        worker(WorkerRole.PREFILL, router, store=True) as prefill,
+        worker(WorkerRole.DECODE, router, store=True) as decode,
+    ):
+        yield prefill, decode
+
+
+async def sees_the_store(*workers: Worker) -> None:
+    for one in workers:
+        topology = one.topology
+        await eventually(lambda topology=topology: topology.snapshot().find("kv_store-0") is not None)  # type: ignore[misc]
+
+
+async def test_a_restarted_prefill_worker_is_served_from_the_store(router: str) -> None:
+    async with kv_store(router) as pool, pair(router) as (prefill, decode):
+        await sees_the_store(prefill, decode)
+        first = await generate(prefill, decode, request(PROMPT, max_new_tokens=10))
+        assert first.prefill.store_tokens == 0
+        # 14 prompt tokens and 9 of 10 generated ones have KV: 23 tokens, 5 full blocks.
+        await eventually(lambda: len(pool.cached_hashes()) == 5, lambda: f"{pool.get_utilization()}")
+        await decode.idle()
+
+        prefill.engine.kv.forget()
+        again = await generate(prefill, decode, request(PROMPT, max_new_tokens=10, request_id="r2"))
+        assert (again.prefill.store_tokens, again.prefill.cached_tokens) == (12, 12)
+        assert again.tokens == first.tokens == reference(PROMPT, request(PROMPT, max_new_tokens=10).sampling)[0]
+
+        # The next turn of the conversation: what was generated is in the store, too.
+        longer = [*PROMPT, *first.tokens, 42, 43]
+        prefill.engine.kv.forget()
+        turn = await generate(prefill, decode, request(longer, request_id="r3"))
+        assert turn.prefill.store_tokens == 20
+        assert turn.tokens == reference(longer, request(longer).sampling)[0]
+        await prefill.idle()
+        await decode.idle()
+
+
+async def test_local_blocks_are_not_fetched_again(router: str) -> None:
+    async with kv_store(router) as pool, pair(router) as (prefill, decode):
+        await sees_the_store(prefill, decode)
+        await generate(prefill, decode, request(PROMPT))
+        await eventually(lambda: len(pool.cached_hashes()) == 5)
+        again = await generate(prefill, decode, request(PROMPT, request_id="r2"))
+        assert (again.prefill.store_tokens, again.prefill.cached_tokens) == (0, 12)
+        # Locally 3 blocks of the prompt, in the store also those that decode made.
+        longer = [*PROMPT, *again.tokens, 42]
+        more = await generate(prefill, decode, request(longer, request_id="r3"))
+        assert (more.prefill.store_tokens, more.prefill.cached_tokens) == (8, 20)
+        assert more.tokens == reference(longer, request(longer).sampling)[0]
+
+
+async def test_one_token_is_left_to_compute_of_a_prompt_of_full_blocks(router: str) -> None:
+    prompt = list(range(1, 17))
+    async with kv_store(router) as pool, pair(router) as (prefill, decode):
+        await sees_the_store(prefill, decode)
+        await generate(prefill, decode, request(prompt))
+        await eventually(lambda: len(pool.cached_hashes()) == 5)
+        prefill.engine.kv.forget()
+        again = await generate(prefill, decode, request(prompt, request_id="r2"))
+        assert again.prefill.store_tokens == 12
+        assert again.tokens == reference(prompt, request(prompt).sampling)[0]
+
+
+async def test_another_salt_finds_nothing(router: str) -> None:
+    async with kv_store(router) as pool, pair(router) as (prefill, decode):
+        await sees_the_store(prefill, decode)
+        await generate(prefill, decode, request(PROMPT, cache_salt="a"))
+        await eventually(lambda: len(pool.cached_hashes()) == 5)
+        prefill.engine.kv.forget()
+        other = await generate(prefill, decode, request(PROMPT, request_id="r2", cache_salt="b"))
+        assert other.prefill.store_tokens == 0
+
+
+async def test_a_request_does_without_a_store_that_has_died(router: str) -> None:
+    async with pair(router) as (prefill, decode):
+        async with kv_store(router) as pool:
+            await sees_the_store(prefill, decode)
+            await generate(prefill, decode, request(PROMPT))
+            await eventually(lambda: len(pool.cached_hashes()) == 5)
+            await decode.idle()
+            # Dead, and the workers do not know: their snapshots stay as they are.
+            stale = prefill.topology.snapshot()
+        for one in (prefill, decode):
+            one.topology.snapshot = lambda: stale  # type: ignore[method-assign]
+        prefill.engine.kv.forget()
+        for i in range(2):
+            done = await generate(prefill, decode, request(PROMPT, request_id=f"later{i}"))
+            assert done.tokens == reference(PROMPT, request(PROMPT).sampling)[0]
+            assert done.prefill.store_tokens == 0
+        await prefill.idle()
+        await decode.idle()
+
+
+async def test_corrupt_blocks_of_the_store_cost_the_hit_only(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes change between the store's digest and the engine: here, on their way through the receiver."""
+    from sagellm_common.comm_backend.backends import tcp_receiver
+    from sagellm_common.core.errors import KvCorrupt
+
+    def corrupt(*_: object) -> None:
+        raise KvCorrupt("a block's digest does not match")
+
+    async with kv_store(router) as pool, pair(router) as (prefill, decode):
+        await sees_the_store(prefill, decode)
+        await generate(prefill, decode, request(PROMPT))
+        await eventually(lambda: len(pool.cached_hashes()) == 5)
+        await decode.idle()
+        prefill.engine.kv.forget()
+        with monkeypatch.context() as patch:
+            patch.setattr(tcp_receiver, "verify_blocks", corrupt)
+            # Prefill fetches and fails; decode reuses what it has but for the last block, which it cannot pull either.
+            with pytest.raises(KvCorrupt):
+                await generate(prefill, decode, request(PROMPT, request_id="r2"))
+        await prefill.idle()
+        await decode.idle()
+        done = await generate(prefill, decode, request(PROMPT, request_id="r2"), attempt=2)
+        assert done.tokens == reference(PROMPT, request(PROMPT).sampling)[0]

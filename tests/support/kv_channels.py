@@ -1,0 +1,167 @@
+"""Workers reduced to what a byte path sees of them: memory, leases, a channel."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sagellm_common.comm_backend.backends.mock import Faults, MockChannel, MockNetwork
+from sagellm_common.comm_backend.backends.tcp import TcpChannel
+from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, PullRpc
+from sagellm_common.core.clock import ManualClock
+from sagellm_common.core.errors import PeerLost
+from sagellm_common.core.kv import Allocation, KvRegion
+from sagellm_common.core.types import BlockIds, KvLayout, KvSource
+
+BACKENDS = ("tcp", "gloo", "mock")
+HOST = "127.0.0.1"
+
+
+def a_layout(block_bytes: int = 64, block_size_tokens: int = 4, model_fingerprint: str = "tiny") -> KvLayout:
+    return KvLayout(model_fingerprint, "float32", block_size_tokens, 1, 1, 2, block_bytes)
+
+
+def random_region(num_blocks: int, block_bytes: int, seed: int = 0) -> KvRegion:
+    data = np.random.default_rng(seed).integers(0, 256, num_blocks * block_bytes, dtype=np.uint8)
+    return KvRegion(memoryview(data), block_bytes, num_blocks)
+
+
+def blocks_of(region: KvRegion, block_ids: BlockIds) -> list[bytes]:
+    return [bytes(region.block(int(b))) for b in block_ids]
+
+
+class WatchedLeases:
+    """Tells when the last read has ended."""
+
+    def __init__(self, inner: LeasedBlocks) -> None:
+        self._inner = inner
+        self._lock = threading.Lock()
+        self._readers = 0
+        self.quiet = threading.Event()
+
+    @contextmanager
+    def reading(self, transfer_id: str, epoch: int, block_ids: BlockIds) -> Iterator[None]:
+        with self._inner.reading(transfer_id, epoch, block_ids):
+            with self._lock:
+                self._readers += 1
+                self.quiet.clear()
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._readers -= 1
+                    if not self._readers:
+                        self.quiet.set()
+
+
+@dataclass
+class Side:
+    """One worker's end."""
+
+    name: str
+    region: KvRegion
+    clock: ManualClock
+    leases: HandoffSource
+    watched: WatchedLeases
+    channel: KVTransferChannel
+    freed: list[Allocation] = field(default_factory=list)
+
+    def pin(self, transfer_id: str, block_ids: BlockIds, epoch: int = 1) -> KvSource:
+        """Leases blocks and says where to pull them."""
+        self.leases.pin(transfer_id, epoch, Allocation(block_ids), 0)
+        return self.source(transfer_id, block_ids, epoch)
+
+    def source(self, transfer_id: str, block_ids: BlockIds, epoch: int = 1) -> KvSource:
+        return KvSource(
+            transfer_id=transfer_id,
+            epoch=epoch,
+            worker_id=self.name,
+            incarnation=f"{self.name}-1",
+            control_address=self.name,
+            data_address=self.channel.address,
+            backend=self.channel.name,
+            block_table=block_ids,
+            num_tokens=0,
+            lease_expires_in_ms=10_000,
+        )
+
+
+class Cluster:
+    """Makes sides that can reach each other over one backend, and closes them."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.sides: dict[str, Side] = {}
+        self._network = MockNetwork()
+
+    async def side(
+        self,
+        name: str,
+        *,
+        num_blocks: int = 64,
+        block_bytes: int = 64,
+        digest: bool = True,
+        silence_s: float = 5.0,
+        ttl_s: float = 30.0,
+        faults: Faults | None = None,
+        pull_rpc: PullRpc | None = None,
+    ) -> Side:
+        region, clock, freed = random_region(num_blocks, block_bytes, len(self.sides)), ManualClock(), []
+        leases = HandoffSource(ttl_s, clock, freed.append)
+        watched = WatchedLeases(leases)
+        channel: KVTransferChannel
+        if self.backend == "tcp":
+            channel = TcpChannel(lambda: region, watched, HOST, 0, digest=digest, silence_s=silence_s)
+        elif self.backend == "gloo":
+            from sagellm_common.comm_backend.backends.gloo import GlooChannel
+
+            rpc = pull_rpc or self._pull_rpc
+            channel = GlooChannel(lambda: region, watched, HOST, 0, rpc, digest=digest, silence_s=silence_s)
+        else:
+            channel = MockChannel(self._network, lambda: region, watched, faults, digest=digest)
+        side = self.sides[name] = Side(name, region, clock, leases, watched, channel, freed)
+        await channel.start()
+        return side
+
+    async def close(self) -> None:
+        for side in self.sides.values():
+            await side.channel.close()
+
+    async def _pull_rpc(self, source: KvSource, blocks: BlockIds, pair_id: str, timeout_s: float) -> bytes:
+        side = self.sides.get(source.control_address)
+        if side is None:
+            raise PeerLost(f"nobody is at {source.control_address}")
+        return await side.channel.serve_pull(source.transfer_id, source.epoch, blocks, pair_id)
+
+
+class Gate:
+    """Stops a source between its digests and its bytes: at the n-th time, until opened."""
+
+    def __init__(self, wrapped: Callable[[KvRegion, BlockIds], bytes], stop_at: int = 0) -> None:
+        self._wrapped = wrapped
+        self._stop_at = stop_at
+        self._calls = 0
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, region: KvRegion, block_ids: BlockIds) -> bytes:
+        digests = self._wrapped(region, block_ids)
+        if self._calls == self._stop_at:
+            self.reached.set()
+            if not self.opened.wait(20):
+                raise TimeoutError("the test has not opened the gate")
+        self._calls += 1
+        return digests
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Opened at the latest when the block is left, so that no thread stays behind."""
+        try:
+            yield
+        finally:
+            self.opened.set()

@@ -1,0 +1,17 @@
+"""Checkpoints for tests, made once per machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.cli.models import TinyKind, cache_home, prepare_tiny
+
+# Bumped when prepare_tiny writes other bytes.
+VERSION = 1
+
+
+def tiny_model(kind: TinyKind, max_position_embeddings: int = 2048) -> Path:
+    """A tiny random checkpoint from the cache."""
+    name = f"tiny-{kind}" if max_position_embeddings == 2048 else f"tiny-{kind}-{max_position_embeddings}"
+    target = cache_home() / "tests" / f"v{VERSION}" / name
+    return prepare_tiny(kind, target, max_position_embeddings=max_position_embeddings)

@@ -1,0 +1,32 @@
+"""The undisturbed single engine: Hugging Face transformers, greedy, on the same weights."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def _model(path: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def greedy(path: Path, tokens: list[int], max_new_tokens: int, *, ignore_eos: bool = True) -> list[int]:
+    """The tokens transformers generates; without the end-of-sequence token where it stops there."""
+    import torch
+
+    model = _model(path)
+    eos = model.config.eos_token_id
+    model.generation_config.eos_token_id = None if ignore_eos else eos
+    with torch.inference_mode():
+        ids = model.generate(torch.tensor([tokens]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+    found: list[int] = ids[0, len(tokens) :].tolist()
+    return found[:-1] if not ignore_eos and found[-1] == eos else found

@@ -1,0 +1,348 @@
+"""A small Engine over real bytes, in which wrong KV gives wrong tokens.
+
+Each token has a 16-byte slot of KV: a hash over the token and the KV of all tokens before it, as read from the blocks.
+The next token is a hash over the KV of all tokens so far. So a block that is missing, stale or misplaced anywhere in
+the prefix changes every token after it, as in a real model, and `reference` says what must come out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import xxhash
+
+from sagellm_common.core.errors import ContextTooLong, EngineFailed, InvalidRequest, KvExhausted, SageError
+from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
+from sagellm_common.core.types import (
+    BlockHash,
+    FinishReason,
+    KvLayout,
+    KvStats,
+    ModelInfo,
+    SamplingParams,
+    TokenIds,
+    TokenLogprob,
+    as_token_ids,
+)
+from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+
+SLOT_BYTES = 16
+VOCAB_SIZE = 997
+
+
+def _slot(before: bytes, token: int) -> bytes:
+    return xxhash.xxh3_128_digest(before + token.to_bytes(4, "little"))
+
+
+def _sample(kv: bytes, sampling: SamplingParams) -> int:
+    """A function of the whole prefix and, when sampling, of the seed: deterministic by position either way."""
+    salt = b"" if sampling.greedy else repr(sampling.seed).encode()
+    return xxhash.xxh3_64_intdigest(kv + salt) % VOCAB_SIZE
+
+
+def reference(prompt: list[int], sampling: SamplingParams) -> tuple[list[int], FinishReason]:
+    """What an undisturbed engine generates, computed without blocks, caches or steps."""
+    kv = b""
+    for token in prompt:
+        kv += _slot(kv, token)
+    tokens: list[int] = []
+    while True:
+        token = _sample(kv, sampling)
+        if token in sampling.stop_token_ids:
+            return tokens, FinishReason.STOP
+        tokens.append(token)
+        if len(tokens) == sampling.max_new_tokens:
+            return tokens, FinishReason.LENGTH
+        kv += _slot(kv, token)
+
+
+@dataclass(slots=True, eq=False)
+class _Blocks(Allocation):
+    live: bool = True
+
+
+class SimulatedPool:
+    """A KVBackendProtocol: reference counts, and a prefix cache whose blocks are reused least recently used first."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self._region = KvRegion(memoryview(bytearray(num_blocks * layout.block_bytes)), layout.block_bytes, num_blocks)
+        self._lock = threading.RLock()
+        self._refs = [0] * num_blocks
+        self._free = list(range(num_blocks))
+        self._cache: dict[BlockHash, tuple[int, bytes]] = {}
+        self._hash_of: dict[int, BlockHash] = {}
+        self._watchers: list[Callable[[BlockEvent], None]] = []
+
+    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "") -> Allocation:
+        with self._lock:
+            shared = self._lookup(token_ids, cache_salt)
+            for block in shared:
+                self._refs[block] += 1
+            try:
+                blocks = shared + self._take(-(-num_tokens // self.layout.block_size_tokens) - len(shared))
+            except KvExhausted:
+                self._drop(shared)
+                raise
+            cached = len(shared) * self.layout.block_size_tokens
+            return _Blocks(np.array(blocks, dtype=np.int32), cached, len(shared))
+
+    def grow(self, allocation: Allocation, num_tokens: int) -> None:
+        with self._lock:
+            missing = -(-num_tokens // self.layout.block_size_tokens) - len(allocation.block_ids)
+            if missing > 0:
+                more = np.array(self._take(missing), dtype=np.int32)
+                allocation.block_ids = np.concatenate([allocation.block_ids, more])
+
+    def free(self, allocation: Allocation) -> None:
+        assert isinstance(allocation, _Blocks)
+        with self._lock:
+            if allocation.live:
+                allocation.live = False
+                self._drop(allocation.block_ids.tolist())
+
+    def publish(self, token_ids: TokenIds, allocation: Allocation, cache_salt: str) -> None:
+        """Makes the full blocks with valid KV shareable."""
+        size = self.layout.block_size_tokens
+        valid = token_ids[: allocation.num_cached_tokens]
+        stored = []
+        with self._lock:
+            for i, key in enumerate(block_hashes(valid, size, root_hash(self.layout, cache_salt))):
+                block = int(allocation.block_ids[i])
+                if key not in self._cache and block not in self._hash_of:
+                    self._cache[key] = block, valid[i * size : (i + 1) * size].tobytes()
+                    self._hash_of[block] = key
+                    stored.append(key)
+            self._tell(BlockEvent(stored=tuple(stored)))
+
+    def forget(self) -> None:
+        """Empties the prefix cache of what nobody uses, as a restart would."""
+        with self._lock:
+            idle = [block for block in self._hash_of if not self._refs[block]]
+            self._evict(idle)
+            self._free += idle
+
+    def cached_hashes(self) -> list[BlockHash]:
+        with self._lock:
+            return list(self._cache)
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        self._watchers.append(callback)
+
+    def get_utilization(self) -> KvStats:
+        with self._lock:
+            used = sum(refs > 0 for refs in self._refs)
+            cached = sum(not self._refs[block] for block in self._hash_of)
+            return KvStats(len(self._refs), len(self._free), used, cached)
+
+    def regions(self) -> KvRegion:
+        return self._region
+
+    def read(self, allocation: Allocation, num_tokens: int) -> bytes:
+        """The KV of the first tokens, as it stands in the blocks."""
+        return b"".join(self._region.block(int(b)) for b in allocation.block_ids)[: num_tokens * SLOT_BYTES]
+
+    def write(self, allocation: Allocation, position: int, slot: bytes) -> None:
+        index, offset = divmod(position, self.layout.block_size_tokens)
+        assert index >= allocation.num_shared_blocks, "would write to a shared block"
+        block = self._region.block(int(allocation.block_ids[index]))
+        block[offset * SLOT_BYTES : (offset + 1) * SLOT_BYTES] = slot
+
+    def _lookup(self, token_ids: TokenIds, cache_salt: str) -> list[int]:
+        size, blocks = self.layout.block_size_tokens, []
+        usable = (len(token_ids) - 1) // size * size
+        for i, key in enumerate(block_hashes(token_ids[:usable], size, root_hash(self.layout, cache_salt))):
+            block, tokens = self._cache.get(key, (-1, b""))
+            if tokens != token_ids[i * size : (i + 1) * size].tobytes():
+                break
+            self._cache[key] = self._cache.pop(key)  # now the most recently used
+            blocks.append(block)
+        return blocks
+
+    def _take(self, count: int) -> list[int]:
+        idle = [block for block, _ in self._cache.values() if not self._refs[block]]
+        short = count - len(self._free)
+        if short > len(idle):
+            raise KvExhausted(f"{count} KV blocks wanted, {len(self._free) + len(idle)} available", retry_after_s=0.1)
+        if short > 0:
+            self._evict(idle[:short])
+            self._free += idle[:short]
+        blocks, self._free = self._free[:count], self._free[count:]
+        for block in blocks:
+            self._refs[block] = 1
+        return blocks
+
+    def _drop(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._refs[block] -= 1
+            if not self._refs[block] and block not in self._hash_of:
+                self._free.append(block)
+
+    def _evict(self, blocks: list[int]) -> None:
+        removed = [self._hash_of.pop(block) for block in blocks]
+        for key in removed:
+            del self._cache[key]
+        self._tell(BlockEvent(removed=tuple(removed)))
+
+    def _tell(self, event: BlockEvent) -> None:
+        if event.stored or event.removed:
+            for callback in self._watchers:
+                callback(event)
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    request: EngineRequest
+    tokens: list[int]
+    num_generated: int
+    allocation: Allocation | None
+    cancelled: bool = False
+    computed: int = field(default=0)
+
+
+class SimulatedEngine:
+    """Steps on the event loop, one pass of it per step. `pause` holds it before its next step, `resume` lets it go."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size_tokens: int = 4,
+        context_length_tokens: int = 128,
+        max_prefill_tokens: int = 8,
+        model: str = "simulated",
+    ) -> None:
+        layout = KvLayout(model, "float32", block_size_tokens, 1, 1, 4, block_size_tokens * SLOT_BYTES)
+        self.model = ModelInfo(model, f"/models/{model}", context_length_tokens, VOCAB_SIZE, layout)
+        self.kv = SimulatedPool(layout, num_blocks)
+        self.failure: SageError | None = None
+        """Set, the next step ends every sequence with it."""
+        self._max_prefill_tokens = max_prefill_tokens
+        self._sequences: dict[str, _Sequence] = {}
+        self._steps = 0
+        self._work = asyncio.Event()
+        self._running = asyncio.Event()
+        self._running.set()
+        self._task: asyncio.Task[None] | None = None
+        self.submitted: list[EngineRequest] = []
+        self.cancelled: list[str] = []
+
+    async def start(self, on_step: StepCallback) -> None:
+        self._on_step = on_step
+        self._task = asyncio.create_task(self._run(), name=f"engine-{self.model.name}")
+
+    def submit(self, request: EngineRequest) -> None:
+        if self._task is None:
+            raise EngineFailed("the engine is not running")
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request_id {request.request_id!r} is running already")
+        left = request.sampling.max_new_tokens - request.num_emitted_tokens
+        if len(request.token_ids) + left > self.model.context_length_tokens:
+            raise ContextTooLong(f"{len(request.token_ids)} tokens + {left} exceed the context")
+        self.submitted.append(replace(request, allocation=None))
+        tokens = request.token_ids.tolist()
+        sequence = _Sequence(request, tokens, request.num_emitted_tokens, request.allocation)
+        if request.allocation is not None:
+            assert request.allocation.num_cached_tokens < len(tokens), "nothing is left to compute"
+            sequence.computed = request.allocation.num_cached_tokens
+        self._sequences[request.request_id] = sequence
+        self._work.set()
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self._sequences:
+            self._sequences[request_id].cancelled = True
+            self.cancelled.append(request_id)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self._sequences), waiting=0, steps=self._steps)
+
+    def pause(self) -> None:
+        self._running.clear()
+
+    def resume(self) -> None:
+        self._running.set()
+
+    async def close(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+            for sequence in self._sequences.values():
+                sequence.cancelled = True
+            self.step()
+
+    def step(self) -> None:
+        """One step of all sequences, and its callback."""
+        self._steps += 1
+        outputs = [output for key in list(self._sequences) if (output := self._advance(key)) is not None]
+        self.failure = None
+        if outputs:
+            self._on_step(outputs)
+
+    async def _run(self) -> None:
+        while True:
+            if not self._sequences:
+                self._work.clear()
+                await self._work.wait()
+            await self._running.wait()
+            self.step()
+            await asyncio.sleep(0)  # everybody else's turn
+
+    def _advance(self, key: str) -> SequenceOutput | None:
+        sequence = self._sequences[key]
+        if sequence.cancelled:
+            return self._finish(sequence, FinishReason.CANCELLED)
+        if self.failure is not None:
+            return self._finish(sequence, FinishReason.ERROR, error=self.failure)
+        try:
+            return self._compute(sequence)
+        except KvExhausted as err:
+            return self._finish(sequence, FinishReason.ERROR, error=err)
+
+    def _compute(self, sequence: _Sequence) -> SequenceOutput | None:
+        tokens, sampling = sequence.tokens, sequence.request.sampling
+        if sequence.allocation is None:
+            known = as_token_ids(tokens)
+            sequence.allocation = self.kv.allocate(known, len(tokens), sequence.request.cache_salt)
+            sequence.computed = sequence.allocation.num_cached_tokens
+        blocks = sequence.allocation
+        self.kv.grow(blocks, len(tokens))
+        kv = self.kv.read(blocks, sequence.computed)
+        for token in tokens[sequence.computed :][: self._max_prefill_tokens]:
+            slot = _slot(kv, token)
+            self.kv.write(blocks, sequence.computed, slot)
+            kv += slot
+            sequence.computed += 1
+        blocks.num_cached_tokens = sequence.computed
+        self.kv.publish(as_token_ids(tokens), blocks, sequence.request.cache_salt)
+        if sequence.computed < len(tokens):
+            return None
+        token = _sample(kv, sampling)
+        if token in sampling.stop_token_ids and not sampling.ignore_eos:
+            return self._finish(sequence, FinishReason.STOP)
+        tokens.append(token)
+        sequence.num_generated += 1
+        logprobs = (TokenLogprob(-0.5, (token,), (-0.5,)),) if sampling.num_logprobs else ()
+        if sequence.num_generated >= sampling.max_new_tokens:
+            return self._finish(sequence, FinishReason.LENGTH, (token,), logprobs)
+        return SequenceOutput(sequence.request.request_id, (token,), logprobs)
+
+    def _finish(
+        self,
+        sequence: _Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        error: SageError | None = None,
+    ) -> SequenceOutput:
+        request, held = sequence.request, sequence.allocation
+        del self._sequences[request.request_id]
+        if held is not None and not request.hold_blocks:
+            self.kv.free(held)
+            held = None
+        return SequenceOutput(request.request_id, token_ids, logprobs, reason, error, held)

@@ -1,0 +1,221 @@
+"""Prefill and decode workers in process: the real services, gRPC, TCP byte path and leases around a SimulatedEngine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from prometheus_client import CollectorRegistry
+
+from sagellm_common.comm_backend import make_channel
+from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.core.clock import Clock, SystemClock
+from sagellm_common.core.config import Config
+from sagellm_common.core.config_loader import load_config
+from sagellm_common.core.types import (
+    FinishReason,
+    GenerationRequest,
+    KvSource,
+    SamplingParams,
+    WorkerRole,
+    as_token_ids,
+)
+from sagellm_common.rpc.background import Background
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
+from sagellm_common.rpc.kv_transfer_client import KvTransferClient
+from sagellm_common.rpc.lease_release import LeaseReleaser
+from sagellm_common.rpc.server import Registrar
+from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcome, PrefillSession
+from sagellm_common.rpc.store_client import StoreClient
+from sagellm_common.rpc.topology_client import RemoteTopology
+from sagellm_common.rpc.worker_runtime import WorkerRuntime
+from services.decode.loop import DecodeLoop
+from services.decode.offload import Offloader
+from services.decode.pull import KvPuller
+from services.decode.servicer import DecodeServicer
+from services.decode.telemetry import ObservedDecode
+from services.prefill.attempts import IdempotentPrefill
+from services.prefill.loop import PrefillLoop
+from services.prefill.servicer import PrefillServicer
+from services.prefill.store_fetch import StoreFetch
+from services.prefill.telemetry import ObservedPrefill
+from tests.support.simulated_engine import SimulatedEngine
+from tests.support.waiting import TIMEOUT_S, eventually
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One running worker, laid open. `channel` is a client's way to it."""
+
+    engine: SimulatedEngine
+    leases: HandoffSource
+    reservations: HandoffTarget
+    runtime: WorkerRuntime
+    topology: RemoteTopology
+    background: Background
+    channels: ChannelPool
+    channel: grpc.aio.Channel
+    prefill: IdempotentPrefill | None = None
+    extras: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def prefill_session(self) -> PrefillSession:
+        session = self.extras.get("session") or PrefillSession(self.channel, self._id, self.runtime.record.address)
+        self.extras["session"] = session
+        assert isinstance(session, PrefillSession)
+        return session
+
+    @property
+    def decode_session(self) -> DecodeSession:
+        session = self.extras.get("session") or DecodeSession(self.channel, self._id, self.runtime.record.address)
+        self.extras["session"] = session
+        assert isinstance(session, DecodeSession)
+        return session
+
+    @property
+    def _id(self) -> str:
+        return self.runtime.record.worker_id
+
+    async def idle(self) -> None:
+        """Returns when nothing runs, is reserved or is pinned; fails if the blocks do not add up then."""
+        await eventually(lambda: self.runtime.load().idle, lambda: f"{self._id} is still busy: {self.runtime.load()}")
+        # A released lease keeps its blocks until the thread that was sending them has noticed.
+        pool = self.engine.kv
+        await eventually(
+            lambda: pool.get_utilization().used_blocks == 0, lambda: f"{self._id}: {pool.get_utilization()}"
+        )
+        assert pool.get_utilization().balanced, f"{self._id}: {pool.get_utilization()}"
+
+
+def test_config(*overrides: str) -> Config:
+    return load_config(None, {}, ("topology.lease_ttl_s=1.0", "transport.timeout_s=5.0", *overrides))
+
+
+test_config.__test__ = False  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def worker(
+    role: WorkerRole,
+    router: str,
+    *,
+    engine: SimulatedEngine | None = None,
+    worker_id: str = "",
+    config: Config | None = None,
+    clock: Clock | None = None,
+    store: bool = False,
+) -> AsyncIterator[Worker]:
+    """Composes a worker as `__main__` does. `clock` is that of the leases; `store` lets it use a kv_store."""
+    config, clock = config or test_config(), clock or SystemClock()
+    engine = engine or SimulatedEngine()
+    async with contextlib.AsyncExitStack() as stack:
+        loop: PrefillLoop | DecodeLoop
+        await engine.start(lambda outputs: loop.on_step(outputs))
+        stack.push_async_callback(engine.close)
+        channels = await stack.enter_async_context(ChannelPool())
+        background = Background()
+        stack.push_async_callback(background.close, grace_s=1.0)
+        topology = RemoteTopology(router, channels)
+        transfers = KvTransferClient(channels)
+        leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free)
+        reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free)
+        channel = make_channel(
+            config.transport, engine.kv.regions(), leases, config.cluster.host, 0, transfers.pull_rpc
+        )
+        runtime = WorkerRuntime(
+            config,
+            role,
+            worker_id or f"{role}-0",
+            pool=engine.kv,
+            source=leases,
+            target=reservations,
+            channel=channel,
+            topology=topology,
+            model=engine.model,
+            metrics=CollectorRegistry(),
+        )
+        layout = engine.kv.layout
+        client = StoreClient(channels, topology, layout, channel.name, SystemClock())
+        releaser = LeaseReleaser(transfers, background)
+        prefill = None
+        if role is WorkerRole.PREFILL:
+            fetch = StoreFetch(client, channel, releaser, layout) if store else None
+            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock())
+            prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
+            stack.push_async_callback(prefill.close)
+            service = Registrar(
+                "sagellm.v1.PrefillService",
+                worker_pb2_grpc.add_PrefillServiceServicer_to_server,
+                PrefillServicer(prefill, 60.0),
+            )
+        else:
+            puller = KvPuller(channel, transfers, releaser, runtime, layout)
+            offload = Offloader(client, leases, runtime, layout, background) if store else None
+            loop = DecodeLoop(engine, reservations, leases, runtime, puller, offload)
+            service = Registrar(
+                "sagellm.v1.DecodeService",
+                worker_pb2_grpc.add_DecodeServiceServicer_to_server,
+                DecodeServicer(ObservedDecode(loop), 60.0),
+            )
+        stack.push_async_callback(runtime.close)
+        await runtime.start([service], loop.load)
+        client_channels = await stack.enter_async_context(ChannelPool())
+        made = Worker(
+            engine=engine,
+            leases=leases,
+            reservations=reservations,
+            runtime=runtime,
+            topology=topology,
+            background=background,
+            channels=channels,
+            channel=client_channels.get(runtime.record.address),
+            prefill=prefill,
+        )
+        try:
+            yield made
+        finally:
+            session = made.extras.get("session")
+            if isinstance(session, PrefillSession | DecodeSession):
+                await session.close()
+
+
+def request(
+    prompt: Sequence[int], max_new_tokens: int = 8, request_id: str = "r1", cache_salt: str = "", **sampling: object
+) -> GenerationRequest:
+    params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)  # type: ignore[arg-type]
+    return GenerationRequest(request_id, "simulated", as_token_ids(prompt), params, cache_salt=cache_salt)
+
+
+@dataclass(slots=True)
+class Generated:
+    tokens: list[int]
+    finish_reason: FinishReason | None
+    prefill: PrefillOutcome
+    steps: list[DecodeStep]
+
+
+async def decode_all(
+    decode: Worker, wanted: GenerationRequest, emitted: Sequence[int], source: KvSource | None, attempt: int = 1
+) -> list[DecodeStep]:
+    steps = decode.decode_session.decode(wanted, attempt, emitted, source, timeout_s=TIMEOUT_S)
+    async with aclosing(steps):
+        return [step async for step in steps]
+
+
+async def generate(prefill: Worker, decode: Worker, wanted: GenerationRequest, attempt: int = 1) -> Generated:
+    """One request on its way through both, as the router does it."""
+    ticket = await decode.decode_session.reserve(wanted, attempt, timeout_s=TIMEOUT_S)
+    first = await prefill.prefill_session.prefill(wanted, attempt, ticket, timeout_s=TIMEOUT_S)
+    tokens = list(first.token_ids)
+    if first.finish_reason is not None:
+        decode.decode_session.release(wanted.request_id, attempt)
+        return Generated(tokens, first.finish_reason, first, [])
+    steps = await decode_all(decode, wanted, tokens, first.source, attempt)
+    for step in steps:
+        assert step.index == len(tokens), "a token was lost or told twice"
+        tokens += step.token_ids
+    return Generated(tokens, steps[-1].finish_reason, first, steps)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.core.clock import ManualClock
+from sagellm_common.core.errors import Draining, LeaseExpired
+from sagellm_common.core.kv import Allocation
+
+TTL_S = 10.0
+
+
+def blocks(*values: int) -> Allocation:
+    return Allocation(np.array(values, dtype=np.int32))
+
+
+class Fixture:
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.freed: list[Allocation] = []
+        self.source = HandoffSource(TTL_S, self.clock, self.freed.append)
+        self.target = HandoffTarget(TTL_S, self.clock, self.freed.append)
+
+
+@pytest.fixture
+def it() -> Fixture:
+    return Fixture()
+
+
+# ---- source ----
+
+
+def test_a_release_frees_once(it: Fixture) -> None:
+    held = blocks(1, 2)
+    assert it.source.pin("t", 1, held, 32) is held
+    assert it.source.get("t", 1) == (held, 32)
+    it.source.release("t", 1, committed=True)
+    it.source.release("t", 1, committed=False)
+    assert it.freed == [held]
+    assert len(it.source) == 0
+    assert it.source.outcomes == {"committed": 1}
+
+
+def test_an_unknown_release_is_fine(it: Fixture) -> None:
+    it.source.release("nobody", 1, committed=True)
+    it.target.release("nobody", 1)
+    assert it.freed == []
+
+
+def test_a_higher_epoch_replaces_and_a_lower_is_fenced_off(it: Fixture) -> None:
+    first, second, late = blocks(1), blocks(2), blocks(3)
+    it.source.pin("t", 1, first, 4)
+    it.source.pin("t", 2, second, 4)
+    assert it.freed == [first]
+    with pytest.raises(LeaseExpired, match="epoch 1 is fenced off by epoch 2"):
+        it.source.pin("t", 1, late, 4)
+    it.source.release("t", 1, committed=True)
+    assert it.freed == [first], "neither the fenced pin nor the fenced release changes anything"
+    it.source.release("t", 3, committed=False)
+    assert it.freed == [first, second]
+
+
+def test_the_same_pin_again_keeps_the_first(it: Fixture) -> None:
+    first, again = blocks(1), blocks(2)
+    it.source.pin("t", 1, first, 4)
+    assert it.source.pin("t", 1, first, 4) is first
+    assert it.freed == []
+    assert it.source.pin("t", 1, again, 4) is first
+    assert it.freed == [again]
+
+
+def test_expiry_frees_at_the_end_of_the_time_and_renewal_starts_it_anew(it: Fixture) -> None:
+    it.source.pin("t", 1, blocks(1), 4)
+    it.clock.advance(TTL_S - 1)
+    assert it.source.expire() == 0
+    assert it.source.renew("t", 1) == TTL_S
+    it.clock.advance(TTL_S - 1)
+    assert it.source.expire() == 0
+    it.clock.advance(1)
+    with pytest.raises(LeaseExpired, match="ran out"):
+        it.source.renew("t", 1)
+    with pytest.raises(LeaseExpired), it.source.reading("t", 1, np.array([1])):
+        pass
+    assert it.source.expire() == 1
+    assert len(it.freed) == 1
+
+
+def test_readers_put_the_free_off_and_the_last_one_does_it(it: Fixture) -> None:
+    held = blocks(1, 2, 3)
+    it.source.pin("t", 1, held, 4)
+    with it.source.reading("t", 1, np.array([1, 3])):
+        with it.source.reading("t", 1, np.array([2])):
+            it.source.release("t", 1, committed=True)
+            assert len(it.source) == 0
+            with pytest.raises(LeaseExpired), it.source.reading("t", 1, np.array([2])):
+                pass
+        assert it.freed == []
+    assert it.freed == [held]
+
+
+def test_a_reader_of_a_replaced_epoch_frees_the_old_blocks_only(it: Fixture) -> None:
+    old, new = blocks(1), blocks(1)
+    it.source.pin("t", 1, old, 4)
+    with it.source.reading("t", 1, np.array([1])):
+        it.source.pin("t", 2, new, 4)
+        with it.source.reading("t", 2, np.array([1])):
+            pass
+        assert it.freed == []
+    assert it.freed == [old]
+
+
+def test_a_reader_that_fails_gives_back_too(it: Fixture) -> None:
+    it.source.pin("t", 1, blocks(1), 4)
+    with pytest.raises(ConnectionResetError), it.source.reading("t", 1, np.array([1])):
+        it.source.release("t", 1, committed=False)
+        raise ConnectionResetError
+    assert len(it.freed) == 1
+
+
+def test_only_pinned_blocks_can_be_read(it: Fixture) -> None:
+    it.source.pin("t", 1, blocks(1, 2), 4)
+    with pytest.raises(LeaseExpired, match="does not hold all"), it.source.reading("t", 1, np.array([1, 9])):
+        pass
+    it.source.release("t", 1, committed=True)
+    assert len(it.freed) == 1, "a refused reader holds nothing"
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_close_frees_all_and_refuses_more(it: Fixture, side: str) -> None:
+    table = getattr(it, side)
+    add = (
+        (lambda key, a: it.source.pin(key, 1, a, 4))
+        if side == "source"
+        else lambda key, a: it.target.reserve(key, 1, a)
+    )
+    held = [blocks(1), blocks(2)]
+    for n, allocation in enumerate(held):
+        add(f"t{n}", allocation)
+    table.close()
+    table.close()
+    assert it.freed == held
+    mine = blocks(3)
+    with pytest.raises(Draining):
+        add("late", mine)
+    assert it.freed == held, "what was refused still belongs to the caller"
+
+
+# ---- target ----
+
+
+def test_a_claim_hands_the_blocks_over(it: Fixture) -> None:
+    held = blocks(1)
+    assert it.target.reserve("r", 1, held) is held
+    assert it.target.claim("r", 1) is held
+    with pytest.raises(LeaseExpired):
+        it.target.claim("r", 1)
+    it.target.release("r", 1)
+    it.clock.advance(TTL_S)
+    assert it.target.expire() == 0
+    assert it.freed == [], "the claimer frees"
+
+
+def test_a_reservation_nobody_claims_expires(it: Fixture) -> None:
+    held = blocks(1)
+    it.target.reserve("r", 1, held)
+    it.clock.advance(TTL_S)
+    with pytest.raises(LeaseExpired, match="ran out"):
+        it.target.claim("r", 1)
+    assert it.target.expire() == 1
+    assert it.freed == [held]
+
+
+def test_attempts_fence_reservations(it: Fixture) -> None:
+    first, second = blocks(1), blocks(2)
+    it.target.reserve("r", 1, first)
+    it.target.reserve("r", 2, second)
+    assert it.freed == [first]
+    with pytest.raises(LeaseExpired):
+        it.target.reserve("r", 1, blocks(3))
+    with pytest.raises(LeaseExpired, match="epoch 2, not 1"):
+        it.target.claim("r", 1)
+    it.target.release("r", 1)
+    assert it.target.claim("r", 2) is second

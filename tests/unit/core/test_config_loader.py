@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sagellm_common.core.config import Config
+from sagellm_common.core.config_loader import config_schema, dump_config, load_config
+from sagellm_common.core.errors import ConfigError
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "sagellm.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path | None = None, env: dict[str, str] | None = None, flags: Sequence[str] = ()) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, env or {}, flags)
+    return caught.value.message.splitlines()
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert load_config(None, {}, []) == Config()
+
+
+def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "router: {max_queue: 1, max_attempts: 1, request_timeout_s: 1}")
+    env = {"SAGELLM_ROUTER__MAX_QUEUE": "2", "SAGELLM_ROUTER__MAX_ATTEMPTS": "2"}
+    router = load_config(path, env, ["router.max_queue=3"]).router
+    assert (router.max_queue, router.max_attempts, router.request_timeout_s) == (3, 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("transport.digest=false", False),
+        ("transport.digest=off", False),
+        ("transport.timeout_s=1.5", 1.5),
+        ("engine.kv_quant_bits=8", 8),
+        ("cluster.name=5", "5"),
+        ("cluster.name=null", "null"),
+        ("model.path=/a=b/[c", "/a=b/[c"),
+        ("model.path=", ""),
+        ("topology.endpoints=[a:1, b:2]", ("a:1", "b:2")),
+        ("topology.endpoints=a:1,b:2", ("a:1", "b:2")),
+        ("topology.endpoints=a:1", ("a:1",)),
+        ("topology.endpoints=[]", ()),
+    ],
+)
+def test_values_are_what_they_look_like(flag: str, expected: object) -> None:
+    key, _, value = flag.partition("=")
+    section, name = key.split(".")
+    for config in (load_config(None, {}, [flag]), load_config(None, {f"SAGELLM_{section}__{name}".upper(): value}, [])):
+        assert getattr(getattr(config, section), name) == expected
+
+
+def test_an_empty_file_and_empty_sections_are_fine(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, ""), {}, []) == Config()
+    assert load_config(write(tmp_path, "router:\nmodel: {}\n"), {}, []) == Config()
+
+
+def test_variables_that_are_no_settings_pass() -> None:
+    env = {"SAGELLM_HOME": "/h", "SAGELLM_CACHE": "/c", "SAGELLM_TEST_CLUSTER": "x", "PATH": "/bin"}
+    assert load_config(None, env, []) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "flags", "expected"),
+    [
+        ("engine: {num_block: 3}", {}, [], r"engine\.num_block \(file .*sagellm\.yaml\): .*mean engine\.num_blocks\?"),
+        ("", {"SAGELLM_ROUTER__MAXQUEUE": "1"}, [], r"router\.maxqueue \(environment SAGELLM_ROUTER__MAXQUEUE\): .*"),
+        ("", {}, ["transport.backed=tcp"], r"transport\.backed \(flag .*\): .*mean transport\.backend\?"),
+        ("nonsense: 1", {}, [], r"nonsense .*: unknown key; sections are cluster, model, .*"),
+        ("", {"SAGELLM_FOO": "1"}, [], r"foo \(environment SAGELLM_FOO\): unknown key.*"),
+        ("", {}, ["engine.device.index=1"], r"engine\.device\.index .*: unknown key.*"),
+        ("transport: 3", {}, [], r"transport .*: is a section with keys of its own, but was given 3"),
+        ("transport: {backend: glo}", {}, [], r"transport\.backend .*: 'glo' is not allowed, must be 'tcp' or 'gloo'"),
+        ("", {}, ["router.max_queue=0"], r"router\.max_queue .*: 0 is not allowed, must be greater than .* to 1"),
+        ("", {}, ["router.max_queue="], r"router\.max_queue .*: '' is not allowed, must be a valid integer.*"),
+        ("", {}, ["router.max_queue=[1"], r"router\.max_queue .*: '\[1' is no YAML value"),
+        ("model: {path: null}", {}, [], r"model\.path .*: None is not allowed, must be a valid string"),
+        ("topology: {endpoints: 'a:1'}", {}, [], r"topology\.endpoints .*: 'a:1' .*must be a list such as \[a, b\]"),
+        ("", {}, ["transport"], r"flag 'transport': write section\.key=value.*"),
+        ("", {}, ["=3"], r"flag '=3': write section\.key=value.*"),
+        ("", {}, ["transport.timeout_s=.nan"], r"transport\.timeout_s .*: nan is not allowed, .*"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_origin_and_what_is_allowed(
+    tmp_path: Path, text: str, env: dict[str, str], flags: list[str], expected: str
+) -> None:
+    lines = problems(write(tmp_path, text), env, flags)
+    assert lines[0] == "invalid configuration:"
+    assert any(re.fullmatch(rf"  {expected}", line) for line in lines[1:]), lines
+
+
+def test_all_problems_come_at_once_one_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "nonsense: 1\nrouter: {max_queue: 0}\n")
+    lines = problems(path, {"SAGELLM_FOO": "1"}, ["transport.backend=glo"])
+    assert {line.split()[0] for line in lines[1:]} == {"nonsense", "foo", "router.max_queue", "transport.backend"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a", "must hold sections"),
+        ("router: {max_queue: 1}\nrouter: {max_queue: 2}\n", "'router' stands twice"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(write(tmp_path, text), {}, [])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration .*absent.yaml"):
+        load_config(tmp_path / "absent.yaml", {}, [])
+
+
+def test_a_dump_reads_back(tmp_path: Path) -> None:
+    config = load_config(None, {}, ["topology.endpoints=a:1", "cluster.name=5", "transport.backend=gloo"])
+    assert load_config(write(tmp_path, dump_config(config)), {}, []) == config
+
+
+def test_the_schema_describes_each_section() -> None:
+    schema = config_schema()
+    assert set(schema["properties"]) == set(yaml.safe_load(dump_config(Config())))

@@ -1,0 +1,197 @@
+"""The router's end of a session stream: multiplexing, failures, deadlines, cancellation, flow control."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from sagellm_common.core.errors import Cancelled, DeadlineExceeded, KvExhausted, PeerLost
+from sagellm_common.core.topology_embedded import EmbeddedTopology
+from sagellm_common.core.types import GenerationRequest, SamplingParams, as_token_ids
+from sagellm_common.rpc import sessions
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.sessions import DecodeSession
+from tests.support.router_harness import PROMPT, eventually
+from tests.support.scripted_workers import ScriptedDecode, oracle
+
+SAMPLING = SamplingParams(max_new_tokens=5)
+TIMEOUT_S = 10.0
+
+
+def request(request_id: str = "r", prompt: list[int] = PROMPT) -> GenerationRequest:
+    return GenerationRequest(request_id, "scripted", as_token_ids(prompt), SAMPLING)
+
+
+async def decoded(session: DecodeSession, asked: GenerationRequest, attempt: int = 1) -> list[int]:
+    tokens: list[int] = []
+    async with aclosing(session.decode(asked, attempt, [], None, timeout_s=TIMEOUT_S)) as steps:
+        async for step in steps:
+            assert step.index == len(tokens)
+            tokens += step.token_ids
+    return tokens
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[ScriptedDecode]:
+    topology, worker = EmbeddedTopology(), ScriptedDecode()
+    await worker.start(topology)
+    yield worker
+    await worker.stop()
+    await topology.close()
+
+
+@pytest.fixture
+async def session(worker: ScriptedDecode) -> AsyncIterator[DecodeSession]:
+    async with ChannelPool() as channels:
+        session = DecodeSession(channels.get(worker.record.address), worker.worker_id, worker.record.address)
+        yield session
+        await session.close()
+
+
+async def test_many_requests_share_one_stream(session: DecodeSession, worker: ScriptedDecode) -> None:
+    prompts = [[i, i + 1, i + 2] for i in range(50)]
+    got = await asyncio.gather(*(decoded(session, request(f"r{i}", prompt)) for i, prompt in enumerate(prompts)))
+    assert got == [oracle(prompt, SAMPLING) for prompt in prompts]
+    assert worker.sessions_opened == 1
+
+
+async def test_one_requests_error_is_its_own(session: DecodeSession, worker: ScriptedDecode) -> None:
+    worker.on("reserve", worker.refuse(KvExhausted("no room", retry_after_s=0.5)))
+    with pytest.raises(KvExhausted, match="no room") as caught:
+        await session.reserve(request(), 1, timeout_s=TIMEOUT_S)
+    assert caught.value.retry_after_s == 0.5
+    ticket = await session.reserve(request(), 2, timeout_s=TIMEOUT_S)
+    assert (ticket.worker_id, ticket.epoch) == ("decode-0", 2)
+    assert worker.sessions_opened == 1
+
+
+async def test_a_broken_stream_fails_all_that_wait_at_once_and_the_next_call_opens_another(
+    session: DecodeSession, worker: ScriptedDecode
+) -> None:
+    worker.on("reserve", worker.hang, worker.hang, worker.break_stream)
+    waiting = [asyncio.create_task(session.reserve(request(f"r{i}"), 1, timeout_s=TIMEOUT_S)) for i in range(3)]
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [PeerLost] * 3
+    assert results[0].metadata["worker_id"] == "decode-0"  # type: ignore[union-attr]
+    assert await decoded(session, request("again")) == oracle(PROMPT, SAMPLING)
+    assert worker.sessions_opened == 2
+
+
+async def test_tokens_that_arrived_before_the_stream_broke_are_delivered(
+    session: DecodeSession, worker: ScriptedDecode
+) -> None:
+    worker.on("token:3", worker.break_stream)
+    tokens: list[int] = []
+    with pytest.raises(PeerLost):
+        async with aclosing(session.decode(request(), 1, [], None, timeout_s=TIMEOUT_S)) as steps:
+            async for step in steps:
+                tokens += step.token_ids
+                await eventually(lambda: worker.reached["token:3"].is_set())
+    assert tokens == oracle(PROMPT, SAMPLING)[:3]
+
+
+async def test_nobody_there_is_peer_lost(unused_tcp_port: int) -> None:
+    async with ChannelPool() as channels:
+        address = f"127.0.0.1:{unused_tcp_port}"
+        session = DecodeSession(channels.get(address), "ghost", address)
+        with pytest.raises(PeerLost, match="ghost"):
+            await session.reserve(request(), 1, timeout_s=TIMEOUT_S)
+        await session.close()
+
+
+async def test_a_silent_worker_is_given_up_at_the_deadline(session: DecodeSession, worker: ScriptedDecode) -> None:
+    worker.on("reserve", worker.hang)
+    with pytest.raises(DeadlineExceeded, match="reserve of request r"):
+        await session.reserve(request(), 1, timeout_s=0.05)
+    worker.on("token:2", worker.hang)
+    with pytest.raises(DeadlineExceeded):
+        async with aclosing(session.decode(request("s"), 1, [], None, timeout_s=0.3)) as steps:
+            async for _ in steps:
+                pass
+
+
+async def test_cancel_ends_the_wait_here_and_the_work_there(session: DecodeSession, worker: ScriptedDecode) -> None:
+    worker.on("token:2", worker.hang)
+    call = asyncio.create_task(decoded(session, request()))
+    await eventually(lambda: worker.reached["token:2"].is_set())
+    session.cancel("r", 1)
+    with pytest.raises(Cancelled):
+        await call
+    await eventually(lambda: not worker.running and worker.cancelled == [("r", 1)])
+
+
+async def test_release_reaches_the_worker(session: DecodeSession, worker: ScriptedDecode) -> None:
+    await session.reserve(request(), 1, timeout_s=TIMEOUT_S)
+    assert worker.reservations == {("r", 1)}
+    session.release("r", 1)
+    await eventually(lambda: not worker.reservations)
+
+
+async def test_the_same_attempt_cannot_wait_twice(session: DecodeSession, worker: ScriptedDecode) -> None:
+    worker.on("reserve", worker.hang)
+    first = asyncio.create_task(session.reserve(request(), 1, timeout_s=TIMEOUT_S))
+    await eventually(lambda: worker.reached["reserve"].is_set())
+    with pytest.raises(ValueError, match="already waiting"):
+        await session.reserve(request(), 1, timeout_s=TIMEOUT_S)
+    session.release("r", 1)
+    with pytest.raises(Cancelled):
+        await first
+
+
+async def test_close_fails_what_waits_and_leaves_no_task(worker: ScriptedDecode) -> None:
+    async with ChannelPool() as channels:
+        session = DecodeSession(channels.get(worker.record.address), worker.worker_id, worker.record.address)
+        worker.on("reserve", worker.hang)
+        call = asyncio.create_task(session.reserve(request(), 1, timeout_s=TIMEOUT_S))
+        await eventually(lambda: worker.reached["reserve"].is_set())
+        await session.close()
+        await session.close()
+        with pytest.raises(PeerLost):
+            await call
+        with pytest.raises(PeerLost):
+            await session.reserve(request(), 2, timeout_s=TIMEOUT_S)
+        session.cancel("r", 1)
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("session")]
+
+
+class _StuckCall:
+    """A stream whose peer reads nothing."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    def __aiter__(self) -> _StuckCall:
+        return self
+
+    async def __anext__(self) -> Any:
+        await self.ended.wait()
+        raise StopAsyncIteration
+
+    async def write(self, message: Any) -> None:
+        await asyncio.Event().wait()
+
+    def cancel(self) -> None:
+        self.ended.set()
+
+
+async def test_a_peer_that_does_not_read_holds_calls_back_until_their_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "OUTBOX_MESSAGES", 2)
+    async with ChannelPool() as channels:
+        session = DecodeSession(channels.get("127.0.0.1:1"), "stuck", "127.0.0.1:1")
+        call = _StuckCall()
+        monkeypatch.setattr(session, "_open_call", lambda: call)
+        waiting = [asyncio.create_task(session.reserve(request(f"r{i}"), 1, timeout_s=TIMEOUT_S)) for i in range(6)]
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlineExceeded, match="took no new requests"):
+            await session.reserve(request("late"), 1, timeout_s=0.05)
+        session.release("r0", 1)  # never waits
+        call.ended.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [Cancelled] + [PeerLost] * 5
+        await session.close()

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sagellm_common.core.errors import ConfigError, NoWorker
+from sagellm_common.core.types import WorkerRole
+from sagellm_common.scheduler_ir.strategies import Placement, RequestView, WorkerView, make_strategy
+from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load
+
+REQUEST = RequestView("r", 100)
+
+
+def worker(worker_id: str, role: WorkerRole, **state: int) -> WorkerView:
+    return WorkerView(worker_id, role, **state)
+
+
+def place(*workers: WorkerView) -> Placement:
+    return make_strategy("fifo").place(REQUEST, workers)
+
+
+def test_unknown_strategies_list_the_known() -> None:
+    with pytest.raises(ConfigError, match="'lifo'; known: fifo"):
+        make_strategy("lifo")
+
+
+def test_the_idlest_of_each_role() -> None:
+    placement = place(
+        worker("p0", WorkerRole.PREFILL, outstanding=3),
+        worker("p1", WorkerRole.PREFILL),
+        worker("d0", WorkerRole.DECODE, outstanding=1),
+        worker("d1", WorkerRole.DECODE),
+        worker("s0", WorkerRole.KV_STORE),
+    )
+    assert (placement.prefill_worker_id, placement.decode_worker_id) == ("p1", "d1")
+    assert placement.kv_store_worker_id == "s0" and placement.strategy == "fifo"
+    assert "disaggregated" in placement.reason and "d1" in placement.reason
+
+
+def test_equals_take_turns() -> None:
+    assert place(worker("d0", WorkerRole.DECODE, assigned=1), worker("d1", WorkerRole.DECODE)).decode_worker_id == "d1"
+
+
+def test_a_cached_prefix_outweighs_load_until_the_load_is_high() -> None:
+    holder = {"matched_tokens": 60}
+    busy, idle = worker("a", WorkerRole.DECODE, outstanding=1, **holder), worker("b", WorkerRole.DECODE)
+    assert place(busy, idle).decode_worker_id == "a"
+    swamped = worker("a", WorkerRole.DECODE, outstanding=20, **holder)
+    assert place(swamped, idle).decode_worker_id == "b"
+
+
+def test_local_prefill_without_a_prefill_worker() -> None:
+    placement = place(worker("d0", WorkerRole.DECODE))
+    assert placement.prefill_worker_id is None and "no prefill worker" in placement.reason
+
+
+def test_a_worker_of_both_roles_does_not_hand_over_to_itself() -> None:
+    placement = place(worker("b0", WorkerRole.BOTH))
+    assert (placement.prefill_worker_id, placement.decode_worker_id) == (None, "b0")
+    placement = place(worker("b0", WorkerRole.BOTH), worker("p0", WorkerRole.PREFILL, outstanding=9))
+    assert (placement.prefill_worker_id, placement.decode_worker_id) == ("p0", "b0")
+
+
+@pytest.mark.parametrize("roles", [[], [WorkerRole.PREFILL], [WorkerRole.KV_STORE]])
+def test_nobody_decodes(roles: list[WorkerRole]) -> None:
+    with pytest.raises(NoWorker, match="no decode worker"):
+        place(*(worker(role.value, role) for role in roles))
+
+
+views = st.builds(
+    WorkerView,
+    worker_id=st.text("abc", min_size=1, max_size=2),
+    role=st.just(WorkerRole.DECODE),
+    outstanding=st.integers(0, 1000),
+    assigned=st.integers(0, 1000),
+    matched_tokens=st.integers(0, 200),
+)
+
+
+@given(st.lists(views, min_size=1, max_size=5))
+def test_scores_are_within_0_and_1_and_the_choice_is_deterministic(workers: list[WorkerView]) -> None:
+    assert all(0.0 <= affinity_minus_load(REQUEST, one, workers) <= 1.0 for one in workers)
+    assert place(*workers) == place(*reversed(workers))

@@ -1,0 +1,111 @@
+"""Following the topology and the workers' own words."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+import pytest
+
+from sagellm_common.core.types import SamplingParams, as_token_ids
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from tests.support.router_harness import PROMPT, RouterHarness, eventually, router_harness
+from tests.support.scripted_workers import LAYOUT, MODEL, ScriptedDecode, ScriptedPrefill, oracle
+
+GREEDY_6 = SamplingParams(max_new_tokens=6)
+HASHES = block_hashes(as_token_ids(PROMPT), LAYOUT.block_size_tokens, root_hash(LAYOUT))
+
+
+async def test_a_newcomer_with_another_layout_is_named_and_not_used(
+    router: RouterHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    await router.pair()
+    odd = replace(MODEL, kv_layout=replace(LAYOUT, dtype="int8", block_bytes=256))
+    with caplog.at_level(logging.ERROR):
+        stranger = await router.add(ScriptedPrefill("prefill-odd", model=odd))
+    message = next(r.getMessage() for r in caplog.records if "prefill-odd" in r.getMessage())
+    assert "dtype 'int8' != 'float32'" in message and "block_bytes" in message
+    for turn in range(3):
+        assert (await router.generate(request_id=f"r{turn}")).summary.prefill_worker_id == "prefill-0"
+    assert not stranger.requests
+    assert router.router.workers.models() == {MODEL.name: MODEL}
+
+
+async def test_with_the_last_worker_of_a_layout_gone_the_other_layout_counts(router: RouterHarness) -> None:
+    prefill, decode = await router.pair()
+    odd = replace(MODEL, kv_layout=replace(LAYOUT, dtype="int8", block_bytes=256))
+    other = await router.add(ScriptedDecode("decode-odd", model=odd))
+    await prefill.leave()
+    await decode.leave()
+    await eventually(lambda: router.link(decode) is None)
+    assert (await router.generate()).summary.decode_worker_id == other.worker_id
+
+
+async def test_another_model_has_its_own_workers(router: RouterHarness) -> None:
+    await router.pair()
+    other = replace(MODEL, name="other", kv_layout=replace(LAYOUT, model_fingerprint="other"))
+    await router.add(ScriptedDecode("decode-other", model=other))
+    assert (await router.generate(model="other")).summary.decode_worker_id == "decode-other"
+    assert (await router.generate()).summary.decode_worker_id == "decode-0"
+
+
+async def test_block_events_move_requests_to_where_the_prefix_is(router: RouterHarness) -> None:
+    prefills = [await router.add(ScriptedPrefill(f"prefill-{i}")) for i in range(2)]
+    await router.add(ScriptedDecode(prefills=prefills))
+
+    async def chosen(request_id: str) -> str:
+        return (await router.generate(request_id=request_id)).summary.prefill_worker_id
+
+    assert await chosen("a") == "prefill-0"
+    prefills[0].publish(2, stored=HASHES)
+    await eventually(lambda: router.router.workers.matched(HASHES) == {"prefill-0": 2})
+    assert await chosen("b") == "prefill-0"
+    prefills[0].publish(3, removed=HASHES[1:])
+    await eventually(lambda: router.router.workers.matched(HASHES) == {"prefill-0": 1})
+    prefills[0].publish(4, removed=HASHES)
+    await eventually(lambda: router.router.workers.matched(HASHES) == {})
+    assert await chosen("c") == "prefill-1"
+
+
+async def test_a_gap_in_block_events_asks_for_everything_again(router: RouterHarness) -> None:
+    prefill, _ = await router.pair()
+    prefill.cached_hashes = HASHES[:1]
+    prefill.publish(9, stored=HASHES)
+    await eventually(lambda: router.router.workers.matched(HASHES) == {"prefill-0": 1})
+
+
+async def test_a_lost_workers_blocks_are_forgotten(router: RouterHarness) -> None:
+    prefill = ScriptedPrefill()
+    prefill.cached_hashes = HASHES
+    await router.add(prefill)
+    decode = await router.add(ScriptedDecode(prefills=[prefill]))
+    prefill.on("prefill", prefill.die)
+    assert (await router.generate()).tokens == oracle(PROMPT, GREEDY_6)
+    assert router.router.workers.matched(HASHES) == {}
+    assert router.link(decode).reachable
+
+
+async def test_another_incarnation_at_a_known_address_is_not_the_worker(router: RouterHarness) -> None:
+    prefill, decode = await router.pair()
+    port = int(decode.record.address.rpartition(":")[2])
+    decode.on("token:2", decode.die)
+    call = asyncio.create_task(router.generate())
+    await decode.reached["token:2"].wait()
+    await eventually(lambda: not router.link(decode).reachable)
+    with pytest.raises(Exception, match="no decode worker"):
+        await call
+    again = ScriptedDecode("decode-0", prefills=[prefill])
+    await decode.leave()
+    await router.add(again, port=port)
+    assert (await router.generate()).tokens == oracle(PROMPT, GREEDY_6)
+    assert router.link(decode) is None
+
+
+async def test_no_task_is_left_when_the_router_closes() -> None:
+    before = asyncio.all_tasks()
+    async with router_harness() as router:
+        await router.pair()
+        await router.generate()
+    left = {task for task in asyncio.all_tasks() - before if not task.done()}
+    assert not {task.get_name() for task in left if "grpc" not in repr(task)}
