@@ -110,12 +110,14 @@ def over_http(client: httpx.AsyncClient, model: str) -> Run:
             "ignore_eos": True,
             "stream": True,
         }
-        start, arrivals = time.perf_counter(), []
+        start = time.perf_counter()
         async with client.stream("POST", "/v1/completions", json=body) as response:
             response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["finish_reason"] is None:
-                    arrivals.append(time.perf_counter())
+            arrivals = [
+                time.perf_counter()
+                async for line in response.aiter_lines()
+                if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["finish_reason"] is None
+            ]
         return sample(arrivals, start)
 
     return run

@@ -37,7 +37,7 @@ TIMEOUT_S = 60.0
 
 def a_region(num_blocks: int, block_bytes: int) -> KvRegion:
     data = np.random.default_rng(0).integers(0, 256, num_blocks * block_bytes, dtype=np.uint8)
-    return KvRegion(memoryview(data), block_bytes, num_blocks)
+    return KvRegion(data.data, block_bytes, num_blocks)
 
 
 def run_source(pipe: Connection, backend: str, num_blocks: int, block_bytes: int, digest: bool) -> None:
@@ -48,7 +48,7 @@ async def _serve(pipe: Connection, backend: str, num_blocks: int, block_bytes: i
     leases = HandoffSource(LEASE_TTL_S, SystemClock(), lambda _: None)
     leases.pin("bench", 1, Allocation(np.arange(num_blocks, dtype=np.int32)), 0)
     async with ChannelPool() as channels:
-        config = TransportConfig(backend=backend, digest=digest)  # type: ignore[arg-type]
+        config = TransportConfig(backend=backend, digest=digest)
         region = a_region(num_blocks, block_bytes)
         channel = make_channel(config, region, leases, HOST, 0, KvTransferClient(channels).pull_rpc)
         data_address = await channel.start()
@@ -76,7 +76,7 @@ async def a_pair(
     process.start()
     theirs.close()
     control_address, data_address = await asyncio.to_thread(ours.recv)
-    config = TransportConfig(backend=backend, digest=digest)  # type: ignore[arg-type]
+    config = TransportConfig(backend=backend, digest=digest)
     leases = HandoffSource(LEASE_TTL_S, SystemClock(), lambda _: None)
     channel = make_channel(config, region, leases, HOST, 0, KvTransferClient(channels).pull_rpc)
     table = np.arange(region.num_blocks, dtype=np.int32)

@@ -40,10 +40,7 @@ class KvRegion:
         cuts = np.flatnonzero(np.diff(ids) != 1) + 1
         bounds = [0, *cuts.tolist(), ids.size]
         size = self.block_bytes
-        return [
-            self.view[int(ids[a]) * size : (int(ids[a]) + b - a) * size]
-            for a, b in itertools.pairwise(bounds)
-        ]
+        return [self.view[int(ids[a]) * size : (int(ids[a]) + b - a) * size] for a, b in itertools.pairwise(bounds)]
 
 
 @dataclass(slots=True, eq=False)

@@ -21,6 +21,8 @@ from sagellm_common.rpc.worker_service import WorkerView
 log = logging.getLogger(__name__)
 
 MAX_CONCURRENT = 2
+MAX_POOL_SHARE = 0.25
+"""Of the worker's blocks that may wait for the store; what comes beyond is dropped, for blocks are for sequences."""
 PUT_TIMEOUT_S = 5.0
 
 OFFLOADS = Counter("sagellm_decode_offloads", "Finished sequences offered to kv_store.", ["outcome"])
@@ -28,7 +30,7 @@ OFFLOADED_BLOCKS = Counter("sagellm_decode_offloaded_blocks", "Blocks kv_store t
 
 
 class Offloader:
-    """At most MAX_CONCURRENT at a time; what comes while they run is dropped, not queued: blocks are for sequences."""
+    """MAX_CONCURRENT at a time; the others wait with their blocks pinned, within MAX_POOL_SHARE and their lease."""
 
     def __init__(
         self,
@@ -37,13 +39,16 @@ class Offloader:
         worker: WorkerView,
         layout: KvLayout,
         background: Background,
+        pool_blocks: int,
     ) -> None:
         self._store = store
         self._leases = leases
         self._worker = worker
         self._layout = layout
         self._background = background
-        self._running = 0
+        self._max_pinned_blocks = int(pool_blocks * MAX_POOL_SHARE)
+        self._pinned_blocks = 0
+        self._turn = asyncio.Semaphore(MAX_CONCURRENT)
         self._numbers = itertools.count()
 
     def offer(self, request_id: str, epoch: int, token_ids: TokenIds, cache_salt: str, blocks: OwnedBlocks) -> None:
@@ -51,7 +56,7 @@ class Offloader:
         num_blocks = blocks.allocation.num_cached_tokens // self._layout.block_size_tokens
         if num_blocks == 0 or not self._store.available:
             return
-        if self._running >= MAX_CONCURRENT:
+        if self._pinned_blocks + num_blocks > self._max_pinned_blocks:
             OFFLOADS.labels("dropped").inc()
             return
         # Numbered, for a request id may come again before this lease has ended, with other tokens.
@@ -63,15 +68,15 @@ class Offloader:
             return
         # From here on the lease table owns them, so that nothing leaks should the task never get to run.
         blocks.hand_over()
-        self._running += 1
+        self._pinned_blocks += num_blocks
         self._background.spawn(
             self._offload(transfer_id, epoch, pinned.block_ids[:num_blocks], token_ids[:num_tokens], cache_salt),
             f"offload of request {request_id}",
-            on_end=lambda: self._ended(transfer_id, epoch),
+            on_end=lambda: self._ended(transfer_id, epoch, num_blocks),
         )
 
-    def _ended(self, transfer_id: str, epoch: int) -> None:
-        self._running -= 1
+    def _ended(self, transfer_id: str, epoch: int, num_blocks: int) -> None:
+        self._pinned_blocks -= num_blocks
         self._leases.release(transfer_id, epoch, committed=True)
 
     async def _offload(
@@ -80,7 +85,7 @@ class Offloader:
         size = self._layout.block_size_tokens
         hashes = block_hashes(token_ids, size, root_hash(self._layout, cache_salt))
         try:
-            async with asyncio.timeout(PUT_TIMEOUT_S):
+            async with self._turn, asyncio.timeout(PUT_TIMEOUT_S):
                 present = await self._store.lookup(hashes)
                 OFFLOADED_BLOCKS.labels("present").inc(present)
                 if present < len(hashes):

@@ -154,7 +154,11 @@ async def worker(
             )
         else:
             puller = KvPuller(channel, transfers, releaser, runtime, layout)
-            offload = Offloader(client, leases, runtime, layout, background) if store else None
+            offload = (
+                Offloader(client, leases, runtime, layout, background, engine.kv.get_utilization().total_blocks)
+                if store
+                else None
+            )
             loop = DecodeLoop(engine, reservations, leases, runtime, puller, offload)
             service = Registrar(
                 "sagellm.v1.DecodeService",

@@ -13,12 +13,13 @@ from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.store_client import PutResult
-from services.decode.offload import MAX_CONCURRENT, Offloader
+from services.decode.offload import MAX_CONCURRENT, MAX_POOL_SHARE, Offloader
 from tests.support.simulated_engine import SimulatedPool
 from tests.support.topology import LAYOUT, make_record
 from tests.support.waiting import eventually
 
 TOKENS = as_token_ids(range(40))
+BLOCKS = 32
 
 
 class FakeStore:
@@ -28,8 +29,10 @@ class FakeStore:
         self.go = asyncio.Event()
         self.puts: list[tuple[list[BlockHash], list[int], KvSource]] = []
         self.error: Exception | None = None
+        self.under_way = 0
 
     async def lookup(self, hashes: Sequence[BlockHash]) -> int:
+        self.under_way += 1
         await self.go.wait()
         if self.error is not None:
             raise self.error
@@ -45,11 +48,11 @@ class FakeStore:
 class Setup:
     def __init__(self) -> None:
         self.record = make_record("decode-0")
-        self.pool = SimulatedPool(LAYOUT, 32)
+        self.pool = SimulatedPool(LAYOUT, BLOCKS)
         self.leases = HandoffSource(30.0, ManualClock(), self.pool.free)
         self.store = FakeStore()
         self.background = Background()
-        self.offloader = Offloader(self.store, self.leases, self, LAYOUT, self.background)  # type: ignore[arg-type]
+        self.offloader = Offloader(self.store, self.leases, self, LAYOUT, self.background, BLOCKS)  # type: ignore[arg-type]
 
     def offer(self, request_id: str = "r1", valid: int = 39) -> list[int]:
         """As the loop does: what is not taken over is freed at the end of the `with`. Returns the block ids."""
@@ -109,17 +112,20 @@ async def test_nothing_to_offload(setup: Setup, why: str) -> None:
     assert setup.used_blocks == 0
 
 
-async def test_more_than_it_can_do_is_dropped(setup: Setup) -> None:
-    for i in range(MAX_CONCURRENT + 1):
+async def test_some_wait_their_turn_and_what_would_crowd_out_sequences_is_dropped(setup: Setup) -> None:
+    fit = int(BLOCKS * MAX_POOL_SHARE) // 2  # two full blocks each
+    assert fit > MAX_CONCURRENT
+    for i in range(fit + 1):
         setup.offer(f"r{i}")
-    assert len(setup.leases) == MAX_CONCURRENT
-    assert setup.used_blocks == 3 * MAX_CONCURRENT
+    assert len(setup.leases) == fit
+    await eventually(lambda: setup.store.under_way == MAX_CONCURRENT)
     setup.store.go.set()
     await finished(setup)
-    assert len(setup.store.puts) == MAX_CONCURRENT
+    assert len(setup.store.puts) == fit
     setup.offer("later")
     await finished(setup)
-    assert len(setup.store.puts) == MAX_CONCURRENT + 1
+    assert len(setup.store.puts) == fit + 1
+    assert setup.used_blocks == 0
 
 
 async def test_the_same_request_id_again_is_another_transfer(setup: Setup) -> None:
