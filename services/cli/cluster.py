@@ -33,7 +33,6 @@ STOP_GRACE_S = 15.0
 BACKOFF_S = (0.2, 1.0, 2.0, 4.0, 8.0)
 """Delays before restarts of a process that keeps dying; then it is left alone."""
 HEALTHY_S = 30.0
-"""After living this long a death counts as the first again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,8 @@ class Member:
 class Cluster:
     """Owns its processes from `start` to `stop`. All calls on one event loop.
 
-    `config.model.path` is set. With `restart` a process that dies is started again under its id.
+    `config.model.path` is set. With `restart` a process that dies is started again under its id; after it has lived
+    `healthy_s` a death counts as the first again.
     """
 
     config: Config
@@ -82,6 +82,7 @@ class Cluster:
     num_decode: int = 1
     on_event: Callable[[ClusterEvent], None] = lambda _: None
     restart: bool = True
+    healthy_s: float = HEALTHY_S
     members: dict[str, Member] = field(default_factory=dict)
     _num_workers: int = 0
     _complete: bool = False
@@ -231,7 +232,7 @@ class Cluster:
             self.on_event(ClusterEvent("died", member.id, reason))
             if not self.restart:
                 return
-            if loop.time() - since > HEALTHY_S:
+            if loop.time() - since > self.healthy_s:
                 backoff = iter(BACKOFF_S)
             delay_s = next(backoff, None)
             if delay_s is None:

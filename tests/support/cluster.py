@@ -52,7 +52,8 @@ class RunningCluster:
         self._owned.__enter__()
         config = load_config(None, {}, self._settings)
         self.config = config
-        self.cluster = Cluster(config, self.home, *self._sizes, restart=self._restart)
+        # Tests kill often: each death is the first.
+        self.cluster = Cluster(config, self.home, *self._sizes, restart=self._restart, healthy_s=0.0)
         self._thread.start()
         try:
             self._run(self.cluster.start())
