@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from bench.plots import grouped_bars
 from sagellm_common.client.aio import AsyncClient
 from sagellm_common.core.config import Config
 from sagellm_common.core.types import GenerationSummary, SamplingParams, as_token_ids
@@ -270,7 +271,16 @@ def main() -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1, default=str))
-    print(f"\nwritten to {out}")
+    labels = {"TTFT p50 (ms)": 2, "TPOT p50 (ms)": 4, "tokens/s": 6}
+    panels = {
+        metric: {
+            path: {f"c={row[1]}": float(row[column]) for row in result["table"][1:] if row[0] == path} for path in PATHS
+        }
+        for metric, column in labels.items()
+    }
+    picture = out.with_suffix(".png")
+    grouped_bars(panels, f"{args.prompt_tokens} prompt tokens, {args.new_tokens} new, SmolLM2-135M fp32", picture)
+    print(f"\nwritten to {out} and {picture}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class Pipeline:
     # ---- the stages ----
 
     async def _admit(self, request: GenerationRequest, deadline: Deadline, slot: Slot) -> Admitted:
-        model = await self._with_grace(lambda: self._model(request.model), deadline, slot)
+        model = await self._with_grace(lambda: self._model(request.model), self._config.worker_grace_s, deadline, slot)
         validate_request(request, model)
         if not request.sampling.greedy and request.sampling.seed is None:
             # Seeded, so that another worker can go on where a lost one stopped.
@@ -150,7 +150,9 @@ class Pipeline:
             links = retry.preferred(self._workers.usable(admitted.model))
             return place(admitted, matched, generation, links, self._strategy)
 
-        routed = await self._with_grace(try_once, admitted.deadline, slot)
+        # A request that lost its worker has work to lose: it waits for the restart. A fresh one is better told at once.
+        grace_s = self._config.resume_grace_s if generation.attempts > 1 else self._config.worker_grace_s
+        routed = await self._with_grace(try_once, grace_s, admitted.deadline, slot)
         generation.explanation.plan = routed.plan
         return routed
 
@@ -221,10 +223,10 @@ class Pipeline:
         await _wait_any(delay_s, slot.cancelled)
         slot.calls.check()
 
-    async def _with_grace(self, try_once: Callable[[], T], deadline: Deadline, slot: Slot) -> T:
+    async def _with_grace(self, try_once: Callable[[], T], grace_s: float, deadline: Deadline, slot: Slot) -> T:
         """`try_once`, again at each change of the workers while it raises NoWorker, for a short time: a restarted
         worker is not there yet."""
-        give_up_s = self._clock.now() + min(self._config.worker_grace_s, deadline.budget_s())
+        give_up_s = self._clock.now() + min(grace_s, deadline.budget_s())
         while True:
             changed = self._workers.changed
             try:

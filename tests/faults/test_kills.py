@@ -110,6 +110,22 @@ async def test_the_loss_of_the_store_costs_hits_never_a_request(
     assert list((await complete(healthy, prompt)).token_ids) == expected
 
 
+async def test_a_stream_waits_for_the_restart_when_no_decode_worker_is_left(
+    healthy: RunningCluster, tiny_llama: Path
+) -> None:
+    prompt, new_tokens = fresh_prompt(), 300
+    found: list[int] = []
+    async with asyncio.timeout(DEADLINE_S), AsyncClient(healthy.router_address) as client:
+        outputs = client.generate(prompt, max_tokens=new_tokens, ignore_eos=True)
+        async with aclosing(outputs):
+            async for output in outputs:
+                if not found:
+                    for worker_id in ("decode-0", "decode-1"):
+                        await asyncio.to_thread(healthy.kill, worker_id)
+                found += output.token_ids
+    assert found == greedy(tiny_llama, prompt, new_tokens)
+
+
 async def test_both_decode_workers_gone_is_a_typed_error_or_waited_out(
     healthy: RunningCluster, tiny_llama: Path
 ) -> None:

@@ -93,6 +93,7 @@ async def test_a_restarted_prefill_worker_is_served_from_the_store(router: str) 
         await eventually(lambda: len(pool.cached_hashes()) == 5, lambda: f"{pool.get_utilization()}")
         await decode.idle()
 
+        await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         again = await generate(prefill, decode, request(PROMPT, max_new_tokens=10, request_id="r2"))
         assert (again.prefill.store_tokens, again.prefill.cached_tokens) == (12, 12)
@@ -100,6 +101,7 @@ async def test_a_restarted_prefill_worker_is_served_from_the_store(router: str) 
 
         # The next turn of the conversation: what was generated is in the store, too.
         longer = [*PROMPT, *first.tokens, 42, 43]
+        await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         turn = await generate(prefill, decode, request(longer, request_id="r3"))
         assert turn.prefill.store_tokens == 20
@@ -128,6 +130,7 @@ async def test_one_token_is_left_to_compute_of_a_prompt_of_full_blocks(router: s
         await sees_the_store(prefill, decode)
         await generate(prefill, decode, request(prompt))
         await eventually(lambda: len(pool.cached_hashes()) == 5)
+        await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         again = await generate(prefill, decode, request(prompt, request_id="r2"))
         assert again.prefill.store_tokens == 12
@@ -139,6 +142,7 @@ async def test_another_salt_finds_nothing(router: str) -> None:
         await sees_the_store(prefill, decode)
         await generate(prefill, decode, request(PROMPT, cache_salt="a"))
         await eventually(lambda: len(pool.cached_hashes()) == 5)
+        await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         other = await generate(prefill, decode, request(PROMPT, request_id="r2", cache_salt="b"))
         assert other.prefill.store_tokens == 0
@@ -155,6 +159,7 @@ async def test_a_request_does_without_a_store_that_has_died(router: str) -> None
             stale = prefill.topology.snapshot()
         for one in (prefill, decode):
             one.topology.snapshot = lambda: stale  # type: ignore[method-assign]
+        await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         for i in range(2):
             done = await generate(prefill, decode, request(PROMPT, request_id=f"later{i}"))
@@ -177,6 +182,7 @@ async def test_corrupt_blocks_of_the_store_cost_the_hit_only(router: str, monkey
         await generate(prefill, decode, request(PROMPT))
         await eventually(lambda: len(pool.cached_hashes()) == 5)
         await decode.idle()
+        await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         with monkeypatch.context() as patch:
             patch.setattr(tcp_receiver, "verify_blocks", corrupt)

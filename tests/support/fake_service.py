@@ -50,8 +50,8 @@ def main() -> None:
     if behaviour != "hang":
         address = f"127.0.0.1:{server.server_address[1]}"
         print("not the ready line")
-        print(json.dumps({"ready": True, "id": process_id, "pid": os.getpid(), "address": address}), flush=True)
         note("start")
+        print(json.dumps({"ready": True, "id": process_id, "pid": os.getpid(), "address": address}), flush=True)
     if behaviour == "chatty":
         print("\n".join(["y" * 99] * 5000), flush=True)
         note("wrote")

@@ -141,7 +141,7 @@ class RouterHarness:
 
 @asynccontextmanager
 async def router_harness(**router: Any) -> AsyncIterator[RouterHarness]:
-    config = Config(router=RouterConfig(**({"worker_grace_s": 0.5} | router)))
+    config = Config(router=RouterConfig(**({"worker_grace_s": 0.5, "resume_grace_s": 0.5} | router)))
     topology, registry = EmbeddedTopology(), CollectorRegistry()
     async with (
         serving(config, topology, metrics=RouterMetrics(registry)) as running,

@@ -200,7 +200,7 @@ async def test_the_only_decode_worker_dies_and_nobody_comes(router: RouterHarnes
 
 
 async def test_a_restarted_decode_worker_resumes_the_stream() -> None:
-    async with router_harness(worker_grace_s=10.0) as router:
+    async with router_harness(resume_grace_s=10.0) as router:
         _, decode = await router.pair()
         decode.on("token:3", decode.die)
         call = asyncio.create_task(router.generate())

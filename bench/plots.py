@@ -1,0 +1,37 @@
+"""Pictures of what a benchmark measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#d08770")
+
+
+def grouped_bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, out: Path) -> None:
+    """One panel per metric: {metric: {series: {group: value}}}, values written on the bars."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (metric, series) in zip(axes[0], panels.items(), strict=True):
+        groups = list(next(iter(series.values())))
+        width = 0.8 / len(series)
+        for i, (name, values) in enumerate(series.items()):
+            at = [g + (i - (len(series) - 1) / 2) * width for g in range(len(groups))]
+            bars = axis.bar(at, [values[g] for g in groups], width, label=name, color=COLOURS[i % len(COLOURS)])
+            axis.bar_label(bars, fmt="%.3g", fontsize=7)
+        axis.set_xticks(range(len(groups)), groups)
+        axis.set_title(metric, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    _legend_below(figure, axes[0])
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _legend_below(figure: plt.Figure, axes: Sequence[plt.Axes]) -> None:
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
