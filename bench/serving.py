@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -44,10 +45,11 @@ REQUEST_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request as its client saw it. Times in ms; TPOT is the mean after the first token."""
+    """One request as its client saw it. Times in ms; TPOT is the mean after the first token, ITL the median gap."""
 
     ttft_ms: float
     tpot_ms: float
+    itl_ms: float
     tokens: int
     summary: GenerationSummary | None = None
 
@@ -56,9 +58,8 @@ Run = Callable[[list[int], int], Any]
 
 
 def sample(arrivals: list[float], start: float, summary: GenerationSummary | None = None) -> Sample:
-    first, last = arrivals[0], arrivals[-1]
-    gaps = max(1, len(arrivals) - 1)
-    return Sample(1e3 * (first - start), 1e3 * (last - first) / gaps, len(arrivals), summary)
+    gaps = [1e3 * (b - a) for a, b in itertools.pairwise(arrivals)]
+    return Sample(1e3 * (arrivals[0] - start), statistics.mean(gaps), statistics.median(gaps), len(arrivals), summary)
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 _propagator = TraceContextTextMapPropagator()
-# A proxy: it follows the provider that `setup_tracing` installs later, and without one makes no spans.
+# A proxy: it follows the provider that `setup_tracing` installs later.
 _tracer = trace.get_tracer("sagellm")
 
 
@@ -24,7 +24,7 @@ def setup_tracing(service_name: str, otlp_endpoint: str = "", exporter: SpanExpo
     """Installs the process-wide tracer, once, at the start.
 
     Spans go to `exporter` as they end (tests), else in batches to the OTLP gRPC collector at `otlp_endpoint`
-    (host:port or URL); with neither, traces are passed on but not recorded.
+    (host:port or URL); with neither, `span` and `current_carrier` cost and do nothing.
     """
     if exporter is None and not otlp_endpoint:
         return
@@ -38,6 +38,10 @@ def setup_tracing(service_name: str, otlp_endpoint: str = "", exporter: SpanExpo
     trace.set_tracer_provider(provider)
 
 
+def _recording() -> bool:
+    return isinstance(trace.get_tracer_provider(), TracerProvider)
+
+
 def shutdown_tracing() -> None:
     """Sends what is still buffered. Blocks for at most the exporter's timeout."""
     provider = trace.get_tracer_provider()
@@ -48,6 +52,9 @@ def shutdown_tracing() -> None:
 @contextmanager
 def span(name: str, carrier: Mapping[str, str] | None = None, /, **attributes: AttributeValue) -> Iterator[Span]:
     """A span around the block: child of `carrier` where given, else of the current one. Errors mark it failed."""
+    if not _recording():
+        yield trace.INVALID_SPAN
+        return
     parent = _propagator.extract(carrier) if carrier else None
     with _tracer.start_as_current_span(name, context=parent, attributes=attributes) as current:
         yield current
@@ -56,7 +63,8 @@ def span(name: str, carrier: Mapping[str, str] | None = None, /, **attributes: A
 def current_carrier() -> dict[str, str]:
     """The current trace context as W3C headers, to send along; empty outside any trace."""
     carrier: dict[str, str] = {}
-    _propagator.inject(carrier)
+    if _recording():
+        _propagator.inject(carrier)
     return carrier
 
 

@@ -129,12 +129,13 @@ class PrefixCache:
 
     def evict(self, max_num_blocks: int) -> int:
         """Frees up to max_num_blocks blocks that nobody but the cache holds, least recently used leaves first."""
-
-        def evictable(key: BlockHash) -> bool:
-            entry = self._entries[key]
-            return entry.children == 0 and int(self._allocator.get_ref_count(np.array([entry.block]))[0]) == 1
-
-        heap = [(self._entries[key].last_used, key) for key in self._entries if evictable(key)]
+        leaves = [key for key, entry in self._entries.items() if entry.children == 0]
+        references = self._allocator.get_ref_count(
+            np.array([self._entries[key].block for key in leaves], dtype=np.int64)
+        )
+        heap = [
+            (self._entries[key].last_used, key) for key, count in zip(leaves, references, strict=True) if count == 1
+        ]
         heapq.heapify(heap)
         removed: list[BlockHash] = []
         while heap and len(removed) < max_num_blocks:
@@ -145,7 +146,8 @@ class PrefixCache:
             parent = self._entries.get(entry.parent)
             if parent is not None:
                 parent.children -= 1
-                if evictable(entry.parent):
+                unused = int(self._allocator.get_ref_count(np.array([parent.block]))[0]) == 1
+                if parent.children == 0 and unused:
                     heapq.heappush(heap, (parent.last_used, entry.parent))
         self._tell(BlockEvent(removed=tuple(removed)))
         return len(removed)

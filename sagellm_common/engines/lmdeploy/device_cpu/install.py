@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
 
 import lmdeploy.pytorch.backends.selector as selector
 import lmdeploy.pytorch.engine.model_agent as model_agent
+import lmdeploy.pytorch.strategies.ar.sampling as sampling_strategy
 import lmdeploy.pytorch.weight_loader.model_weight_loader as weight_loader
 from lmdeploy.messages import PytorchEngineConfig
 
@@ -58,7 +60,11 @@ def _stream_context(_: Any) -> Iterator[None]:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """torch with `cuda` replaced by synchronous stand-ins; the model agent sees it in place of torch."""
+    """torch as some of LMDeploy's modules see it: `cuda` replaced by synchronous stand-ins, and `seed` without effect.
+
+    LMDeploy calls torch.seed() for each batch, although every sequence has a seed of its own. Without a GPU torch keeps
+    each call, with its stack, for the day CUDA is initialised: a leak, and a twentieth of a small model's step.
+    """
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -71,6 +77,7 @@ class _TorchOnCpu(types.ModuleType):
             synchronize=lambda: None,
             empty_cache=lambda: None,
         )
+        self.seed = lambda: secrets.randbits(63)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -97,7 +104,7 @@ def _on_cpu(value: Any, non_blocking: bool = False) -> Any:
 def install() -> None:
     """Makes LMDeploy in this process run on the CPU, and only there. Idempotent."""
     selector._get_backend = lambda: CpuOpsBackend
-    model_agent.torch = _TorchOnCpu()
+    model_agent.torch = sampling_strategy.torch = _TorchOnCpu()
     model_agent.BaseModelAgent = CpuModelAgent
     model_agent.CacheEngine = CpuCacheEngine
     model_agent.StateCacheEngine = CpuStateCacheEngine
