@@ -24,7 +24,7 @@ def setup_tracing(service_name: str, otlp_endpoint: str = "", exporter: SpanExpo
     """Installs the process-wide tracer, once, at the start.
 
     Spans go to `exporter` as they end (tests), else in batches to the OTLP gRPC collector at `otlp_endpoint`
-    (host:port or URL); with neither, `span` and `current_carrier` cost and do nothing.
+    (host:port or URL); with neither, traces of callers are passed on but not recorded.
     """
     if exporter is None and not otlp_endpoint:
         return
@@ -38,8 +38,13 @@ def setup_tracing(service_name: str, otlp_endpoint: str = "", exporter: SpanExpo
     trace.set_tracer_provider(provider)
 
 
-def _recording() -> bool:
-    return isinstance(trace.get_tracer_provider(), TracerProvider)
+def _idle() -> bool:
+    """Nobody records here and no caller's context is to be passed on: the common case, which must cost nothing."""
+    return (
+        isinstance(_tracer, trace.ProxyTracer)
+        and not isinstance(trace.get_tracer_provider(), TracerProvider)
+        and not trace.get_current_span().get_span_context().is_valid
+    )
 
 
 def shutdown_tracing() -> None:
@@ -52,7 +57,7 @@ def shutdown_tracing() -> None:
 @contextmanager
 def span(name: str, carrier: Mapping[str, str] | None = None, /, **attributes: AttributeValue) -> Iterator[Span]:
     """A span around the block: child of `carrier` where given, else of the current one. Errors mark it failed."""
-    if not _recording():
+    if not carrier and _idle():
         yield trace.INVALID_SPAN
         return
     parent = _propagator.extract(carrier) if carrier else None
@@ -63,7 +68,7 @@ def span(name: str, carrier: Mapping[str, str] | None = None, /, **attributes: A
 def current_carrier() -> dict[str, str]:
     """The current trace context as W3C headers, to send along; empty outside any trace."""
     carrier: dict[str, str] = {}
-    if _recording():
+    if not _idle():
         _propagator.inject(carrier)
     return carrier
 
