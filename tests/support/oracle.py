@@ -30,3 +30,13 @@ def greedy(path: Path, tokens: list[int], max_new_tokens: int, *, ignore_eos: bo
         ids = model.generate(torch.tensor([tokens]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
     found: list[int] = ids[0, len(tokens) :].tolist()
     return found[:-1] if not ignore_eos and found[-1] == eos else found
+
+
+def log_softmax(path: Path, tokens: list[int]) -> list[float]:
+    """Log-probabilities of the next token."""
+    import torch
+
+    with torch.inference_mode():
+        logits = _model(path)(torch.tensor([tokens])).logits[0, -1]
+    found: list[float] = logits.log_softmax(-1).tolist()
+    return found
