@@ -19,7 +19,7 @@ from sagellm_common.client.aio import Options, Prompt, gather
 from sagellm_common.client.sync import Client
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError, SageError
-from services.cli import render, run
+from services.cli import patches, render, run
 from services.cli.cluster import Cluster, StartFailed
 from services.cli.home import ClusterHome
 from services.cli.status import NotRunning, running_state, status_document, view_of
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The configuration as it is understood.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+engine_app = typer.Typer(help="The engine inside the workers.", no_args_is_help=True)
+app.add_typer(engine_app, name="engine")
 
 Name = Annotated[str, typer.Option("--name", help="the cluster; cluster.name unless given")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration")]
@@ -192,6 +194,26 @@ def config_validate(file: Path, json_: Json = False) -> None:
         _print_json({"file": str(file), "valid": True})
     else:
         render.err.print(f"{file} is valid")
+
+
+# ---- engine ----
+
+
+@engine_app.command("patches")
+def engine_patches(
+    overlay: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="a patched copy; the installed one if not given")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Which patches LMDeploy has; exit code 1 when one is half applied or does not apply."""
+    found = patches.patched_tree(overlay)
+    if json_:
+        _print_json(asdict(found))
+    else:
+        render.out.print(patches.patches_view(found))
+    if not found.usable:
+        raise typer.Exit(EXIT_FAILED)
 
 
 # ---- helpers ----
