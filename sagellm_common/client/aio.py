@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self, TypedDict, Unpack, cast
 
@@ -32,8 +33,10 @@ from sagellm_common.core.validation import validate_sampling
 Prompt = str | Sequence[Message] | Sequence[int] | TokenIds
 """Text, chat messages (`{"role": …, "content": …}`) or token ids."""
 
-OFF_LOOP_CHARS = 16_384
-"""Longer texts are tokenized on a thread, so that other requests go on."""
+OFF_LOOP_SIZE = 16_384
+"""Longer prompts, in characters or token ids, are encoded on a thread, so that other requests go on."""
+_MESSAGE_SIZE = 32
+"""What the chat template adds to a message, roughly."""
 
 
 class Options(TypedDict, total=False):
@@ -158,22 +161,18 @@ def gather(outputs: Sequence[TextOutput]) -> Completion:
 
 async def encode_prompt(served: ServedModel, prompt: Prompt) -> TokenIds:
     """Token ids of a prompt of any kind. Raises InvalidRequest when it is empty or no token of the model."""
-    tokenizer = served.tokenizer
+    size = len(prompt)
+    if size == 0:  # of text, too: a tokenizer may add a start token to nothing at all
+        raise InvalidRequest("prompt: empty; it must hold at least one token")
     if isinstance(prompt, str):
-        encode = asyncio.to_thread(tokenizer.encode, prompt) if len(prompt) > OFF_LOOP_CHARS else None
-        token_ids = tokenizer.encode(prompt) if encode is None else await encode
-        # A tokenizer may add a start token to nothing at all.
-        if not prompt:
-            token_ids = token_ids[:0]
-    elif len(prompt) and isinstance(prompt[0], Mapping):
+        encode = partial(served.tokenizer.encode, prompt)
+    elif isinstance(prompt[0], Mapping):
         messages = cast(Sequence[Message], prompt)
-        size = sum(len(str(m.get("content"))) for m in messages)
-        if size > OFF_LOOP_CHARS:
-            token_ids = await asyncio.to_thread(tokenizer.encode_chat, messages)
-        else:
-            token_ids = tokenizer.encode_chat(messages)
+        size = sum(len(str(message.get("content"))) + _MESSAGE_SIZE for message in messages)
+        encode = partial(served.tokenizer.encode_chat, messages)
     else:
-        token_ids = checked_token_ids(cast(Sequence[int], prompt), served.info.vocab_size)
+        encode = partial(checked_token_ids, cast(Sequence[int], prompt), served.info.vocab_size)
+    token_ids = await asyncio.to_thread(encode) if size > OFF_LOOP_SIZE else encode()
     if not len(token_ids):
         raise InvalidRequest("prompt: empty; it must hold at least one token")
     return token_ids

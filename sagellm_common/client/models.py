@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sagellm_common.client.router import RouterClient
 from sagellm_common.client.text import Tokenizer
 from sagellm_common.core.clock import Clock, SystemClock
-from sagellm_common.core.errors import NoWorker, UnknownModel
+from sagellm_common.core.errors import NoWorker, SageError, UnknownModel
 from sagellm_common.core.types import ModelInfo
 
 
@@ -35,6 +35,8 @@ class ModelDirectory:
         self._fresh_until = float("-inf")
         self._tokenizers: dict[str, Tokenizer] = {}
         self._refreshing = asyncio.Lock()
+        self._answers = 0
+        self._failure: SageError | None = None
         self._loading = asyncio.Lock()
 
     async def list(self) -> tuple[ModelInfo, ...]:
@@ -72,10 +74,21 @@ class ModelDirectory:
         return ServedModel(info, self._tokenizers[path])
 
     async def _refresh(self) -> None:
-        before = self._fresh_until
+        """Asks the router, one at a time. Who waited for another's answer takes it, also when it is an error: a router
+        that is silent costs one timeout, not one after the other."""
+        answers = self._answers
         async with self._refreshing:
-            if self._fresh_until != before:
-                return  # somebody else did while this one waited
+            if self._answers == answers:
+                await self._ask()
+            if self._failure is not None:
+                raise self._failure
+
+    async def _ask(self) -> None:
+        try:
             self._models = {info.name: info for info in await self._router.models()}
             # "No model yet" is not remembered: the first worker may join any moment.
             self._fresh_until = self._clock.now() + self._ttl_s if self._models else float("-inf")
+            self._failure = None
+        except SageError as err:
+            self._failure = err
+        self._answers += 1

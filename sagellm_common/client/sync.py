@@ -41,7 +41,8 @@ class Client:
             while (output := self._run(anext(outputs, None))) is not None:
                 yield output
         finally:
-            self._run(outputs.aclose())
+            if not self._loop.is_closed():
+                self._run(outputs.aclose())
 
     def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Generator[TextOutput]:
         return self.generate(messages, **options)

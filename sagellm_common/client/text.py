@@ -158,6 +158,8 @@ class Detokenizer:
         """New text that later tokens cannot change; may be empty."""
         self._ids.extend(token_ids)
         text = self._decode()
+        if text == self._known_text and not text.endswith(_REPLACEMENT):
+            del self._ids[self._read_offset :]  # special tokens, skipped: kept, they would be decoded again and again
         if len(text) <= len(self._known_text) or text.endswith(_REPLACEMENT):
             return ""
         delta = text[len(self._known_text) :]

@@ -79,7 +79,7 @@ class _LeaseTable:
             held = self._leases.get(key)
             if held is not None and held.epoch > epoch:
                 raise LeaseExpired(f"transfer {key!r} epoch {epoch} is fenced off by epoch {held.epoch}")
-            if held is not None and held.epoch == epoch:
+            if held is not None and held.epoch == epoch and held.expires_at_s > self._clock.now():
                 # A repeated call: the first one's blocks stay, this one's go back.
                 freed = None if held.allocation is allocation else allocation
                 kept = held.allocation
@@ -127,7 +127,8 @@ class HandoffSource(_LeaseTable):
     def pin(self, transfer_id: str, epoch: int, allocation: Allocation, num_tokens: int) -> Allocation:
         """Owns the allocation for ttl_s from now on; returns the pinned one.
 
-        A higher epoch replaces. The same epoch again keeps the first allocation and frees the new one. Raises
+        A higher epoch replaces. The same epoch again keeps the first allocation while its lease lives and frees the new
+        one. Raises
         LeaseExpired for a lower epoch and Draining after `close`; the caller then still owns the allocation.
         """
         return self._enter(transfer_id, epoch, allocation, num_tokens)
@@ -171,7 +172,8 @@ class HandoffTarget(_LeaseTable):
     def reserve(self, request_id: str, attempt: int, allocation: Allocation) -> Allocation:
         """Owns the allocation for ttl_s from now on; returns the reserved one.
 
-        A higher attempt replaces. The same attempt again keeps the first allocation and frees the new one. Raises
+        A higher attempt replaces. The same attempt again keeps the first allocation while its lease lives and frees the
+        new one. Raises
         LeaseExpired for a lower attempt and Draining after `close`; the caller then still owns the allocation.
         """
         return self._enter(request_id, attempt, allocation, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Allocation:
 
     block_ids: BlockIds
     num_cached_tokens: int = 0
-    num_shared_blocks: int = field(default=0)
+    num_shared_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,13 @@ class KvLayout:
         return {name: (mine, theirs) for name, (mine, theirs) in pairs.items() if mine != theirs}
 
 
+LOWEST_TEMPERATURE = 1e-5
+"""Logits divided by less are beyond float32. Below it is greedy, which is where it tends to."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+    """How tokens are chosen. temperature 0 (or next to it) is greedy; top_k 0, top_p 1 and min_p 0 are off."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -89,7 +93,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < LOWEST_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,10 @@ from sagellm_common.core.types import GenerationRequest, ModelInfo, SamplingPara
 
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100.0
+MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 10.0
+MAX_STOP_TOKEN_IDS = 128
+"""min_new_tokens forbids them, and a few tokens must stay allowed."""
 MAX_SEED = 2**64 - 1
 _MAX_INT32 = 2**31 - 1
 
@@ -28,13 +31,18 @@ def validate_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     _check(0 <= s.top_k <= _MAX_INT32, "top_k", s.top_k, "at least 0 (0 is off)")
     _check(0 <= s.min_p <= 1, "min_p", s.min_p, "0 to 1")
     _check(
-        0 < s.repetition_penalty <= MAX_REPETITION_PENALTY,
+        MIN_REPETITION_PENALTY <= s.repetition_penalty <= MAX_REPETITION_PENALTY,
         "repetition_penalty",
         s.repetition_penalty,
-        f"above 0 and at most {MAX_REPETITION_PENALTY:g}",
+        f"{MIN_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}",
     )
     _check(s.seed is None or 0 <= s.seed <= MAX_SEED, "seed", s.seed, "0 to 2**64 - 1")
     _check(0 <= s.num_logprobs <= MAX_LOGPROBS, "num_logprobs", s.num_logprobs, f"0 to {MAX_LOGPROBS}")
+    if len(s.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(s.stop_token_ids)} tokens, but {MAX_STOP_TOKEN_IDS} are the most",
+            metadata={"field": "stop_token_ids"},
+        )
     for token in s.stop_token_ids:
         _check(0 <= token < vocab_size, "stop_token_ids", token, f"token ids of 0 to {vocab_size - 1}")
 

@@ -108,10 +108,10 @@ async def stream(
     Iterate under `contextlib.aclosing`, so that leaving early cancels at once. `timeout_s` bounds the whole
     stream; None is for watches, which end with their peer (keepalive notices a silent one).
     """
-    rpc = method(request, timeout=timeout_s, metadata=trace_metadata())
-    try:
-        with rpc_errors():
+    with rpc_errors():
+        rpc = method(request, timeout=timeout_s, metadata=trace_metadata())
+        try:
             async for message in rpc:
                 yield message
-    finally:
-        rpc.cancel()
+        finally:
+            rpc.cancel()

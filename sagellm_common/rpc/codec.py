@@ -102,14 +102,6 @@ def decode_hashes(packed: bytes, field: str = "block_hashes") -> list[BlockHash]
     return [packed[i : i + BLOCK_HASH_BYTES] for i in range(0, len(packed), BLOCK_HASH_BYTES)]
 
 
-def encode_role(role: WorkerRole) -> common_pb2.WorkerRole:
-    return _ROLES[role]
-
-
-def decode_role(number: int, field: str = "role") -> WorkerRole:
-    return _known(_ROLES_BACK, number, field)
-
-
 def encode_finish_reason(reason: FinishReason | None) -> common_pb2.FinishReason:
     """None (still generating) is UNSPECIFIED."""
     return _FINISH_REASONS[reason]

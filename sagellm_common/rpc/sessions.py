@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -106,11 +107,19 @@ class _Mailbox(Generic[ReplyT]):
     async def get(self) -> ReplyT:
         """The next reply. Raises the failure once the replies before it are read."""
         while not self._replies:
-            if self._error is not None:
-                raise self._error
+            self.check()
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self._replies.popleft()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def check(self) -> None:
+        """Raises the failure, if there is one."""
+        if self._error is not None:
+            raise self._error
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -131,22 +140,32 @@ class _Stream(Generic[RequestT, ReplyT]):
         self.broken = False
         self.task = asyncio.create_task(self._run(), name=f"session {lost.metadata['worker_id']}")
 
-    async def send(self, message: RequestT, timeout_s: float) -> None:
-        """Queues a message, waiting for room while the peer reads too slowly. Raises PeerLost, DeadlineExceeded."""
+    async def room(self, mailbox: _Mailbox[ReplyT], timeout_s: float) -> None:
+        """Returns when a request may be queued: at once unless the peer reads too slowly.
+
+        Raises PeerLost, DeadlineExceeded, and the failure of `mailbox`, which was abandoned while it waited: its
+        cancel is queued already and would not reach what is sent after it.
+        """
         if len(self._outbox) >= OUTBOX_MESSAGES:
             try:
                 async with asyncio.timeout(timeout_s):
-                    while len(self._outbox) >= OUTBOX_MESSAGES and not self.broken:
+                    while len(self._outbox) >= OUTBOX_MESSAGES and not self.broken and not mailbox.failed:
                         self._room.clear()
                         await self._room.wait()
             except TimeoutError:
                 raise DeadlineExceeded("the worker took no new requests until the deadline") from None
         if self.broken:
             raise self._lost
-        self.send_soon(message)
+        mailbox.check()
+
+    def abandon(self, key: Key, error: SageError) -> None:
+        """Ends a waiting call with `error`, whatever the worker does."""
+        if (mailbox := self.mailboxes.get(key)) is not None:
+            mailbox.fail(error)
+            self._room.set()
 
     def send_soon(self, message: RequestT) -> None:
-        """Queues a message at once, beyond the bound if need be: for cancel and release."""
+        """Queues a message at once, beyond the bound if need be: cancel and release do not wait for room."""
         self._outbox.append(message)
         self._work.set()
 
@@ -183,7 +202,7 @@ class _Stream(Generic[RequestT, ReplyT]):
             self._call.cancel()  # the reader learns why and fails the calls
 
 
-class _Session(Generic[RequestT, ReplyT]):
+class _Session(ABC, Generic[RequestT, ReplyT]):
     """Calls to one worker over its current stream, opened on first use and again after it broke."""
 
     def __init__(self, open_call: Callable[[], Any], worker_id: str, address: str) -> None:
@@ -209,8 +228,9 @@ class _Session(Generic[RequestT, ReplyT]):
             if mailbox is not None:
                 mailbox.put(reply)
 
+    @abstractmethod
     def _split(self, message: Any) -> Iterable[tuple[str, ReplyT]]:
-        raise NotImplementedError
+        """The replies in a message, each with its operation."""
 
     def _lost(self) -> PeerLost:
         return PeerLost(
@@ -236,16 +256,16 @@ class _Session(Generic[RequestT, ReplyT]):
         mailbox = stream.mailboxes[key] = _Mailbox()
         timer = asyncio.get_running_loop().call_later(max(0.0, timeout_s), mailbox.fail, _too_late(key, timeout_s))
         try:
-            await stream.send(message, timeout_s)
+            await stream.room(mailbox, timeout_s)
+            stream.send_soon(message)
             yield mailbox
         finally:
             timer.cancel()
             del stream.mailboxes[key]
 
     def _abandon(self, key: Key) -> None:
-        """Ends a waiting call of ours with Cancelled, whatever the worker does."""
-        if self._stream is not None and (mailbox := self._stream.mailboxes.get(key)) is not None:
-            mailbox.fail(Cancelled(f"request {key[1]} was cancelled"))
+        if self._stream is not None:
+            self._stream.abandon(key, Cancelled(f"request {key[1]} was cancelled"))
 
     def _send_soon(self, message: RequestT) -> None:
         if not self._closed:

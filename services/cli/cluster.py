@@ -223,11 +223,12 @@ class Cluster:
             since = loop.time()
             try:
                 reason = await self._run_once(member, first)
-            except ExitedEarly as err:
-                reason = err.reason
+            except (ExitedEarly, OSError) as err:
+                early = err if isinstance(err, ExitedEarly) else ExitedEarly(f"cannot be started: {err}", ())
+                reason = early.reason
                 if not first.done():
                     log = self.home.log_file(member.id)
-                    first.set_exception(StartFailed(member.id, err.reason, err.tail, log))
+                    first.set_exception(StartFailed(member.id, early.reason, early.tail, log))
                     return
             self.on_event(ClusterEvent("died", member.id, reason))
             if not self.restart:

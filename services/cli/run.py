@@ -130,6 +130,8 @@ def down(name: str) -> None:
     deadline = time.monotonic() + DOWN_TIMEOUT_S
     while home.running() or process_runs(pid):
         if time.monotonic() > deadline:
+            if not home.running():
+                return  # the cluster is gone: its process does something else now, or the pid is another's
             _signal(pid, signal.SIGKILL)  # its services die with it
         time.sleep(POLL_S)
 

@@ -9,19 +9,18 @@ Who owns the blocks on the way, and so who frees them when the request ends ther
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.core import failpoints
-from sagellm_common.core.errors import DeadlineExceeded, Draining, InvalidRequest, LeaseExpired
+from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, LeaseExpired
 from sagellm_common.core.types import FinishReason, HandoffTicket, TokenIds
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
+from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.worker_service import Load, WorkerView
 from services.decode.jobs import DecodeChunk, DecodeJob, Emit, ReserveJob, Transfer
@@ -30,15 +29,23 @@ from services.decode.pull import KvPuller
 from services.decode.running import RunningRequests
 
 
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """One sequence in the engine. `last` gets the output that ends it; cancelled, nobody is interested any more."""
+class _Tokens:
+    """Passes a sequence's new tokens on, numbered, and keeps them. The first chunk carries the transfer's report."""
 
-    emit: Emit
-    next_index: int
-    transfer: Transfer | None
-    last: asyncio.Future[SequenceOutput]
-    token_ids: list[int] = field(default_factory=list)
+    def __init__(self, num_emitted: int, transfer: Transfer | None, emit: Emit) -> None:
+        self.new: list[int] = []
+        self._num_emitted = num_emitted
+        self._transfer = transfer
+        self._emit = emit
+
+    def take(self, output: SequenceOutput) -> None:
+        well = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if not output.token_ids and not well:
+            return
+        index, reason = self._num_emitted + len(self.new), output.finish_reason if well else None
+        self._emit(DecodeChunk(index, output.token_ids, output.logprobs, reason, self._transfer))
+        self._transfer = None
+        self.new += output.token_ids
 
 
 class DecodeLoop:
@@ -61,8 +68,7 @@ class DecodeLoop:
         self._puller = puller
         self._offload = offload
         self._running = RunningRequests()
-        self._sequences: dict[str, _Sequence] = {}
-        self._numbers = itertools.count()
+        self._sequences = Sequences(engine)
 
     # ---- the handoff's first step ----
 
@@ -123,7 +129,8 @@ class DecodeLoop:
 
     def _claim(self, job: DecodeJob, blocks: OwnedBlocks) -> None:
         """Takes the reserved blocks. Without a source they are optional, for the engine allocates what is missing."""
-        check_fits(self._engine, job.prompt)
+        # With what was generated elsewhere: a sequence that outgrew this pool would be tried again until its deadline.
+        check_fits(self._engine, _known_tokens(job))
         if len(job.emitted) >= job.sampling.max_new_tokens:
             raise InvalidRequest(
                 f"emitted_token_ids has {len(job.emitted)} tokens, which leaves nothing to generate of "
@@ -138,65 +145,21 @@ class DecodeLoop:
 
     async def _generate(self, job: DecodeJob, blocks: OwnedBlocks, transfer: Transfer | None, emit: Emit) -> TokenIds:
         """Streams the generation out of the engine; returns all tokens, and `blocks` has their KV if it is wanted."""
-        # Numbered, for a cancelled sequence may still be in the engine when its request comes again.
-        engine_id = f"{job.request_id}/{job.attempt}#{next(self._numbers)}"
-        known = np.concatenate([job.prompt, job.emitted]).astype(np.int32, copy=False)
+        known, tokens = _known_tokens(job), _Tokens(len(job.emitted), transfer, emit)
         request = EngineRequest(
-            request_id=engine_id,
+            request_id=f"{job.request_id}/{job.attempt}",
             token_ids=known,
             sampling=job.sampling,
             num_emitted_tokens=len(job.emitted),
-            allocation=blocks.allocation if blocks.held else None,
             cache_salt=job.cache_salt,
             hold_blocks=self._offload is not None,
         )
-        sequence = _Sequence(emit, len(job.emitted), transfer, asyncio.get_running_loop().create_future())
-        self._sequences[engine_id] = sequence
-        try:
-            self._engine.submit(request)
-        except BaseException:
-            del self._sequences[engine_id]
-            raise
-        if blocks.held:
-            blocks.hand_over()
-        try:
-            output = await sequence.last
-        except asyncio.CancelledError:
-            # Either the engine has just let go and the blocks are ours again, or `on_step` frees them once it does.
-            if sequence.last.cancelled():
-                self._engine.cancel(engine_id)
-            else:
-                blocks.take(sequence.last.result().held)
-            raise
-        blocks.take(output.held)
-        if output.error is not None:
-            raise output.error
-        if output.finish_reason is FinishReason.CANCELLED:
-            raise Draining(f"request {job.request_id}: the engine of this worker was stopped")
-        return np.concatenate([known, np.array(sequence.token_ids, dtype=np.int32)])
+        await self._sequences.run(request, blocks, tokens.take)
+        return np.concatenate([known, np.array(tokens.new, dtype=np.int32)])
 
     def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
-        """The engine's callback: passes tokens on at once, and wakes whoever waits when a sequence ends."""
-        for output in outputs:
-            sequence = self._sequences[output.request_id]
-            finished = output.finish_reason is not None
-            if finished:
-                del self._sequences[output.request_id]
-            if sequence.last.cancelled():
-                if output.held is not None:
-                    self._pool.free(output.held)
-                continue
-            well = output.finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH)
-            if output.token_ids or (finished and well):
-                reason = output.finish_reason if well else None
-                sequence.emit(
-                    DecodeChunk(sequence.next_index, output.token_ids, output.logprobs, reason, sequence.transfer)
-                )
-                sequence.transfer = None
-                sequence.next_index += len(output.token_ids)
-                sequence.token_ids += output.token_ids
-            if finished:
-                sequence.last.set_result(output)
+        """The engine's callback."""
+        self._sequences.on_step(outputs)
 
     def load(self) -> Load:
         running = self._engine.stats().running
@@ -206,3 +169,7 @@ class DecodeLoop:
             reservations=len(self._reservations),
             pinned_transfers=len(self._leases),
         )
+
+
+def _known_tokens(job: DecodeJob) -> TokenIds:
+    return np.concatenate([job.prompt, job.emitted]).astype(np.int32, copy=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -66,7 +67,7 @@ class GenerationBody(Body):
     # vLLM's extensions
     top_k: int | None = Field(None, ge=-1, le=_INT32_MAX, description="0 and -1 are off")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     min_tokens: int | None = Field(None, ge=0, le=_INT32_MAX)
     ignore_eos: bool | None = None
     stop_token_ids: TokenIds | None = None
@@ -103,9 +104,9 @@ class GenerationBody(Body):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def shown_logprobs(self) -> int | None:
         """How many alternatives to show per token; None: no log-probabilities at all."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

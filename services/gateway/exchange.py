@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -12,13 +13,15 @@ from starlette.types import Message, Receive, Send
 from services.gateway.errors import HttpError
 
 _BODY_TIMEOUT_S = 30.0
+_STALL_TIMEOUT_S = 60.0
+"""A client that reads nothing for so long is taken for gone."""
 _DISCARD_FACTOR = 8
 """A body over the limit is read on, without keeping it, up to so many limits: a client that is still sending would
 see a broken connection instead of the 413."""
 
 
 class Disconnected(Exception):
-    """The client went away before the answer was complete."""
+    """The client went away, or stopped reading, before the answer was complete."""
 
 
 class Exchange:
@@ -37,13 +40,17 @@ class Exchange:
         return self.status != 0
 
     async def send(self, message: Message) -> None:
-        """The ASGI send: remembers what went out, and names the request."""
+        """The ASGI send: remembers what went out, and names the request. Raises Disconnected for a stalled client."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
-        await self._send(message)
+        try:
+            async with asyncio.timeout(_STALL_TIMEOUT_S):
+                await self._send(message)
+        except TimeoutError:
+            raise Disconnected from None
 
     async def send_json(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = to_json(body)
@@ -61,11 +68,12 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def send_error(self, err: HttpError) -> None:
-        """As the whole answer, or as the last event of a stream under way."""
-        if not self.started:
-            await self.send_json(err.status, err.body(), dict(err.headers))
-        elif self.streaming and not self.complete:
-            await self.send_events([err.body()], last=True)
+        """As the whole answer, or as the last event of a stream under way. A client that has left misses it."""
+        with contextlib.suppress(Disconnected):
+            if not self.started:
+                await self.send_json(err.status, err.body(), dict(err.headers))
+            elif self.streaming and not self.complete:
+                await self.send_events([err.body()], last=True)
 
     async def read_body(self, limit_bytes: int) -> bytes:
         """Raises HttpError 413 and 408, Disconnected."""

@@ -8,31 +8,22 @@ Who owns the blocks on the way, and so who frees them when the request ends ther
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core import failpoints
 from sagellm_common.core.clock import Clock
-from sagellm_common.core.errors import DeadlineExceeded, Draining
-from sagellm_common.core.types import FinishReason, KvSource, TokenLogprob
+from sagellm_common.core.errors import DeadlineExceeded
+from sagellm_common.core.types import FinishReason, KvSource
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
+from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.kv_source import describe_source
 from sagellm_common.rpc.worker_service import Load, WorkerView
 from services.prefill.jobs import PrefillDone, PrefillJob
 from services.prefill.store_fetch import StoreFetch
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """What the engine has said of one sequence so far. `last` gets the output that ends it."""
-
-    last: asyncio.Future[SequenceOutput]
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class PrefillLoop:
@@ -52,8 +43,7 @@ class PrefillLoop:
         self._worker = worker
         self._store = store
         self._clock = clock
-        self._sequences: dict[str, _Sequence] = {}
-        self._numbers = itertools.count()
+        self._sequences = Sequences(engine)
         self._in_flight = 0
 
     async def prefill(self, job: PrefillJob) -> PrefillDone:
@@ -85,11 +75,11 @@ class PrefillLoop:
                 store_fetch_ms=(fetched - allocated) * 1e3,
             )
             failpoints.hit("prefill.computing")
-            sequence, finish_reason = await self._compute(job, blocks)
+            outputs, finish_reason = await self._compute(job, blocks)
             done = replace(
                 done,
-                token_ids=tuple(sequence.token_ids),
-                logprobs=tuple(sequence.logprobs),
+                token_ids=tuple(token for output in outputs for token in output.token_ids),
+                logprobs=tuple(logprob for output in outputs for logprob in output.logprobs),
                 compute_ms=(self._clock.now() - fetched) * 1e3,
             )
             if finish_reason is not None:
@@ -98,44 +88,21 @@ class PrefillLoop:
             failpoints.hit("prefill.pinned")
             return done
 
-    async def _compute(self, job: PrefillJob, blocks: OwnedBlocks) -> tuple[_Sequence, FinishReason | None]:
+    async def _compute(self, job: PrefillJob, blocks: OwnedBlocks) -> tuple[list[SequenceOutput], FinishReason | None]:
         """Runs the prompt through the engine and takes its blocks back; None when there is more to decode."""
-        # Numbered, for a cancelled sequence may still be in the engine when its request comes again.
-        engine_id = f"{job.request_id}/{job.attempt}#{next(self._numbers)}"
         sampling = job.sampling
         request = EngineRequest(
-            request_id=engine_id,
+            request_id=f"{job.request_id}/{job.attempt}",
             token_ids=job.prompt,
             sampling=replace(sampling, max_new_tokens=1, min_new_tokens=min(1, sampling.min_new_tokens)),
-            allocation=blocks.allocation,
             cache_salt=job.cache_salt,
             hold_blocks=True,
         )
-        sequence = _Sequence(asyncio.get_running_loop().create_future())
-        self._sequences[engine_id] = sequence
-        try:
-            self._engine.submit(request)
-        except BaseException:
-            del self._sequences[engine_id]
-            raise
-        blocks.hand_over()
-        try:
-            output = await sequence.last
-        except asyncio.CancelledError:
-            # Either the engine has just let go and the blocks are ours again, or `on_step` frees them once it does.
-            if sequence.last.cancelled():
-                self._engine.cancel(engine_id)
-            else:
-                blocks.take(sequence.last.result().held)
-            raise
-        blocks.take(output.held)
-        if output.error is not None:
-            raise output.error
-        if output.finish_reason is FinishReason.CANCELLED:
-            raise Draining(f"request {job.request_id}: the engine of this worker was stopped")
-        if output.finish_reason is FinishReason.LENGTH and self._more_to_decode(job):
-            return sequence, None
-        return sequence, output.finish_reason
+        outputs: list[SequenceOutput] = []
+        last = await self._sequences.run(request, blocks, outputs.append)
+        if last.finish_reason is FinishReason.LENGTH and self._more_to_decode(job):
+            return outputs, None
+        return outputs, last.finish_reason
 
     def _more_to_decode(self, job: PrefillJob) -> bool:
         """The engine reports LENGTH because it was asked for one token; the request may well want more."""
@@ -162,18 +129,8 @@ class PrefillLoop:
         self._leases.release(request_id, attempt, committed=False)
 
     def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
-        """The engine's callback: collects tokens, and wakes whoever waits when a sequence ends."""
-        for output in outputs:
-            sequence = self._sequences[output.request_id]
-            sequence.token_ids += output.token_ids
-            sequence.logprobs += output.logprobs
-            if output.finish_reason is None:
-                continue
-            del self._sequences[output.request_id]
-            if not sequence.last.cancelled():
-                sequence.last.set_result(output)
-            elif output.held is not None:
-                self._pool.free(output.held)
+        """The engine's callback."""
+        self._sequences.on_step(outputs)
 
     def load(self) -> Load:
         running = self._engine.stats().running

@@ -42,6 +42,7 @@ class StoreFetch:
         end = (len(job.prompt) - 1) // size
         if begin >= end or not self._store.available:
             return 0
+        source = None
         hashes = block_hashes(job.prompt[: end * size], size, root_hash(self._layout, job.cache_salt))
         try:
             async with asyncio.timeout(min(FETCH_TIMEOUT_S, job.timeout_s / 2)):
@@ -52,6 +53,8 @@ class StoreFetch:
                 num_blocks = min(len(source.block_table), end - begin)
                 await self._pull(source, num_blocks, allocation, begin)
         except (SageError, TimeoutError) as err:
+            if source is not None:
+                self._store.failed(source.worker_id)
             FETCHES.labels("failed").inc()
             log.warning("request %s goes without the kv_store: %r", job.request_id, err)
             return 0
@@ -70,6 +73,4 @@ class StoreFetch:
             )
             committed = True
         finally:
-            if not committed:
-                self._store.failed(source.worker_id)
             self._releaser.release(source, committed)

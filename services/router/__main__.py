@@ -61,6 +61,12 @@ class Router:
     address: str
     pipeline: ObservedPipeline
     workers: Workers
+    server: GrpcServer
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING, turns new requests away, returns when none is in flight. The caller bounds the wait."""
+        await self.server.set_serving(False)
+        await self.pipeline.drain()
 
 
 @asynccontextmanager
@@ -104,10 +110,7 @@ async def serving(
         stack.push_async_callback(server.stop, STOP_GRACE_S)
         workers.start()
         await server.set_serving(True)
-        try:
-            yield Router(f"{config.cluster.host}:{bound}", pipeline, workers)
-        finally:
-            await server.set_serving(False)
+        yield Router(f"{config.cluster.host}:{bound}", pipeline, workers, server)
 
 
 async def run(config: Config, port: int, metrics_port: int) -> None:
@@ -125,7 +128,7 @@ async def run(config: Config, port: int, metrics_port: int) -> None:
             print(json.dumps({**ready, "pid": os.getpid(), "id": "router"}), flush=True)
             await stop.wait()
             log.info("stopping, %d requests in flight", router.pipeline.in_flight)
-            ends = [asyncio.create_task(router.pipeline.drain()), asyncio.create_task(stop_now.wait())]
+            ends = [asyncio.create_task(router.drain()), asyncio.create_task(stop_now.wait())]
             _, waiting = await asyncio.wait(ends, timeout=DRAIN_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
             for task in waiting:
                 task.cancel()

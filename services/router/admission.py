@@ -11,6 +11,8 @@ from sagellm_common.core.errors import Draining, InvalidRequest, QueueFull
 from services.router.calls import OpenCalls
 
 RETRY_AFTER_S = 1.0
+MAX_REQUEST_ID_CHARS = 256
+"""Ids outlive their requests in logs and explanations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,15 @@ class Admission:
 
     @contextmanager
     def admit(self, request_id: str) -> Iterator[Slot]:
-        """A place for the time of the block. Raises QueueFull, Draining, and InvalidRequest for an id in flight."""
+        """A place for the time of the block. Raises QueueFull, Draining, and InvalidRequest for an id in flight or one
+        that is too long."""
         if self._draining:
             raise Draining("this router is stopping; try again at another", retry_after_s=RETRY_AFTER_S)
+        if len(request_id) > MAX_REQUEST_ID_CHARS:
+            raise InvalidRequest(
+                f"request_id has {len(request_id)} characters, but may have at most {MAX_REQUEST_ID_CHARS}",
+                metadata={"field": "request_id"},
+            )
         if request_id in self._slots:
             raise InvalidRequest(
                 f"request_id {request_id!r} is in flight already; use a new one per request, or none",

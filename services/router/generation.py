@@ -25,7 +25,7 @@ class Generation:
     """Counts tokens so that none is emitted twice or skipped, over any number of attempts, and keeps the times.
 
     `attempts` numbers the attempts on the wire; the `rejections` among them, by full workers, are no failures.
-    `at_fault` is the worker whose call failed last. `pinned` is a finished prefill whose KV nobody has pulled yet.
+    `at_fault` is the worker whose call failed last.
     """
 
     def __init__(self, request: GenerationRequest, clock: Clock, explanation: Explanation) -> None:
@@ -35,7 +35,8 @@ class Generation:
         self.attempts = 0
         self.rejections = 0
         self.at_fault: WorkerLink | None = None
-        self.pinned: Prefilled | None = None
+        self._pinned: Prefilled | None = None
+        self._pinned_until_s = 0.0
         self._clock = clock
         self._began_s = clock.now()
         self._first_token_s: float | None = None
@@ -50,6 +51,15 @@ class Generation:
     def complete(self) -> bool:
         """All tokens are there, only the word that it is finished got lost."""
         return len(self.emitted) >= self.request.sampling.max_new_tokens
+
+    @property
+    def pinned(self) -> Prefilled | None:
+        """A finished prefill whose KV nobody has pulled yet and whose lease still has time."""
+        return self._pinned if self._clock.now() < self._pinned_until_s else None
+
+    def unpin(self) -> None:
+        """The KV is pulled, or not to be had."""
+        self._pinned = None
 
     @contextmanager
     def stage(self, name: str, link: WorkerLink | None = None) -> Iterator[None]:
@@ -70,7 +80,9 @@ class Generation:
         """The first token, or the end."""
         outcome = prefilled.outcome
         self._prefill, self._prefill_worker_id = outcome, prefilled.worker.worker_id
-        self.pinned = prefilled if outcome.source else None
+        if outcome.source:
+            self._pinned = prefilled
+            self._pinned_until_s = self._clock.now() + outcome.source.lease_expires_in_ms / 1e3
         return self._emit(outcome.token_ids, outcome.logprobs, outcome.finish_reason)
 
     def take_step(self, link: WorkerLink, step: DecodeStep) -> GenerationOutput | None:
@@ -79,7 +91,7 @@ class Generation:
         if step.transfer is not None:
             self._take_transfer(step.transfer)
         if step.token_ids:
-            self.pinned = None
+            self.unpin()
             if step.index != len(self.emitted):
                 raise EngineFailed(
                     f"decode worker {link.worker_id} sent token {step.index}, expected was {len(self.emitted)}"
@@ -136,7 +148,8 @@ class Generation:
 
     def _take_transfer(self, transfer: TransferReport) -> None:
         """Pulled and committed: the source is unpinned. The span is entered afterwards, from the worker's report."""
-        self._transfer, self.pinned = transfer, None
+        self._transfer = transfer
+        self.unpin()
         blocks = f"{transfer.blocks} blocks, {transfer.blocks_reused} reused"
         detail = f"{transfer.bytes} bytes, {blocks}, {transfer.backend}"
         self._record("transfer", self._clock.now() - transfer.transfer_ms / 1e3, transfer.transfer_ms, detail)

@@ -207,7 +207,8 @@ class Pipeline:
         if pinned and at_fault and blames_source(error, at_fault):
             at_fault = pinned.worker
         if pinned and (at_fault is pinned.worker or not pinned.worker.reachable):
-            pinned = generation.pinned = None
+            generation.unpin()
+            pinned = None
         slot.calls.settle(keep_prefill=(pinned.worker, pinned.attempt) if pinned else None)
         if isinstance(error, PeerLost) and at_fault:
             self._workers.suspect(at_fault)

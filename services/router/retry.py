@@ -27,13 +27,14 @@ class Retry:
     """One request's failures so far.
 
     Failed attempts are bounded by `max_attempts`. A full worker is no failure: the request waits for room until its
-    deadline. `avoid` are workers that failed it.
+    deadline, asking the others in between. `avoid` are workers that failed it, `full` those without room in this round.
     """
 
     max_attempts: int
     failures: int = 0
     rejections: int = 0
     avoid: set[WorkerKey] = field(default_factory=set)
+    full: set[WorkerKey] = field(default_factory=set)
 
     def delay_after(self, error: SageError, at_fault: WorkerLink | None) -> float:
         """Seconds to wait before the next attempt. Raises `error` when there is none."""
@@ -44,6 +45,9 @@ class Retry:
             raise error
         if isinstance(error, Overloaded):
             self.rejections += 1
+            if at_fault is not None:
+                # Full for the second time: all its peers were asked in between, and a new round begins.
+                self.full = {at_fault.key} if at_fault.key in self.full else self.full | {at_fault.key}
             return _backoff(self.rejections)
         self.failures += 1
         if self.failures >= self.max_attempts:
@@ -53,12 +57,16 @@ class Retry:
         return _backoff(self.failures)
 
     def preferred(self, links: Sequence[WorkerLink]) -> list[WorkerLink]:
-        """Without the avoided ones. If that leaves no decode worker, they get another chance; prefill workers do not,
-        for a decode worker can stand in for them."""
+        """Without the avoided ones, nor the full ones that have a peer with room.
+
+        If avoiding leaves no decode worker, they get another chance; prefill workers do not, for a decode worker can
+        stand in for them.
+        """
         others = [link for link in links if link.key not in self.avoid]
-        if any(_decodes(link) for link in others):
-            return others
-        return [link for link in links if link in others or _decodes(link)]
+        if not any(_decodes(link) for link in others):
+            others = [link for link in links if link in others or _decodes(link)]
+        with_room = {link.record.role for link in others if link.key not in self.full}
+        return [link for link in others if link.key not in self.full or with_room.isdisjoint(_peers(link))]
 
 
 def blames_source(error: SageError, decode: WorkerLink) -> bool:
@@ -72,6 +80,11 @@ def blames_source(error: SageError, decode: WorkerLink) -> bool:
 
 def _decodes(link: WorkerLink) -> bool:
     return link.record.role in (WorkerRole.DECODE, WorkerRole.BOTH)
+
+
+def _peers(link: WorkerLink) -> set[WorkerRole]:
+    """Roles that can stand in for it."""
+    return {link.record.role, WorkerRole.BOTH}
 
 
 def _backoff(times: int) -> float:

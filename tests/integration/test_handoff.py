@@ -421,6 +421,13 @@ async def test_a_prompt_that_never_fits(router: str, prompt: list[int], error: t
         await decode.idle()
 
 
+async def test_a_resumed_sequence_that_has_outgrown_the_pool_never_fits(router: str) -> None:
+    async with worker(WorkerRole.DECODE, router, engine=SimulatedEngine(num_blocks=4)) as decode:
+        with pytest.raises(ContextTooLong, match="KV pool"):
+            await decode_all(decode, request(PROMPT, max_new_tokens=20), [1, 2, 3], None)
+        await decode.idle()
+
+
 async def test_decode_with_a_source_needs_its_reservation(prefill: Worker, decode: Worker) -> None:
     wanted = request(PROMPT)
     ticket = await decode.decode_session.reserve(wanted, 1, timeout_s=TIMEOUT_S)

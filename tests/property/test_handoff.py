@@ -58,7 +58,7 @@ class Leases(RuleBasedStateMachine):
             assert held[key][0] > epoch
             self.given.add(id(allocation))
             return
-        if key not in held or held[key][0] < epoch:
+        if key not in held or held[key][0] < epoch or held[key][2] <= self.clock.now():
             held[key] = (epoch, allocation, self.clock.now() + TTL_S)
 
     @rule(key=KEYS, epoch=EPOCHS, source=st.booleans(), committed=st.booleans())

@@ -38,7 +38,7 @@ Peer = tuple[str, str]
 
 
 class GlooChannel:
-    """A `KVTransferChannel`. `silence_s` bounds each wait of the source, a pull's own timeout the whole of it."""
+    """A `KVTransferChannel`. `silence_s` bounds each wait for a peer, a pull's own timeout the whole of it."""
 
     name = "gloo"
 
@@ -124,9 +124,11 @@ class GlooChannel:
         pair_id, pair = self._idle[peer].pop() if self._idle.get(peer) else (uuid.uuid4().hex, None)
         write = WriteGate()
 
+        wait_s = min(timeout_s, self._silence_s)
+
         def receive() -> GlooPair:
-            joined = pair or join(source.data_address, pair_id, RECEIVER, self._host, region.block_bytes, timeout_s)
-            joined.recv(region, target_blocks, timeout_s, write)
+            joined = pair or join(source.data_address, pair_id, RECEIVER, self._host, region.block_bytes, wait_s)
+            joined.recv(region, target_blocks, wait_s, write)
             return joined
 
         received = in_daemon_thread("kv-gloo-recv", receive)

@@ -11,19 +11,19 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from lmdeploy.pytorch.engine.engine import Engine as LmdeployEngineBase
-from lmdeploy.pytorch.engine.engine import InputsMakerAsync
 from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_common.core.errors import EngineFailed, KvExhausted, SageError
 from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
 from sagellm_common.engines.lmdeploy.kv_manager import EngineAllocation, LmdeployKvPool, SequencePrefix
-from sagellm_common.engines.lmdeploy.sampling import lmdeploy_sampling
+from sagellm_common.engines.lmdeploy.sampling import RowwiseSampling, lmdeploy_sampling, stopped
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Running:
     request: EngineRequest
     seq: Any
     stop_token_ids: frozenset[int]
-    cancelled: bool = field(default=False)
+    cancelled: bool = False
 
 
 class EngineCore(LmdeployEngineBase):
@@ -56,10 +56,12 @@ class EngineCore(LmdeployEngineBase):
         """Puts our KV manager in charge. Once, before `run`."""
         self.kv = LmdeployKvPool(self.scheduler, layout, pool, prefix_caching)
         self.kv.on_free(self.wake)
+        self.sampling_strategy = RowwiseSampling(pad_token_id=0)
         self.steps = 0
         self._eos = eos_token_ids
         self._emit = emit
         self._running: dict[str, Running] = {}
+        self._ended = False
         self._session_ids = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
@@ -68,12 +70,14 @@ class EngineCore(LmdeployEngineBase):
     # ---- from any thread ----
 
     def add(self, request: EngineRequest) -> None:
-        """Queues a request; takes over its allocation."""
+        """Queues a request; takes over its allocation. Raises EngineFailed once the loop has ended."""
         emitted = request.num_emitted_tokens
         stop = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             stop |= self._eos
         with self.kv.lock:
+            if self._ended:
+                raise EngineFailed("the engine was stopped; try another worker")
             session = self.scheduler.add_session(next(self._session_ids))
             prefix = SequencePrefix(self.kv.cache.root(request.cache_salt))
             self.kv.cache.prefixes[session.session_id] = prefix
@@ -112,15 +116,28 @@ class EngineCore(LmdeployEngineBase):
     # ---- the loop ----
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Steps until `stop` is set; a step that fails ends its own sequences with ENGINE_FAILED, not the engine."""
+        """Steps until `stop` is set. Whatever ends it, every sequence gets its last output."""
         self._loop = asyncio.get_running_loop()
-        inputs_maker = InputsMakerAsync(self)
-        await self._start_executor()
+        error: SageError | None = EngineFailed("the engine stopped; restart the worker, its log has the cause")
+        try:
+            await self._start_executor()
+            await self._step_until(stop)
+            error = None
+        finally:
+            reason = FinishReason.ERROR if error else FinishReason.CANCELLED
+            with self.kv.lock:
+                self._ended = True
+                self._emit_all([self._end(run.seq, reason, error=error) for run in list(self._running.values())])
+            self.executor.stop()
+            self.executor.release()
+
+    async def _step_until(self, stop: asyncio.Event) -> None:
+        """A step that fails ends its own sequences with ENGINE_FAILED, not the engine."""
         while not stop.is_set():
             self._wake.clear()
             with self.kv.lock:
                 self._emit_all(self._admit())
-                step = self._schedule(inputs_maker)
+                step = self._schedule()
             if step is None:
                 await self._idle(stop)
                 continue
@@ -134,10 +151,6 @@ class EngineCore(LmdeployEngineBase):
                     outputs = [self._end(seq, FinishReason.ERROR, error=error) for seq in running]
             self.steps += 1
             self._emit_all(outputs)
-        with self.kv.lock:
-            self._emit_all([self._end(run.seq, FinishReason.CANCELLED) for run in list(self._running.values())])
-        self.executor.stop()
-        self.executor.release()
 
     async def _idle(self, stop: asyncio.Event) -> None:
         """Waits for work; when sequences wait for blocks, only a little."""
@@ -153,17 +166,18 @@ class EngineCore(LmdeployEngineBase):
         full = KvExhausted("the sequence outgrew the KV cache; raise engine.num_blocks", retry_after_s=1.0)
         return ended + [self._end(seq, FinishReason.ERROR, error=full) for seq in aborted]
 
-    def _schedule(self, inputs_maker: Any) -> dict[str, Any] | None:
-        """LMDeploy's scheduler picks a prefill or a decode batch; None when nothing can run."""
-        prefill = inputs_maker.do_prefill()
-        if not prefill and not self.scheduler.has_running():
-            return None
-        step: dict[str, Any] | None = self._make_forward_inputs(prefill, enable_empty=prefill)
-        if step is None and prefill and self.scheduler.has_running():
+    def _schedule(self) -> dict[str, Any] | None:
+        """A batch of new sequences as soon as there is room for one, else of running ones; None when nothing can run.
+
+        LMDeploy's own rule lets up to three new ones wait for as long as half of the slots are taken.
+        """
+        step: dict[str, Any] | None = None
+        if self.scheduler.has_waiting() and self.scheduler.num_running() < self.scheduler_config.max_batches:
+            step = self._make_forward_inputs(True, enable_empty=True)
+        if step is None and self.scheduler.has_running():
             step = self._make_forward_inputs(False)
         if step is not None:
             self.scheduler.lock_running(step["running"])
-            inputs_maker.forward_inputs = step
         return step
 
     async def _start_executor(self) -> None:
@@ -193,7 +207,9 @@ class EngineCore(LmdeployEngineBase):
     def _collect(self, output: Any, running: list[Any], is_decoding: bool) -> list[SequenceOutput]:
         """Publishes computed blocks, appends the new tokens, ends what is finished."""
         live = [seq for seq in running if seq.status == MessageStatus.LOCKED]
-        tokens = dict(zip((s.session_id for s in running), output.next_token_ids.tolist(), strict=True))
+        next_tokens = output.next_token_ids.tolist()
+        output.stopped = torch.tensor([stopped(*each) for each in zip(running, next_tokens, strict=True)])
+        tokens = dict(zip((s.session_id for s in running), next_tokens, strict=True))
         logprobs = dict(zip((s.session_id for s in running), self._logprobs(output, running), strict=True))
         for seq in live:
             self.kv.cache.publish(

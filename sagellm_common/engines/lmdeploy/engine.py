@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -83,7 +84,7 @@ class LmdeployEngine:
         check_version()
         self._config: EngineSection = config.engine
         if self._config.device != "cpu":
-            raise ConfigError("engine.device: 'cuda' comes with patch 0002 (issue 3); use 'cpu'")
+            raise ConfigError("engine.device: 'cuda' is not served yet; use 'cpu'")
         self._path = Path(config.model.path)
         self._hf = read_model_config(self._path)
         self._name = config.model.name or self._path.resolve().name
@@ -124,6 +125,9 @@ class LmdeployEngine:
         left = sampling.max_new_tokens - request.num_emitted_tokens
         if left < 1:
             raise InvalidRequest(f"max_new_tokens {sampling.max_new_tokens} leaves nothing to generate; raise it")
+        cached = request.allocation.num_cached_tokens if request.allocation is not None else 0
+        if cached >= tokens:
+            raise InvalidRequest(f"KV of {cached} tokens leaves nothing to compute of {tokens}; send one token more")
         if tokens + left > self.model.context_length_tokens:
             raise ContextTooLong(
                 f"{tokens} tokens + {left} to generate exceed the context of {self.model.context_length_tokens} tokens"
@@ -141,9 +145,11 @@ class LmdeployEngine:
     async def close(self) -> None:
         if self._thread is None:
             return
-        if self._loop is not None and self._stop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._started().wake()
+        if self._loop is not None and self._stop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the thread has ended, or is about to
+                self._loop.call_soon_threadsafe(self._stop.set)
+        if self._core is not None:
+            self._core.wake()
         await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             log.error("the engine thread did not end within %.0f s", CLOSE_TIMEOUT_S)
@@ -209,11 +215,17 @@ class LmdeployEngine:
                 logprobs_mode="raw_logprobs",
             ),
         )
+        window = core.cache_config.window_size
+        if 0 < window < core.max_session_len or core.cache_config.states_shapes:
+            raise ConfigError(
+                "its KV is not kept whole (sliding window or recurrent state), so it cannot be handed over; "
+                f"a window of {window} tokens needs engine.context_length_tokens of at most that"
+            )
         pool = core.executor.model_agent.cache_engine.pool
         heads, head_dim = core.model_config.num_key_value_heads, core.model_config.k_head_dim
         layout = KvLayout(
             model_fingerprint=model_fingerprint(self._path),
-            dtype=f"int{cfg.kv_quant_bits}" if cfg.kv_quant_bits else cfg.dtype,
+            dtype=f"int{cfg.kv_quant_bits}/{cfg.dtype}" if cfg.kv_quant_bits else cfg.dtype,  # scales in the latter
             block_size_tokens=cfg.block_size_tokens,
             num_layers=core.model_config.num_layers,
             num_kv_heads=heads,

@@ -91,7 +91,10 @@ class PrefixCache:
         return found, array
 
     def publish(self, prefix: SequencePrefix, token_ids: TokenIds, blocks: BlockArray, num_computed: int) -> None:
-        """Makes a sequence's full blocks shareable, up to num_computed tokens. A block computed twice stays private."""
+        """Makes a sequence's full blocks shareable, up to num_computed tokens. A block computed twice stays private.
+
+        So does one whose parent is not cached (any more): nobody would find it.
+        """
         full = num_computed // self._block_size
         if not self._enabled or full <= len(prefix.hashes):
             return
@@ -101,7 +104,7 @@ class PrefixCache:
         for offset, key in enumerate(block_hashes(fresh, self._block_size, prefix.parent)):
             parent = prefix.parent
             prefix.hashes.append(key)
-            if key in self._entries:
+            if key in self._entries or (parent != prefix.root and parent not in self._entries):
                 continue
             tokens = fresh[offset * self._block_size : (offset + 1) * self._block_size].tobytes()
             block = int(blocks[start + offset])
@@ -223,7 +226,8 @@ class LmdeployKvPool:
 
     def get_utilization(self) -> KvStats:
         with self.lock:
-            used = self._blocks_of(s.logical_blocks.get_real_blocks() for s in self._sequences())
+            sequences = self._scheduler.seq_manager.get_all_sequences()
+            used = self._blocks_of(s.logical_blocks.get_real_blocks() for s in sequences)
             used |= self._blocks_of(a.logical for a in self._live)
             return KvStats(
                 total_blocks=self._region.num_blocks,
@@ -260,9 +264,6 @@ class LmdeployKvPool:
         allocation = EngineAllocation(physical, cached, shared, logical, hashes)
         self._live.add(allocation)
         return allocation
-
-    def _sequences(self) -> list[Any]:
-        return list(self._scheduler.seq_manager.get_all_sequences())
 
     @staticmethod
     def _blocks_of(arrays: Iterable[BlockArray]) -> set[int]:

@@ -1,8 +1,12 @@
-"""Our sampling parameters as LMDeploy's."""
+"""Our sampling parameters as LMDeploy's, and sampling that no neighbour in the batch has a say in."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from lmdeploy.pytorch.messages import SamplingParam
+from lmdeploy.pytorch.strategies.ar.sampling import ARSamplingStrategy
 
 from sagellm_common.core.types import SamplingParams
 
@@ -27,3 +31,30 @@ def lmdeploy_sampling(
         min_new_tokens=max(0, sampling.min_new_tokens - num_emitted_tokens),
         num_logprobs=sampling.num_logprobs if sampling.num_logprobs else -1,
     )
+
+
+class RowwiseSampling(ARSamplingStrategy):
+    """LMDeploy's, with padding that has no effect.
+
+    LMDeploy pads the rows of a batch to one length with token 0 or the model's first, and these count: they are
+    penalised as if they had been said, and they stop whoever has fewer stop tokens than its neighbours. Here a row is
+    padded with what it has anyway, and the engine looks for stop tokens itself (`stopped`).
+    """
+
+    def make_sampling_inputs(self, seqs: list[Any]) -> Any:
+        inputs = super().make_sampling_inputs(seqs)
+        if inputs.all_ids is not None:
+            for row, seq in zip(inputs.all_ids, seqs, strict=True):
+                row[: len(row) - seq.num_valid_ids] = int(seq.all_ids[0])
+        if inputs.bad_words is not None:  # stop tokens, too, as long as min_new_tokens forbids them
+            some = inputs.bad_mask[:, :1]
+            inputs.bad_words = torch.where(inputs.bad_mask, inputs.bad_words, inputs.bad_words[:, :1])
+            inputs.bad_mask = inputs.bad_mask | some
+        inputs.stop_words = inputs.stop_mask = None
+        return inputs
+
+
+def stopped(seq: Any, token: int) -> bool:
+    """Whether `token`, not yet appended, is the last one of LMDeploy's sequence."""
+    param = seq.sampling_param
+    return token in param.stop_words or seq.num_new_tokens + 1 >= param.max_new_tokens

@@ -59,6 +59,25 @@ class TestPrompts:
         await client.complete("hello " * 5000, max_tokens=1)
         assert len(router.requests[0].prompt_token_ids) > 5000
 
+    @pytest.mark.parametrize(
+        "prompt",
+        ["hi " * 9_000, [{"role": "user", "content": "a"}] * 600, [5] * 20_000],
+        ids=["text", "messages", "ids"],
+    )
+    async def test_no_long_prompt_holds_up_the_loop(self, client, router, monkeypatch, prompt):
+        router.script.models = [model_info(router.script.models[0].path, context_length_tokens=100_000)]
+        threads = []
+        to_thread = asyncio.to_thread
+
+        async def spied(work, *args):
+            threads.append(work)
+            return await to_thread(work, *args)
+
+        await client.complete("warm", max_tokens=1)
+        monkeypatch.setattr(asyncio, "to_thread", spied)
+        await client.complete(prompt, max_tokens=1)
+        assert len(threads) == 1
+
     @pytest.mark.parametrize("prompt", ["", [], np.array([], np.int32)])
     async def test_an_empty_prompt_is_refused(self, client, router, prompt):
         with pytest.raises(InvalidRequest, match="empty"):

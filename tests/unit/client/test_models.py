@@ -7,8 +7,9 @@ import pytest
 from sagellm_common.client.models import ModelDirectory
 from sagellm_common.client.router import RouterClient
 from sagellm_common.core.clock import ManualClock
-from sagellm_common.core.errors import NoWorker, UnknownModel
+from sagellm_common.core.errors import DeadlineExceeded, NoWorker, UnknownModel
 from tests.support.scripted_router import model_info
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -61,3 +62,26 @@ async def test_without_a_name_only_a_single_model_is_meant(directory, router):
 async def test_the_tokenizer_is_loaded_once(directory):
     first, second = await asyncio.gather(directory.get("tiny"), directory.get("tiny"))
     assert first.tokenizer is second.tokenizer
+
+
+async def test_a_silent_router_costs_all_that_wait_one_timeout():
+    class SilentRouter:
+        asked = 0
+        gave_up = asyncio.Event()
+
+        async def models(self):
+            self.asked += 1
+            await self.gave_up.wait()
+            raise DeadlineExceeded("no answer within 5 s")
+
+    router = SilentRouter()
+    directory = ModelDirectory(router)
+    waiting = [asyncio.create_task(directory.info("tiny")) for _ in range(3)]
+    await eventually(lambda: router.asked == 1)
+    router.gave_up.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [DeadlineExceeded] * 3
+    assert router.asked == 1
+    with pytest.raises(DeadlineExceeded):
+        await directory.info("tiny")
+    assert router.asked == 2

@@ -54,3 +54,17 @@ async def test_errors_surface_and_close_is_idempotent(router):
         client.close()
 
     await asyncio.to_thread(use)
+
+
+async def test_a_generator_left_behind_by_a_closed_client_ends_quietly(router, tokenizer):
+    router.script.reply = tokenizer.encode("hello wörld").tolist()
+    router.script.hang_after = 1
+
+    def use() -> None:
+        with Client(router.address) as client:
+            outputs = client.generate("hi", request_id="left")
+            next(outputs)
+        outputs.close()
+
+    await asyncio.to_thread(use)
+    await router.wait_for(lambda: router.cancelled == ["left"])

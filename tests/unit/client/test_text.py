@@ -173,6 +173,16 @@ class TestDetokenizer:
             assert not any("\ufffd" in piece for piece in pieces)
         assert "".join(pieces) + detokenizer.flush() == text
 
+    def test_skipped_special_tokens_are_not_decoded_again_and_again(self, tokenizer, monkeypatch):
+        lengths = []
+        decode = tokenizer.decode
+        monkeypatch.setattr(tokenizer, "decode", lambda ids, skip: lengths.append(len(ids)) or decode(ids, skip))
+        word = tokenizer.encode(" word").tolist()
+        detokenizer = Detokenizer(tokenizer)
+        pieces = [detokenizer.push([token]) for token in [*word, *[1] * 100, *word]]
+        assert "".join(pieces) == " word word"
+        assert max(lengths) <= 2 * len(word) + 1
+
     @given(ids=st.lists(st.integers(0, 319), max_size=60), step=st.integers(1, 5))
     def test_any_tokens_equal_decoding_them_at_once(self, tokenizer, ids, step):
         detokenizer = Detokenizer(tokenizer)

@@ -70,6 +70,16 @@ def test_the_same_pin_again_keeps_the_first(it: Fixture) -> None:
     assert it.freed == [again]
 
 
+def test_the_same_pin_after_its_time_is_a_new_one(it: Fixture) -> None:
+    """Also when nobody has looked for expired leases since."""
+    first, again = blocks(1), blocks(2)
+    it.source.pin("t", 1, first, 4)
+    it.clock.advance(TTL_S)
+    assert it.source.pin("t", 1, again, 4) is again
+    assert it.freed == [first]
+    assert it.source.get("t", 1) == (again, 4)
+
+
 def test_expiry_frees_at_the_end_of_the_time_and_renewal_starts_it_anew(it: Fixture) -> None:
     it.source.pin("t", 1, blocks(1), 4)
     it.clock.advance(TTL_S - 1)

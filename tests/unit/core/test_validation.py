@@ -27,11 +27,13 @@ def request(prompt: list[int] | None = None, **sampling: Any) -> GenerationReque
         {"top_p": 1e-6},
         {"top_p": 1.0},
         {"min_p": 1.0},
+        {"repetition_penalty": 0.01},
         {"repetition_penalty": 10.0},
         {"seed": 0},
         {"seed": 2**64 - 1},
         {"num_logprobs": 20},
         {"stop_token_ids": (0, 511)},
+        {"stop_token_ids": tuple(range(128))},
         {"min_new_tokens": 8},
         {"max_new_tokens": 125},
     ],
@@ -51,7 +53,7 @@ def test_the_ends_of_each_range_are_fine(sampling: dict[str, Any]) -> None:
         *[("top_p", v) for v in (0.0, -1.0, 1.1, NAN, INF)],
         ("top_k", -1),
         *[("min_p", v) for v in (-0.1, 1.1, NAN)],
-        *[("repetition_penalty", v) for v in (0.0, -1.0, 10.1, NAN, INF)],
+        *[("repetition_penalty", v) for v in (0.0, 1e-40, -1.0, 10.1, NAN, INF)],
         ("seed", -1),
         ("seed", 2**64),
         ("num_logprobs", -1),
@@ -71,6 +73,11 @@ def test_tokens_outside_the_vocabulary_are_named(token: int) -> None:
         validate_request(request([1, token, 2]), MODEL)
     with pytest.raises(InvalidRequest, match=rf"stop_token_ids is {token}, but must be token ids of 0 to 511"):
         validate_request(request(stop_token_ids=(1, token)), MODEL)
+
+
+def test_more_stop_tokens_than_may_be_forbidden_at_once_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="stop_token_ids has 129 tokens, but 128 are the most"):
+        validate_request(request(stop_token_ids=tuple(range(129))), MODEL)
 
 
 def test_an_empty_prompt_is_refused() -> None:

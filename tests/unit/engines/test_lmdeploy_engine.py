@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ LENGTHS = (1, 2, 15, 16, 17, 32, 33, 100)
 def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(3, 259, size=n).tolist() for n in lengths]
+
+
+def copied(model: Path, target: Path, **config: Any) -> Path:
+    """The checkpoint with another config.json."""
+    shutil.copytree(model, target, dirs_exist_ok=True)
+    (target / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | config))
+    return target
 
 
 async def handed_over(driver: Driver, tokens: list[int], max_new_tokens: int, **sampling: Any) -> list[int]:
@@ -82,7 +90,7 @@ async def test_handed_over_kv_continues_exactly_and_is_really_used(tiny_llama: P
 @pytest.mark.parametrize("bits", [8, 4])
 async def test_quantised_kv_survives_a_handover(tiny_llama: Path, bits: int) -> None:
     async with running_engine(tiny_llama, kv_quant_bits=bits, prefix_caching=False) as driver:
-        assert driver.engine.kv.layout.dtype == f"int{bits}"
+        assert driver.engine.kv.layout.dtype == f"int{bits}/float32"
         for tokens in prompts(2, (5, 40)):
             undisturbed, _ = await driver.run(tokens, 10)
             assert await handed_over(driver, tokens, 10) == undisturbed
@@ -100,6 +108,65 @@ async def test_seeded_sampling_depends_on_seed_and_position_alone(tiny_llama: Pa
         assert alone[:6] + resumed == alone
         differently, _ = await driver.run(tokens, 16, **(sampling | {"seed": 8}))
         assert differently != alone
+
+
+@pytest.mark.parametrize(
+    ("sampling", "neighbour"),
+    [
+        ({"repetition_penalty": 0.05}, {}),  # rewards what was said: the neighbour's padding must not count as said
+        ({"repetition_penalty": 5.0}, {"repetition_penalty": 2.0}),
+        ({"temperature": 50.0, "seed": 8}, {"stop_token_ids": (1, 2, 3)}),  # says token 0, with which stop tokens pad
+        ({"temperature": 50.0, "seed": 8, "stop_token_ids": (0,), "min_new_tokens": 150}, {"stop_token_ids": (1, 2)}),
+        ({"temperature": 1.5, "top_k": 50, "seed": 3}, {"temperature": 1.0, "seed": 4}),
+        ({"temperature": 1.5, "min_p": 0.02, "seed": 3}, {"temperature": 0.5, "top_p": 0.5, "seed": 4}),
+    ],
+)
+async def test_tokens_do_not_depend_on_who_else_is_in_the_batch(
+    tiny_llama: Path, sampling: dict[str, Any], neighbour: dict[str, Any]
+) -> None:
+    tokens, other = prompts(8, (5, 90))
+    async with running_engine(tiny_llama) as driver:
+        alone, last = await driver.run(tokens, 150, **sampling)
+        assert last.error is None
+        assert len(alone) == 150
+        if sampling.get("temperature") == 50.0:
+            assert (0 in alone) is ("stop_token_ids" not in sampling)
+        neighbours = {"min_new_tokens": 150, "ignore_eos": False} | neighbour
+        (crowded, _), _ = await asyncio.gather(
+            driver.run(tokens, 150, **sampling), driver.run(other, 150, **neighbours)
+        )
+        assert crowded == alone
+
+
+async def test_next_to_no_temperature_is_greedy_and_breaks_nobodys_batch(tiny_llama: Path) -> None:
+    tokens, other = prompts(9, (20, 33))
+    async with running_engine(tiny_llama) as driver:
+        greedy, _ = await driver.run(tokens, 8)
+        (cold, _), (_, last) = await asyncio.gather(
+            driver.run(tokens, 8, temperature=1e-40, seed=1), driver.run(other, 8, temperature=1e-5, seed=1)
+        )
+        assert cold == greedy
+        assert last.finish_reason is FinishReason.LENGTH
+
+
+async def test_what_unwritten_slots_hold_does_not_matter(tiny_llama: Path, hf_greedy: Greedy) -> None:
+    """A failed pull leaves anything in the blocks it was to fill."""
+    async with running_engine(tiny_llama) as driver:
+        pool = driver.engine.kv.regions().view
+        pool[:] = b"\xff" * len(pool)  # NaN
+        found = await asyncio.gather(*(driver.run(p, 12) for p in prompts()))
+        assert [tokens for tokens, _ in found] == [hf_greedy(tiny_llama, p, 12) for p in prompts()]
+
+
+async def test_a_new_sequence_takes_a_free_slot_at_once(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, max_batch_size=4) as driver:
+        running = [driver.submit(p, 500) for p in prompts(10, (10, 11, 12))]
+        for request_id in running:
+            await anext(driver.outputs(request_id))
+        await driver.run(prompts(11, (5,))[0], 2)
+        assert driver.engine.stats().running == 3
+        for request_id in running:
+            driver.engine.cancel(request_id)
 
 
 async def test_tokens_leave_one_by_one_and_others_join_between_steps(tiny_llama: Path) -> None:
@@ -222,6 +289,23 @@ async def test_a_failing_step_ends_its_sequences_not_the_engine(
         assert found == hf_greedy(tiny_llama, prompts()[4], 5)
 
 
+async def test_an_engine_that_stops_says_so_to_everybody(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sagellm_common.engines.lmdeploy.core import EngineCore
+
+    def broken(_: EngineCore) -> None:
+        raise RuntimeError("an injected fault")
+
+    async with running_engine(tiny_llama) as driver:
+        request_id = driver.submit(prompts()[0], 1000)
+        await anext(driver.outputs(request_id))
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineCore, "_schedule", broken)
+            *_, last = [output async for output in driver.outputs(request_id)]
+        assert isinstance(last.error, EngineFailed)
+        with pytest.raises(EngineFailed):
+            driver.submit(prompts()[0], 1)
+
+
 async def test_bad_requests_are_refused_at_once(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as driver:
         with pytest.raises(InvalidRequest, match="token_ids is empty"):
@@ -230,6 +314,12 @@ async def test_bad_requests_are_refused_at_once(tiny_llama: Path) -> None:
             driver.submit([5] * 100, 10**6)
         with pytest.raises(InvalidRequest, match="leaves nothing to generate"):
             driver.submit([5], 1, request={"num_emitted_tokens": 1})
+        whole = driver.engine.kv.allocate(as_token_ids([5] * 20), 20)
+        whole.num_cached_tokens = 20
+        with pytest.raises(InvalidRequest, match="leaves nothing to compute"):
+            driver.submit([5] * 20, 1, request={"allocation": whole})
+        driver.engine.kv.free(whole)
+        assert driver.engine.kv.get_utilization().used_blocks == 0
         assert (driver.engine.stats().running, driver.engine.stats().waiting) == (0, 0)
 
 
@@ -241,6 +331,17 @@ async def test_closing_ends_what_runs_and_later_calls_say_so(tiny_llama: Path) -
         await driver.engine.close()
         *_, last = [output async for output in driver.outputs(request_id)]
         assert last.finish_reason is FinishReason.CANCELLED
+        with pytest.raises(EngineFailed, match="was stopped"):
+            driver.submit(prompts()[0], 1)
+
+
+async def test_a_model_whose_kv_is_not_kept_whole_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+    path = copied(tiny_llama, tmp_path, **mistral)
+    engine = make_engine(Config.model_validate({"model": {"path": str(path)}}))
+    with pytest.raises(ConfigError, match="window of 64 tokens needs engine.context_length_tokens"):
+        await engine.start(lambda _: None)
+    await engine.close()
 
 
 @pytest.mark.parametrize(
@@ -265,13 +366,8 @@ def test_another_lmdeploy_is_refused(tiny_llama: Path, monkeypatch: pytest.Monke
 
 
 async def test_an_unsupported_model_fails_the_start_with_its_cause(tiny_llama: Path, tmp_path: Path) -> None:
-    config = json.loads((tiny_llama / "config.json").read_text()) | {
-        "architectures": ["NoSuchModel"],
-        "model_type": "x",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes())
-    engine = make_engine(Config.model_validate({"model": {"path": str(tmp_path)}}))
-    with pytest.raises(ConfigError, match="model.path"):
+    path = copied(tiny_llama, tmp_path, architectures=["NoSuchModel"], model_type="x")
+    engine = make_engine(Config.model_validate({"model": {"path": str(path)}}))
+    with pytest.raises(ConfigError, match=r"model\.path: .*NoSuchModel.*"):
         await engine.start(lambda _: None)
     await engine.close()

@@ -218,7 +218,6 @@ def broken(encode: Callable[[Any], Any], value: Any, **changes: Any) -> Any:
         ],
         (codec.decode_kv_stats, common_pb2.KvStats(free_blocks=-1), "kv.free_blocks"),
         (codec.decode_finish_reason, 99, "finish_reason"),
-        (codec.decode_role, 0, "role"),
         (codec.decode_output, inference_pb2.GenerateResponse(index=-1), "index"),
         (codec.decode_logprobs, [common_pb2.TokenLogprobs(top_token_ids=[1])], "logprobs"),
         (codec.decode_generation_request, inference_pb2.GenerateRequest(prompt_token_ids=b"1"), "prompt_token_ids"),

@@ -13,7 +13,8 @@ from sagellm_common.core.errors import Cancelled, DeadlineExceeded, KvExhausted,
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import GenerationRequest, SamplingParams, as_token_ids
 from sagellm_common.rpc import sessions
-from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.channels import ChannelPool, stream
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.sessions import DecodeSession
 from tests.support.router_harness import PROMPT, eventually
 from tests.support.scripted_workers import ScriptedDecode, oracle
@@ -195,3 +196,46 @@ async def test_a_peer_that_does_not_read_holds_calls_back_until_their_deadline(
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(result) for result in results] == [Cancelled] + [PeerLost] * 5
         await session.close()
+
+
+async def test_what_was_cancelled_while_it_waited_to_be_sent_is_never_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "OUTBOX_MESSAGES", 1)
+    async with ChannelPool() as channels:
+        session = DecodeSession(channels.get("127.0.0.1:1"), "slow", "127.0.0.1:1")
+        call = _SlowCall()
+        monkeypatch.setattr(session, "_open_call", lambda: call)
+        waiting = [asyncio.create_task(decoded(session, request(f"r{i}"))) for i in range(3)]
+        await eventually(lambda: call.writing)
+        session.cancel("r2", 1)
+        with pytest.raises(Cancelled):
+            await waiting[2]
+        call.readable.set()
+        await eventually(lambda: len(call.written) == 3)
+        assert [message.WhichOneof("op") for message in call.written] == ["decode", "decode", "cancel"]
+        assert [message.decode.request_id for message in call.written] == ["r0", "r1", ""]
+        await session.close()
+        assert [type(r) for r in await asyncio.gather(*waiting[:2], return_exceptions=True)] == [PeerLost] * 2
+
+
+class _SlowCall(_StuckCall):
+    """A stream whose peer begins to read when `readable` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readable = asyncio.Event()
+        self.writing = False
+        self.written: list[Any] = []
+
+    async def write(self, message: Any) -> None:
+        self.writing = True
+        await self.readable.wait()
+        self.written.append(message)
+
+
+async def test_a_stream_on_a_closed_channel_is_peer_lost() -> None:
+    channels = ChannelPool()
+    stub = worker_pb2_grpc.WorkerServiceStub(channels.get("127.0.0.1:1"))
+    await channels.close()
+    with pytest.raises(PeerLost):
+        async with aclosing(stream(stub.WatchStatus, worker_pb2.WatchStatusRequest(), timeout_s=1.0)) as messages:
+            await anext(messages)

@@ -24,6 +24,7 @@ class CpuAttentionMetadata(AttentionMetadata):
     token_blocks: Tensor | None = None  # [T] physical block of each new token
     token_slots: Tensor | None = None  # [T] its slot in that block
     decode_mask: Tensor | None = None  # [B, 1, 1, KV] when every sequence has one new token
+    decode_padding: Tensor | None = None  # [B, 1, KV - shortest, 1]: what decode_mask hides, from the shortest on
     chunk_masks: tuple[Tensor | None, ...] = ()  # per sequence [q, kv]; None where plain causal does
 
 
@@ -88,15 +89,17 @@ class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
         gqa = self.num_heads != self.num_kv_heads
         window = self.sliding_window[0] if self.sliding_window and self.sliding_window[0] > 0 else None
         block_size = k_cache.size(1)
-        if meta.decode_mask is not None and window is None:
+        if meta.decode_mask is not None and meta.decode_padding is not None and window is None:
             blocks = meta.block_offsets[:, : -(-max(meta.kv_lens) // block_size)]
             k, v = (
                 gather(c, s, blocks).flatten(1, 2).transpose(1, 2)
                 for c, s in ((k_cache, k_scales_zeros), (v_cache, v_scales_zeros))
             )
+            for gathered in (k, v):
+                # A mask hides no NaN, and slots not written yet hold whatever was there before.
+                gathered[:, :, min(meta.kv_lens) :].masked_fill_(meta.decode_padding, 0)
             q = query[:, :, None]  # one new token each: [B, H, 1, D]
-            mask = meta.decode_mask[..., : k.size(2)]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=gqa)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=meta.decode_mask, scale=self.scale, enable_gqa=gqa)
             return out.transpose(1, 2).flatten(0, 1)
 
         outputs, start = [], 0

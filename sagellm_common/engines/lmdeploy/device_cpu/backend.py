@@ -58,10 +58,11 @@ class CpuOpsBackend(DefaultOpsBackend):
         position = torch.arange(int(q.sum())) - starts[sequence] + (kv - q)[sequence]
         block_table = step_context.block_offsets.long()
         q_lens, kv_lens = tuple(q.tolist()), tuple(kv.tolist())
-        decode_mask = None
+        decode_mask = decode_padding = None
         if step_context.is_decoding and max(q_lens) == 1:
-            width = block_table.size(1) * block_size
+            width = -(-max(kv_lens) // block_size) * block_size
             decode_mask = (torch.arange(width)[None] < kv[:, None])[:, None, None]
+            decode_padding = ~decode_mask[..., min(kv_lens) :].transpose(-1, -2)
         step_context.attn_metadata = CpuAttentionMetadata(
             step_context.is_decoding,
             block_table,
@@ -74,6 +75,7 @@ class CpuOpsBackend(DefaultOpsBackend):
             token_blocks=block_table[sequence, position // block_size],
             token_slots=position % block_size,
             decode_mask=decode_mask,
+            decode_padding=decode_padding,
             chunk_masks=tuple(
                 torch.ones(a, b, dtype=torch.bool).tril(b - a) if 1 < a < b else None
                 for a, b in zip(q_lens, kv_lens, strict=True)

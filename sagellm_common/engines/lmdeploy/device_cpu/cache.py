@@ -49,7 +49,6 @@ class CpuCacheEngine(CacheEngine):
             scales = self.model_config.dtype
             parts += [((*keys[:-1], 2), scales), ((*values[:-1], 2), scales)]
         sizes = [self.num_layers * math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-        # Zeros, for a NaN in an unwritten slot would poison masked attention.
         self.pool = torch.zeros(self.num_gpu_blocks, sum(sizes), dtype=torch.uint8)
         views, start = [], 0
         for (shape, dtype), size in zip(parts, sizes, strict=True):

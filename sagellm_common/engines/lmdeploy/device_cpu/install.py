@@ -93,6 +93,11 @@ class CpuModelAgent(model_agent.BaseModelAgent):
     def get_free_mem(self) -> int:
         return int(psutil.virtual_memory().available)
 
+    def get_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """In float32 whatever the model's dtype: penalties, temperatures and sums of probabilities need it."""
+        logits = super().get_logits(hidden_states)
+        return None if logits is None else logits.float()
+
     def warmup(self) -> None:
         """Nothing to capture or compile on a CPU."""
 

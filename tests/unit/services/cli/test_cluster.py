@@ -113,6 +113,16 @@ async def test_a_process_that_is_never_ready_is_given_up(
         await cluster.start()
 
 
+async def test_a_process_that_cannot_even_be_started_is_named(
+    make_cluster: MakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = make_cluster()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    with pytest.raises(StartFailed, match="router cannot be started: .*no-python"):
+        async with asyncio.timeout(10):
+            await cluster.start()
+
+
 async def test_a_dead_worker_comes_back_under_its_id(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     events = Events(cluster)

@@ -21,6 +21,8 @@ from sagellm_common.core.errors import (
     PeerLost,
     QueueFull,
 )
+from services.gateway import exchange
+from services.gateway.errors import HttpError
 from tests.support.gateway import serve_gateway
 from tests.support.scripted_router import WAIT_S, Script, model_info, scripted_router
 
@@ -315,3 +317,15 @@ async def test_the_gateway_outlives_the_router(tokenizer_dir):
         async with scripted_router(script, router.address), asyncio.timeout(WAIT_S):
             while (await http.post(TEXT_URL, json=TEXT)).status_code == 503:
                 pass  # each answer comes after an attempt to connect
+
+
+async def test_a_client_that_stops_reading_is_given_up(monkeypatch):
+    monkeypatch.setattr(exchange, "_STALL_TIMEOUT_S", 0.01)
+
+    async def send(message):
+        await asyncio.Event().wait()
+
+    stalled = exchange.Exchange(send, send, "r")
+    with pytest.raises(exchange.Disconnected):
+        await stalled.send_events([{}])
+    await stalled.send_error(HttpError(503, "late", "late"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sagellm_common.core.errors import DeadlineExceeded, Draining, InvalidRequest, NoWorker, QueueFull
 from sagellm_common.core.types import FinishReason, SamplingParams
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2
-from tests.support.router_harness import PROMPT, RouterHarness, eventually, router_harness
+from tests.support.router_harness import PATIENCE_S, PROMPT, RouterHarness, eventually, router_harness
 from tests.support.scripted_workers import ScriptedWorker, oracle
 
 POINTS = ["reserve", "reserved", "prefill", "prefilled", "pull", "token:1", "token:3"]
@@ -128,8 +129,10 @@ async def test_a_draining_router_finishes_what_it_has_and_takes_nothing_new(rout
     decode.on("token:2", decode.wait_for(go_on))
     first = asyncio.create_task(router.generate())
     await eventually(lambda: decode.reached["token:2"].is_set())
-    drain = asyncio.create_task(router.pipeline.drain())
-    await asyncio.sleep(0)
+    health = health_pb2_grpc.HealthStub(router.channel)
+    drain = asyncio.create_task(router.router.drain())
+    answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
     with pytest.raises(Draining):
         await router.generate(request_id="second")
     assert not drain.done()

@@ -19,9 +19,10 @@ from sagellm_common.core.errors import (
     PeerLost,
     SageError,
 )
-from sagellm_common.core.types import FinishReason, SamplingParams, WorkerState
+from sagellm_common.core.types import FinishReason, SamplingParams, WorkerState, as_token_ids
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from tests.support.router_harness import PROMPT, RouterHarness, eventually, router_harness
-from tests.support.scripted_workers import Action, ScriptedDecode, ScriptedPrefill, ScriptedWorker, oracle
+from tests.support.scripted_workers import LAYOUT, Action, ScriptedDecode, ScriptedPrefill, ScriptedWorker, oracle
 
 GREEDY_6 = SamplingParams(max_new_tokens=6)
 DECODE_POINTS = ["reserve", "reserved", "pull", "token:1", "token:2", "token:5"]
@@ -54,7 +55,7 @@ async def test_another_decode_worker_takes_over(
     generated = await router.generate(**sampling)
     seed = decodes[1].requests[0].sampling.seed if sampling else None
     temperature = sampling.get("temperature", 0.0)
-    assert generated.tokens == oracle(PROMPT, SamplingParams(6, temperature=pytest.approx(temperature), seed=seed))
+    assert generated.tokens == oracle(PROMPT, SamplingParams(6, temperature=temperature, seed=seed))
     assert generated.summary.decode_worker_id == "decode-1"
     # Right after the pull the router cannot know that the KV is gone at its source, and asks for it once more.
     assert generated.summary.attempts == (3 if point == "token:1" else 2)
@@ -249,3 +250,16 @@ async def test_a_worker_that_leaves_may_finish_what_it_has(router: RouterHarness
     generated = await call
     assert generated.tokens == oracle(PROMPT, GREEDY_6) and generated.summary.attempts == 1
     await eventually(lambda: router.link(decodes[0]) is None)
+
+
+async def test_a_full_worker_with_the_prefix_does_not_keep_the_request_from_an_idle_one(router: RouterHarness) -> None:
+    hashes = block_hashes(as_token_ids(PROMPT), LAYOUT.block_size_tokens, root_hash(LAYOUT))
+    prefill = await router.add(ScriptedPrefill())
+    decodes = [ScriptedDecode(f"decode-{i}", prefills=[prefill]) for i in range(2)]
+    decodes[0].cached_hashes = hashes
+    decodes[0].on("reserve", *[decodes[0].refuse(KvExhausted("full", retry_after_s=0.1))] * 100)
+    for decode in decodes:
+        await router.add(decode)
+    generated = await router.generate()
+    assert (generated.tokens, generated.summary.decode_worker_id) == (oracle(PROMPT, GREEDY_6), "decode-1")
+    await router.assert_nothing_held()

@@ -165,6 +165,7 @@ async def test_an_empty_request_id_is_replaced(router: RouterHarness) -> None:
         (PROMPT, {"max_new_tokens": 300}, ContextTooLong, "256"),
         (PROMPT, {"top_p": 3.0}, InvalidRequest, "top_p"),
         (PROMPT, {"model": "gpt"}, UnknownModel, MODEL.name),
+        (PROMPT, {"request_id": "r" * 1000}, InvalidRequest, "1000 characters"),
     ],
 )
 async def test_bad_input_is_refused_and_the_router_goes_on(

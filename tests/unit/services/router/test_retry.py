@@ -70,3 +70,19 @@ def test_a_decode_workers_loss_is_its_sources_unless_it_was_lost_itself(links: d
     assert blames_source(PeerLost("connection refused"), decode)
     assert not blames_source(PeerLost("session", metadata={"worker_id": "d0"}), decode)
     assert not blames_source(EngineFailed("x"), decode)
+
+
+def test_while_a_worker_is_full_its_peers_are_asked_in_turn(links: dict[str, WorkerLink]) -> None:
+    retry, everybody = Retry(1), list(links.values())
+
+    def left_after(full: str) -> list[str]:
+        retry.delay_after(KvExhausted("full"), links[full])
+        return [link.worker_id for link in retry.preferred(everybody)]
+
+    assert left_after("d0") == ["p0", "p1", "d1"]
+    assert left_after("d1") == ["p0", "p1", "d0", "d1"]
+    assert left_after("d0") == ["p0", "p1", "d1"]
+    # Nobody but a prefill worker stands in for one: the prompts of full ones would all end up on decode workers.
+    only_one = [links["p0"], links["d1"]]
+    retry.delay_after(KvExhausted("full"), links["p0"])
+    assert retry.preferred(only_one) == only_one
