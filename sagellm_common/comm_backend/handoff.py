@@ -49,11 +49,14 @@ class _LeaseTable:
         self._free = free
         self._lock = threading.Lock()
         self._leases: dict[str, _Lease] = {}
+        self._still_read = 0
+        """Leases that ended while they were read: their blocks are held until the readers are done."""
         self._closed = False
 
     def __len__(self) -> int:
+        """Leases whose blocks are held."""
         with self._lock:
-            return len(self._leases)
+            return len(self._leases) + self._still_read
 
     def expire(self) -> int:
         """Ends the leases whose time is up; returns how many."""
@@ -113,6 +116,7 @@ class _LeaseTable:
         lease = self._leases.pop(key)
         lease.ended = True
         self.outcomes[outcome] += 1
+        self._still_read += bool(lease.readers)
         return None if lease.readers else lease.allocation
 
     def _free_all(self, allocations: Iterable[Allocation | None]) -> None:
@@ -127,9 +131,9 @@ class HandoffSource(_LeaseTable):
     def pin(self, transfer_id: str, epoch: int, allocation: Allocation, num_tokens: int) -> Allocation:
         """Owns the allocation for ttl_s from now on; returns the pinned one.
 
-        A higher epoch replaces. The same epoch again keeps the first allocation while its lease lives and frees the new
-        one. Raises
-        LeaseExpired for a lower epoch and Draining after `close`; the caller then still owns the allocation.
+        A higher epoch replaces. The same epoch again keeps the first allocation while its lease lives and frees the
+        new one. Raises LeaseExpired for a lower epoch and Draining after `close`; the caller then still owns the
+        allocation.
         """
         return self._enter(transfer_id, epoch, allocation, num_tokens)
 
@@ -153,6 +157,7 @@ class HandoffSource(_LeaseTable):
             with self._lock:
                 lease.readers -= 1
                 freed = lease.allocation if lease.ended and not lease.readers else None
+                self._still_read -= freed is not None
             self._free_all([freed])
 
     def renew(self, transfer_id: str, epoch: int) -> float:
@@ -172,9 +177,9 @@ class HandoffTarget(_LeaseTable):
     def reserve(self, request_id: str, attempt: int, allocation: Allocation) -> Allocation:
         """Owns the allocation for ttl_s from now on; returns the reserved one.
 
-        A higher attempt replaces. The same attempt again keeps the first allocation while its lease lives and frees the
-        new one. Raises
-        LeaseExpired for a lower attempt and Draining after `close`; the caller then still owns the allocation.
+        A higher attempt replaces. The same attempt again keeps the first allocation while its lease lives and frees
+        the new one. Raises LeaseExpired for a lower attempt and Draining after `close`; the caller then still owns
+        the allocation.
         """
         return self._enter(request_id, attempt, allocation, 0)
 

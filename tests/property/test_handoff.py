@@ -128,9 +128,10 @@ class Leases(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        assert (len(self.source), len(self.target)) == (len(self.pinned), len(self.reserved))
         held = {id(allocation) for _, allocation, _ in [*self.pinned.values(), *self.reserved.values()]}
         read = {id(allocation) for _, allocation in self.reads}
+        pinned = {id(allocation) for _, allocation, _ in self.pinned.values()}
+        assert (len(self.source), len(self.target)) == (len(pinned | read), len(self.reserved))
         assert held.isdisjoint(self.freed)
         assert {id(a) for a in self.made} == held | read | set(self.freed) | self.given
 
