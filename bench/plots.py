@@ -22,7 +22,7 @@ def grouped_bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title:
         for i, (name, values) in enumerate(series.items()):
             at = [g + (i - (len(series) - 1) / 2) * width for g in range(len(groups))]
             bars = axis.bar(at, [values[g] for g in groups], width, label=name, color=COLOURS[i % len(COLOURS)])
-            axis.bar_label(bars, fmt="%.3g", fontsize=7)
+            axis.bar_label(bars, fmt=_short, fontsize=7)
         axis.set_xticks(range(len(groups)), groups)
         axis.set_title(metric, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
@@ -30,6 +30,10 @@ def grouped_bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title:
     figure.suptitle(title, fontsize=10)
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _legend_below(figure: plt.Figure, axes: Sequence[plt.Axes]) -> None:

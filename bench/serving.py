@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -285,6 +285,19 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def draw(result: Mapping[str, Any], picture: Path) -> None:
+    columns = {"TTFT p50 (ms)": 2, "TPOT p50 (ms)": 4, "tokens/s": 6}
+    panels = {
+        metric: {
+            path: {f"c={row[1]}": float(row[column]) for row in result["table"][1:] if row[0] == path} for path in PATHS
+        }
+        for metric, column in columns.items()
+    }
+    conditions = result["conditions"]
+    title = f"{conditions['prompt_tokens']} prompt tokens, {conditions['new_tokens']} new, SmolLM2-135M fp32"
+    grouped_bars(panels, title, picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=256)
@@ -298,15 +311,8 @@ def main() -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1, default=str))
-    labels = {"TTFT p50 (ms)": 2, "TPOT p50 (ms)": 4, "tokens/s": 6}
-    panels = {
-        metric: {
-            path: {f"c={row[1]}": float(row[column]) for row in result["table"][1:] if row[0] == path} for path in PATHS
-        }
-        for metric, column in labels.items()
-    }
     picture = out.with_suffix(".png")
-    grouped_bars(panels, f"{args.prompt_tokens} prompt tokens, {args.new_tokens} new, SmolLM2-135M fp32", picture)
+    draw(result, picture)
     print(f"\nwritten to {out} and {picture}")
 
 
