@@ -17,7 +17,7 @@ def check_fits(engine: Engine, token_ids: TokenIds) -> None:
             f"the sequence has {num_tokens} tokens and leaves no room to generate: the context of model "
             f"{engine.model.name} is {limit} tokens"
         )
-    pool_tokens = engine.kv.get_utilization().total_blocks * engine.kv.layout.block_size_tokens
+    pool_tokens = engine.kv.regions().num_blocks * engine.kv.layout.block_size_tokens
     if num_tokens > pool_tokens:
         raise ContextTooLong(
             f"the sequence has {num_tokens} tokens, but this worker's KV pool holds {pool_tokens}: "

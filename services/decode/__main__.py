@@ -62,7 +62,7 @@ async def compose(args: WorkerArgs) -> None:
         offload = None
         if config.kv_store.enabled:
             store = StoreClient(channels, topology, layout, channel.name, clock)
-            offload = Offloader(store, leases, runtime, layout, background, engine.kv.get_utilization().total_blocks)
+            offload = Offloader(store, leases, runtime, layout, background, engine.kv.regions().num_blocks)
         loop = DecodeLoop(engine, reservations, leases, runtime, puller, offload)
         servicer = DecodeServicer(ObservedDecode(loop), config.router.request_timeout_s)
         service = Registrar("sagellm.v1.DecodeService", worker_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)

@@ -155,7 +155,7 @@ async def worker(
         else:
             puller = KvPuller(channel, transfers, releaser, runtime, layout)
             offload = (
-                Offloader(client, leases, runtime, layout, background, engine.kv.get_utilization().total_blocks)
+                Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)
                 if store
                 else None
             )

@@ -139,7 +139,7 @@ class EngineCore(LmdeployEngineBase):
                 self._emit_all(self._admit())
                 step = self._schedule()
             if step is None:
-                await self._idle(stop)
+                await self._idle()
                 continue
             running = step.pop("running")
             try:
@@ -152,7 +152,7 @@ class EngineCore(LmdeployEngineBase):
             self.steps += 1
             self._emit_all(outputs)
 
-    async def _idle(self, stop: asyncio.Event) -> None:
+    async def _idle(self) -> None:
         """Waits for work; when sequences wait for blocks, only a little."""
         timeout_s = BLOCKED_POLL_S if self.scheduler.has_unfinished() else None
         with contextlib.suppress(TimeoutError):
@@ -206,12 +206,10 @@ class EngineCore(LmdeployEngineBase):
 
     def _collect(self, output: Any, running: list[Any], is_decoding: bool) -> list[SequenceOutput]:
         """Publishes computed blocks, appends the new tokens, ends what is finished."""
-        live = [seq for seq in running if seq.status == MessageStatus.LOCKED]
-        next_tokens = output.next_token_ids.tolist()
-        output.stopped = torch.tensor([stopped(*each) for each in zip(running, next_tokens, strict=True)])
-        tokens = dict(zip((s.session_id for s in running), next_tokens, strict=True))
-        logprobs = dict(zip((s.session_id for s in running), self._logprobs(output, running), strict=True))
-        for seq in live:
+        rows = list(zip(running, output.next_token_ids.tolist(), self._logprobs(output, running), strict=True))
+        output.stopped = torch.tensor([stopped(seq, token) for seq, token, _ in rows])
+        rows = [row for row in rows if row[0].status == MessageStatus.LOCKED]
+        for seq, _, _ in rows:
             self.kv.cache.publish(
                 self.kv.cache.prefixes[seq.session_id],
                 seq.all_ids,
@@ -222,16 +220,16 @@ class EngineCore(LmdeployEngineBase):
         self.scheduler.unlock_running(running)
         by_session = {run.seq.session_id: run for run in self._running.values()}
         outputs = []
-        for seq in live:
-            run, token = by_session[seq.session_id], tokens[seq.session_id]
+        for seq, token, logprobs in rows:
+            run = by_session[seq.session_id]
             if run.cancelled:
                 outputs.append(self._end(seq, FinishReason.CANCELLED))
             elif token in run.stop_token_ids and seq.status == MessageStatus.STOPPED:
                 outputs.append(self._end(seq, FinishReason.STOP))
             elif seq.status == MessageStatus.STOPPED:
-                outputs.append(self._end(seq, FinishReason.LENGTH, (token,), logprobs[seq.session_id]))
+                outputs.append(self._end(seq, FinishReason.LENGTH, (token,), logprobs))
             else:
-                outputs.append(SequenceOutput(run.request.request_id, (token,), logprobs[seq.session_id]))
+                outputs.append(SequenceOutput(run.request.request_id, (token,), logprobs))
         return outputs
 
     @staticmethod

@@ -15,6 +15,7 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.types import SamplingParams, as_token_ids
 from sagellm_common.engines import make_engine
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
+from tests.support.oracle import greedy
 
 STEP_TIMEOUT_S = 60.0
 
@@ -74,19 +75,4 @@ async def running_engine(model: Path, **engine: Any) -> AsyncIterator[Driver]:
 @pytest.fixture(scope="session")
 def hf_greedy() -> Callable[[Path, list[int], int], list[int]]:
     """The oracle: Hugging Face transformers, greedy, end-of-sequence ignored."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    models: dict[Path, Any] = {}
-
-    def generate(path: Path, tokens: list[int], max_new_tokens: int) -> list[int]:
-        if path not in models:
-            models[path] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            models[path].generation_config.eos_token_id = None
-        with torch.inference_mode():
-            ids = models[path].generate(
-                torch.tensor([tokens]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
-            )
-        return ids[0, len(tokens) :].tolist()
-
-    return generate
+    return greedy

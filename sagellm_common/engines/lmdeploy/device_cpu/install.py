@@ -63,7 +63,7 @@ class _TorchOnCpu(types.ModuleType):
     """torch as some of LMDeploy's modules see it: `cuda` replaced by synchronous stand-ins, and `seed` without effect.
 
     LMDeploy calls torch.seed() for each batch, although every sequence has a seed of its own. Without a GPU torch keeps
-    each call, with its stack, for the day CUDA is initialised: a leak, and a twentieth of a small model's step.
+    each call, with its stack, for the day CUDA is initialised: a leak, and time in each step.
     """
 
     def __init__(self) -> None:
