@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from sagellm_common.rpc.status import from_rpc_error
 from services.router.__main__ import Router, serving
 from services.router.observed import ObservedPipeline, RouterMetrics
 from tests.support.scripted_workers import MODEL, ScriptedDecode, ScriptedPrefill, ScriptedWorker
+from tests.support.waiting import eventually
 
 W = TypeVar("W", bound=ScriptedWorker)
 
@@ -131,9 +131,14 @@ class RouterHarness:
             if worker.dead:
                 continue
             if isinstance(worker, ScriptedPrefill):
-                await eventually(lambda worker=worker: not worker.pins and not worker.running, worker.worker_id)
+                await eventually(
+                    lambda worker=worker: not worker.pins and not worker.running, lambda worker=worker: worker.worker_id
+                )
             if isinstance(worker, ScriptedDecode):
-                await eventually(lambda worker=worker: not worker.reservations and not worker.running, worker.worker_id)
+                await eventually(
+                    lambda worker=worker: not worker.reservations and not worker.running,
+                    lambda worker=worker: worker.worker_id,
+                )
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -153,13 +158,3 @@ async def router_harness(**router: Any) -> AsyncIterator[RouterHarness]:
         finally:
             for worker in harness.workers:
                 await worker.stop()
-
-
-async def eventually(condition: Callable[[], object], what: str = "") -> None:
-    """Polls until the condition holds; fails the test after a long time."""
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():  # noqa: ASYNC110  any condition, not only an event
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        raise AssertionError(f"did not become true: {what or condition}") from None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 TIMEOUT_S = 10.0
 
 
-async def eventually(condition: Callable[[], bool], what: Callable[[], str] = lambda: "it never came true") -> None:
+async def eventually(condition: Callable[[], object], what: Callable[[], str] = lambda: "it never came true") -> None:
     """Returns once `condition` holds; fails with `what` past the deadline."""
     try:
         async with asyncio.timeout(TIMEOUT_S):

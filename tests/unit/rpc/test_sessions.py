@@ -16,8 +16,9 @@ from sagellm_common.rpc import sessions
 from sagellm_common.rpc.channels import ChannelPool, stream
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.sessions import DecodeSession
-from tests.support.router_harness import PROMPT, eventually
+from tests.support.router_harness import PROMPT
 from tests.support.scripted_workers import ScriptedDecode, oracle
+from tests.support.waiting import eventually
 
 SAMPLING = SamplingParams(max_new_tokens=5)
 TIMEOUT_S = 10.0

@@ -10,8 +10,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sagellm_common.core.errors import DeadlineExceeded, Draining, InvalidRequest, NoWorker, QueueFull
 from sagellm_common.core.types import FinishReason, SamplingParams
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2
-from tests.support.router_harness import PATIENCE_S, PROMPT, RouterHarness, eventually, router_harness
+from tests.support.router_harness import PATIENCE_S, PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import ScriptedWorker, oracle
+from tests.support.waiting import eventually
 
 POINTS = ["reserve", "reserved", "prefill", "prefilled", "pull", "token:1", "token:3"]
 STATE = {"reserve": 0, "reserved": 0, "prefill": 0, "prefilled": 0, "pull": 1, "token:1": 1, "token:3": 3}

@@ -21,8 +21,9 @@ from sagellm_common.core.errors import (
 )
 from sagellm_common.core.types import FinishReason, SamplingParams, WorkerState, as_token_ids
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
-from tests.support.router_harness import PROMPT, RouterHarness, eventually, router_harness
+from tests.support.router_harness import PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import LAYOUT, Action, ScriptedDecode, ScriptedPrefill, ScriptedWorker, oracle
+from tests.support.waiting import eventually
 
 GREEDY_6 = SamplingParams(max_new_tokens=6)
 DECODE_POINTS = ["reserve", "reserved", "pull", "token:1", "token:2", "token:5"]

@@ -13,7 +13,7 @@ from sagellm_common.core.errors import (
 from sagellm_common.core.types import FinishReason, SamplingParams, as_token_ids
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2, topology_pb2
-from tests.support.router_harness import PROMPT, RouterHarness, eventually
+from tests.support.router_harness import PROMPT, RouterHarness
 from tests.support.scripted_workers import (
     LAYOUT,
     MODEL,
@@ -23,6 +23,7 @@ from tests.support.scripted_workers import (
     next_token,
     oracle,
 )
+from tests.support.waiting import eventually
 
 GREEDY_6 = SamplingParams(max_new_tokens=6)
 

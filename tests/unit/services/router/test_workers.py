@@ -10,8 +10,9 @@ import pytest
 
 from sagellm_common.core.types import SamplingParams, as_token_ids
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
-from tests.support.router_harness import PROMPT, RouterHarness, eventually, router_harness
+from tests.support.router_harness import PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import LAYOUT, MODEL, ScriptedDecode, ScriptedPrefill, oracle
+from tests.support.waiting import eventually
 
 GREEDY_6 = SamplingParams(max_new_tokens=6)
 HASHES = block_hashes(as_token_ids(PROMPT), LAYOUT.block_size_tokens, root_hash(LAYOUT))
