@@ -34,6 +34,7 @@ class EngineConfig(Section):
     context_length_tokens: int = Field(0, ge=0, description="0: the model's")
     prefix_caching: bool = True
     threads: int = Field(1, ge=1, description="torch threads; one per process is best on two cores")
+    tensor_parallel: int = Field(1, ge=1, le=64, description="ranks that share each layer, a process each")
 
 
 class TransportConfig(Section):

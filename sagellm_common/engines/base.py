@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -66,6 +67,10 @@ class Engine(Protocol):
 
     @property
     def kv(self) -> KVBackendProtocol: ...
+
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set once the engine computes no more, also when it failed: `stats` raises EngineFailed then."""
 
     async def start(self, on_step: StepCallback) -> None:
         """Loads the model and runs. `on_step` is called on the event loop that called `start`.

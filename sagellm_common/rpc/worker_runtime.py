@@ -49,7 +49,8 @@ class WorkerRuntime:
     """Composes one worker. Made first, for its `record` and `check_accepting` are what the service's logic needs of
     its surroundings; `run` gets the service and the logic's load.
 
-    `host` binds and is advertised, port 0 is an ephemeral port. `metrics_port` None serves no metrics.
+    `host` binds and is advertised, port 0 is an ephemeral port. `metrics_port` None serves no metrics. `engine_ended`
+    lets the worker exit at once, before another request is sent to it.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class WorkerRuntime:
         topology: TopologyStore,
         target: HandoffTarget | None = None,
         model: ModelInfo | None = None,
+        engine_ended: asyncio.Event | None = None,
         port: int = 0,
         metrics_port: int | None = None,
         metrics: CollectorRegistry = REGISTRY,
@@ -77,6 +79,7 @@ class WorkerRuntime:
         self._port = port
         self._metrics_port = metrics_port
         self._metrics = metrics
+        self._engine_ended = engine_ended or asyncio.Event()
         self._feed = BlockFeed(pool)
         self._load: Callable[[], Load] = Load
         self._server: GrpcServer | None = None
@@ -292,8 +295,12 @@ class WorkerRuntime:
     async def _tick(self) -> None:
         """Frees what dead parties held, and notices an engine that has stopped. Raises EngineFailed."""
         while True:
-            await asyncio.sleep(min(self._config.transport.lease_ttl_s / 4, TICK_S))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._config.transport.lease_ttl_s / 4, TICK_S)):
+                    await self._engine_ended.wait()
             self._load()
+            if self._engine_ended.is_set():
+                return
             expired = self._source.expire() + (self._target.expire() if self._target else 0)
             if expired:
                 log.warning("freed the blocks of %d leases whose party went silent", expired)

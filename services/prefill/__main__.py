@@ -52,6 +52,7 @@ async def compose(args: WorkerArgs) -> None:
             channel=channel,
             topology=topology,
             model=engine.model,
+            engine_ended=engine.ended,
             port=args.port,
             metrics_port=args.metrics_port,
         )

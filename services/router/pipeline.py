@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import RouterConfig
-from sagellm_common.core.errors import Cancelled, Draining, NoWorker, PeerLost, SageError, UnknownModel
+from sagellm_common.core.errors import Cancelled, Draining, EngineFailed, NoWorker, PeerLost, SageError, UnknownModel
 from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, ModelInfo
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
@@ -201,16 +201,18 @@ class Pipeline:
     ) -> None:
         """Gives back what the failed attempt held and waits a little. Raises the error when it was the last attempt.
 
-        A prefill whose KV still waits to be pulled is kept for the next attempt, unless it is the culprit.
+        A prefill whose KV still waits to be pulled is kept for the next attempt, unless it is the culprit. It waits no
+        more where the engine failed: the pull comes before.
         """
         at_fault, pinned = generation.at_fault, generation.pinned
         if pinned and at_fault and blames_source(error, at_fault):
             at_fault = pinned.worker
-        if pinned and (at_fault is pinned.worker or not pinned.worker.reachable):
+        engine_failed = isinstance(error, EngineFailed)
+        if pinned and (at_fault is pinned.worker or not pinned.worker.reachable or engine_failed):
             generation.unpin()
             pinned = None
         slot.calls.settle(keep_prefill=(pinned.worker, pinned.attempt) if pinned else None)
-        if isinstance(error, PeerLost) and at_fault:
+        if isinstance(error, PeerLost | EngineFailed) and at_fault:
             self._workers.suspect(at_fault)
         delay_s = retry.delay_after(error, at_fault)
         generation.rejections = retry.rejections

@@ -229,6 +229,7 @@ class SimulatedEngine:
         self._running = asyncio.Event()
         self._running.set()
         self._task: asyncio.Task[None] | None = None
+        self.ended = asyncio.Event()
         self.submitted: list[EngineRequest] = []
         self.cancelled: list[str] = []
 
@@ -275,6 +276,7 @@ class SimulatedEngine:
             for sequence in self._sequences.values():
                 sequence.cancelled = True
             self.step()
+        self.ended.set()
 
     def step(self) -> None:
         """One step of all sequences, and its callback."""

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,16 @@ def eos_token_ids(path: Path, config: dict[str, Any]) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
+def check_divisible(model: dict[str, Any], ranks: int) -> None:
+    """Raises ConfigError when the model's heads cannot be shared out evenly."""
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = model.get(name, ranks)
+        if heads % ranks:
+            raise ConfigError(
+                f"engine.tensor_parallel: {ranks} does not divide the model's {name} {heads}; use a divisor of it"
+            )
+
+
 class LmdeployEngine:
     """Engine over LMDeploy's PyTorch engine. See `engines/base.py` for the contract."""
 
@@ -87,6 +97,7 @@ class LmdeployEngine:
             raise ConfigError("engine.device: 'cuda' is not served yet; use 'cpu'")
         self._path = Path(config.model.path)
         self._hf = read_model_config(self._path)
+        check_divisible(self._hf, self._config.tensor_parallel)
         self._name = config.model.name or self._path.resolve().name
         self._thread: threading.Thread | None = None
         self._core: EngineCore | None = None
@@ -94,6 +105,11 @@ class LmdeployEngine:
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed: BaseException | None = None
+        self._ended = asyncio.Event()
+
+    @property
+    def ended(self) -> asyncio.Event:
+        return self._ended
 
     @property
     def model(self) -> ModelInfo:
@@ -110,8 +126,12 @@ class LmdeployEngine:
         def emit(outputs: Sequence[SequenceOutput]) -> None:
             caller.call_soon_threadsafe(on_step, outputs)
 
+        def end() -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
+                caller.call_soon_threadsafe(self._ended.set)
+
         ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._main, args=(emit, ready), name="lmdeploy", daemon=True)
+        self._thread = threading.Thread(target=self._main, args=(emit, end, ready), name="lmdeploy", daemon=True)
         self._thread.start()
         await asyncio.wrap_future(ready)
 
@@ -162,7 +182,7 @@ class LmdeployEngine:
 
     # ---- on the engine's thread ----
 
-    def _main(self, emit: StepCallback, ready: Future[None]) -> None:
+    def _main(self, emit: StepCallback, end: Callable[[], None], ready: Future[None]) -> None:
         try:
             asyncio.run(self._run(emit, ready))
         except BaseException as error:
@@ -172,6 +192,8 @@ class LmdeployEngine:
                 log.exception("the engine stopped")
             else:
                 ready.set_exception(error)
+        finally:
+            end()
 
     async def _run(self, emit: StepCallback, ready: Future[None]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -204,6 +226,7 @@ class LmdeployEngine:
             str(self._path),
             CpuEngineConfig(
                 dtype=cfg.dtype,
+                tp=cfg.tensor_parallel,
                 block_size=cfg.block_size_tokens,
                 num_gpu_blocks=cfg.num_blocks,
                 max_batch_size=cfg.max_batch_size,
@@ -231,6 +254,7 @@ class LmdeployEngine:
             num_kv_heads=heads,
             head_dim=head_dim,
             block_bytes=pool.shape[1],
+            tp=cfg.tensor_parallel,
         )
         core.attach(
             layout,

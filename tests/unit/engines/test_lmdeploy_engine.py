@@ -304,6 +304,8 @@ async def test_an_engine_that_stops_says_so_to_everybody(tiny_llama: Path, monke
         assert isinstance(last.error, EngineFailed)
         with pytest.raises(EngineFailed):
             driver.submit(prompts()[0], 1)
+        async with asyncio.timeout(30):
+            await driver.engine.ended.wait()
 
 
 async def test_bad_requests_are_refused_at_once(tiny_llama: Path) -> None:

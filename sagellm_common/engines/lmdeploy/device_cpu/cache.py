@@ -2,6 +2,8 @@
 
     block: | keys of all layers | values of all layers | (quantised: key scales | value scales) |
 
+With tensor parallelism a block holds this once per rank, side by side, and each rank sees its own part.
+
 LMDeploy's layers see [num_blocks, block_size, kv_heads, head_dim] views of it. A transfer or the store moves a block
 with one copy, and neighbouring blocks with one system call.
 """
@@ -30,29 +32,48 @@ class CpuCacheEngine(CacheEngine):
         tp_rank: int = 0,
         world_size: int = 1,
         cache_stream: Any = None,
+        pool: Tensor | None = None,
     ) -> None:
         self.world_size, self.rank, self.tp_rank = world_size, rank, tp_rank
         self.cache_config, self.model_config = cache_config, model_config
         self.block_size = cache_config.block_size
         self.num_layers = model_config.num_layers
         self.kv_cache_dtype = torch.uint8 if cache_config.quant_policy else model_config.dtype
+        rank_bytes = self.block_bytes(cache_config, model_config, world_size)
+        if pool is None:
+            pool = torch.zeros(self.num_gpu_blocks, rank_bytes, dtype=torch.uint8)
+        self.pool = pool
+        self._part = pool[:, tp_rank * rank_bytes : (tp_rank + 1) * rank_bytes]
         self.local_gpu_cache = self.allocate_gpu_cache()
         self.local_cpu_cache = self.allocate_cpu_cache()
         self.migration_backend_impl = None
         self.cache_stream = cache_stream
         self.events = None
 
+    @classmethod
+    def block_bytes(cls, cache_config: Any, model_config: Any, world_size: int) -> int:
+        """Bytes of one rank's part of a block."""
+        parts = cls._parts(cache_config, model_config, world_size)
+        return int(model_config.num_layers) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+    @classmethod
+    def _parts(cls, cache_config: Any, model_config: Any, world_size: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what one layer keeps of a block on one rank."""
+        size, quant = cache_config.block_size, cache_config.quant_policy
+        key_dim, value_dim = (
+            dim or model_config.head_dim for dim in (model_config.k_head_dim, model_config.v_head_dim)
+        )
+        keys = cls._get_key_block_shape_impl(model_config, size, key_dim, world_size, quant)
+        values = cls._get_value_block_shape_impl(model_config, size, value_dim, world_size, quant)
+        dtype = torch.uint8 if quant else model_config.dtype
+        scales = [((*shape[:-1], 2), model_config.dtype) for shape in (keys, values)] if quant else []
+        return [(keys, dtype), (values, dtype), *scales]
+
     def allocate_gpu_cache(self) -> list[tuple[Tensor, ...]]:
-        keys, values = self.get_key_block_shape(local=True), self.get_value_block_shape(local=True)
-        parts = [(keys, self.kv_cache_dtype), (values, self.kv_cache_dtype)]
-        if self.cache_config.quant_policy:
-            scales = self.model_config.dtype
-            parts += [((*keys[:-1], 2), scales), ((*values[:-1], 2), scales)]
-        sizes = [self.num_layers * math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-        self.pool = torch.zeros(self.num_gpu_blocks, sum(sizes), dtype=torch.uint8)
         views, start = [], 0
-        for (shape, dtype), size in zip(parts, sizes, strict=True):
-            part = self.pool[:, start : start + size].view(dtype).view(self.num_gpu_blocks, self.num_layers, *shape)
+        for shape, dtype in self._parts(self.cache_config, self.model_config, self.world_size):
+            size = self.num_layers * math.prod(shape) * dtype.itemsize
+            part = self._part[:, start : start + size].view(dtype).view(self.num_gpu_blocks, self.num_layers, *shape)
             views.append(part.transpose(0, 1))
             start += size
         self.full_gpu_cache = tuple(views)

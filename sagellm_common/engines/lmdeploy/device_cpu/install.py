@@ -17,6 +17,8 @@ import torch
 os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
 
 import lmdeploy.pytorch.backends.selector as selector
+import lmdeploy.pytorch.engine.engine as engine
+import lmdeploy.pytorch.engine.executor as executor
 import lmdeploy.pytorch.engine.model_agent as model_agent
 import lmdeploy.pytorch.strategies.ar.sampling as sampling_strategy
 import lmdeploy.pytorch.weight_loader.model_weight_loader as weight_loader
@@ -98,8 +100,32 @@ class CpuModelAgent(model_agent.BaseModelAgent):
         logits = super().get_logits(hidden_states)
         return None if logits is None else logits.float()
 
+    def build_cache_engine(self, pool: torch.Tensor | None = None) -> None:
+        """Over `pool`, uint8 [num_blocks, world_size × a rank's bytes of a block], or over memory of its own."""
+        with self.all_context():
+            self.cache_engine = CpuCacheEngine(
+                self.cache_config,
+                self.model_config,
+                rank=self.rank,
+                tp_rank=self.dist_ctx.attn_tp_group.rank,
+                world_size=self.dist_config.attn_tp,
+                cache_stream=self.cache_stream,
+                pool=pool,
+            )
+            self.state_cache_engine = CpuStateCacheEngine(self.cache_config)
+            self.spec_agent.build_cache_engine(self.cache_stream)
+
     def warmup(self) -> None:
         """Nothing to capture or compile on a CPU."""
+
+
+def _build_executor(model_path: str, *, dist_config: Any, **config: Any) -> Any:
+    """LMDeploy's, but for several ranks."""
+    if dist_config.world_size == 1:
+        return executor.build_executor(model_path, dist_config=dist_config, **config)
+    from sagellm_common.engines.lmdeploy.device_cpu import tensor_parallel
+
+    return tensor_parallel.build_executor(model_path, dist_config=dist_config, **config)
 
 
 def _on_cpu(value: Any, non_blocking: bool = False) -> Any:
@@ -113,5 +139,6 @@ def install() -> None:
     model_agent.BaseModelAgent = CpuModelAgent
     model_agent.CacheEngine = CpuCacheEngine
     model_agent.StateCacheEngine = CpuStateCacheEngine
+    engine.build_executor = _build_executor
     model_agent._try_to_cuda = _on_cpu
     weight_loader.tqdm = lambda paths, **_: paths  # a worker's log is no place for a progress bar

@@ -58,8 +58,9 @@ async def test_another_decode_worker_takes_over(
     temperature = sampling.get("temperature", 0.0)
     assert generated.tokens == oracle(PROMPT, SamplingParams(6, temperature=temperature, seed=seed))
     assert generated.summary.decode_worker_id == "decode-1"
-    # Right after the pull the router cannot know that the KV is gone at its source, and asks for it once more.
-    assert generated.summary.attempts == (3 if point == "token:1" else 2)
+    # Right after the pull the router cannot know that the KV is gone at its source, and asks for it once more; unless
+    # the engine failed, which only sees a request after the pull.
+    assert generated.summary.attempts == (3 if point == "token:1" and fault != "fails" else 2)
     await router.assert_nothing_held()
     assert not any(prefill.pins for prefill in prefills)
 
