@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
+patched := $(VENV)/.patched
 
 .DEFAULT_GOAL := help
 .PHONY: help setup system-deps run demo proto fmt lint type test test-unit test-integration test-faults cov bench clean
@@ -14,7 +15,7 @@ stamp := $(VENV)/.installed
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(stamp) ## virtual environment in .venv from requirements.lock
+setup: $(stamp) $(patched) ## virtual environment in .venv from requirements.lock, patched copy of LMDeploy
 
 # torch first and with its own dependencies: a CUDA build needs them, and pip takes the CPU build where an index offers it.
 # The rest without: see requirements.lock. pip talks on a terminal only.
@@ -30,6 +31,11 @@ $(stamp): requirements.lock pyproject.toml
 	@echo "[4/4] sagellm itself"
 	@$(pip_install) -qq --no-deps --no-build-isolation -e .
 	@touch $@
+
+# pip's LMDeploy stays as it is; the engine says what it lacks where the copy cannot be made (no patch command).
+$(patched): $(stamp) $(wildcard third_party/patches/lmdeploy/*.patch) third_party/apply_patches.sh
+	@$(bin)/python -m services.cli engine patches --build >/dev/null && touch $@ || \
+	  echo "make: the engine runs without our patches" >&2
 
 system-deps: ## etcd and libibverbs from apt (root); `make test` skips what needs them otherwise
 	@test "$$(id -u)" = 0 || { echo "make system-deps: needs root (sudo make system-deps)" >&2; exit 1; }

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from sagellm_common.engines.lmdeploy import overlay
 from services.cli.models import prepare_smollm2
 from tests.support.cluster import RunningCluster
 from tests.support.models import tiny_model
+
+overlay.use("auto")  # before any test imports LMDeploy
 
 
 @pytest.fixture(scope="session")

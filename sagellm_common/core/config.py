@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -24,6 +24,9 @@ class ModelConfig(Section):
 
 class EngineConfig(Section):
     kind: Literal["lmdeploy"] = "lmdeploy"
+    patches: Literal["auto", "off", "required"] = Field(
+        "auto", description="our patches to the engine; auto: where `make setup` has made the patched copy"
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     kv_quant_bits: Literal[0, 4, 8] = Field(0, description="0 keeps KV in dtype")
@@ -35,6 +38,11 @@ class EngineConfig(Section):
     prefix_caching: bool = True
     threads: int = Field(1, ge=1, description="torch threads; one per process is best on two cores")
     tensor_parallel: int = Field(1, ge=1, le=64, description="ranks that share each layer, a process each")
+
+    @field_validator("patches", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # how YAML reads `patches: off`
 
 
 class TransportConfig(Section):

@@ -116,7 +116,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """What a worker says of itself in the topology. `incarnation` is new at each start."""
+    """What a worker says of itself in the topology. `incarnation` is new at each start, `engine` for people."""
 
     worker_id: str
     role: WorkerRole
@@ -127,6 +127,7 @@ class WorkerRecord:
     model: ModelInfo | None = None
     transport: str = "tcp"
     host_id: str = ""
+    engine: str = ""
     state: WorkerState = WorkerState.SERVING
 
 

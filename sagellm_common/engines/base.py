@@ -66,6 +66,10 @@ class Engine(Protocol):
     def model(self) -> ModelInfo: ...
 
     @property
+    def description(self) -> str:
+        """One line for people, once started: which engine, and what it lacks."""
+
+    @property
     def kv(self) -> KVBackendProtocol: ...
 
     @property

@@ -174,6 +174,7 @@ def encode_worker_record(record: WorkerRecord) -> worker_pb2.WorkerRecord:
         model=encode_model_info(record.model) if record.model else None,
         transport=record.transport,
         host_id=record.host_id,
+        engine=record.engine,
     )
 
 
@@ -189,6 +190,7 @@ def decode_worker_record(message: worker_pb2.WorkerRecord, field: str = "record"
         model=decode_model_info(message.model, f"{field}.model") if message.HasField("model") else None,
         transport=message.transport,
         host_id=message.host_id,
+        engine=message.engine,
     )
 
 

@@ -66,6 +66,7 @@ class WorkerRuntime:
         target: HandoffTarget | None = None,
         model: ModelInfo | None = None,
         engine_ended: asyncio.Event | None = None,
+        engine: str = "",
         port: int = 0,
         metrics_port: int | None = None,
         metrics: CollectorRegistry = REGISTRY,
@@ -100,6 +101,7 @@ class WorkerRuntime:
             model=model,
             transport=config.transport.backend,
             host_id=socket.gethostname(),
+            engine=engine,
         )
 
     # ---- what the service's logic asks ----

@@ -19,6 +19,7 @@ from sagellm_common.client.aio import Options, Prompt, gather
 from sagellm_common.client.sync import Client
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError, SageError
+from sagellm_common.engines.lmdeploy.overlay import existing_overlay
 from services.cli import patches, render, run
 from services.cli.cluster import Cluster, StartFailed
 from services.cli.home import ClusterHome
@@ -110,6 +111,7 @@ def status(name: Name = "", json_: Json = False) -> None:
         return
     render.out.print(render.served(state))
     render.out.print(render.status_table(state, view))
+    render.out.print(render.engines(view))
 
 
 # ---- requests ----
@@ -202,12 +204,15 @@ def config_validate(file: Path, json_: Json = False) -> None:
 @engine_app.command("patches")
 def engine_patches(
     overlay: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="a patched copy; the installed one if not given")
+        Path | None, typer.Option(metavar="DIR", help="a patched copy; if not given, what the engine would take")
     ] = None,
+    build: Annotated[bool, typer.Option("--build", help="make the engine's patched copy unless it is there")] = False,
     json_: Json = False,
 ) -> None:
     """Which patches LMDeploy has; exit code 1 when one is half applied or does not apply."""
-    found = patches.patched_tree(overlay)
+    if build and overlay:
+        raise ConfigError("--build makes the engine's own copy; leave --overlay out")
+    found = patches.patched_tree(patches.build_overlay() if build else overlay or existing_overlay())
     if json_:
         _print_json(asdict(found))
     else:

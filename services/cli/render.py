@@ -106,6 +106,12 @@ def footer(completion: Completion) -> str:
     return f"[dim]{' · '.join(parts)}[/]"
 
 
+def engines(view: ClusterView) -> str:
+    """What computes, and what it lacks; one line unless the workers differ."""
+    found = sorted({worker.record.engine for worker in view.workers if worker.record.engine})
+    return "\n".join(f"[dim]{escape(engine)}[/]" for engine in found)
+
+
 def status_table(state: ClusterState, view: ClusterView) -> Table:
     """Processes of this machine and what the topology knows of the workers."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))

@@ -55,6 +55,7 @@ async def compose(args: WorkerArgs) -> None:
             topology=topology,
             model=engine.model,
             engine_ended=engine.ended,
+            engine=engine.description,
             port=args.port,
             metrics_port=args.metrics_port,
         )

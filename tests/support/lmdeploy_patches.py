@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -31,9 +31,7 @@ def apply_patches(*arguments: str | Path, **environment: str) -> subprocess.Comp
 
 def installed_tree() -> Path:
     """The folder that holds the installed `lmdeploy/`; imports nothing of it."""
-    spec = importlib.util.find_spec("lmdeploy")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent.parent
+    return Path(str(importlib.metadata.distribution("lmdeploy").locate_file("")))
 
 
 def touched_files() -> list[str]:

@@ -317,23 +317,6 @@ async def defect_6_peers_are_unpickled() -> Any:
     return {"executed": executed, "freed": prefill.freed}
 
 
-# ---- our engine ----
-
-
-async def engine_generates() -> Any:
-    """Greedy tokens of our engine on the tree, the second time from the prefix cache."""
-    from tests.support.models import tiny_model
-    from tests.unit.engines.conftest import running_engine
-
-    prompt = list(range(3, 60))
-    async with running_engine(tiny_model("llama")) as driver:
-        runs = [await driver.run(prompt, 8) for _ in range(2)]
-        return {
-            "tokens": [tokens for tokens, _ in runs],
-            "cached_blocks": driver.engine.kv.get_utilization().cached_blocks,
-        }
-
-
 # ---- the hooks ----
 
 

@@ -219,6 +219,7 @@ class SimulatedEngine:
     ) -> None:
         layout = KvLayout(model, "float32", block_size_tokens, 1, 1, 4, block_size_tokens * SLOT_BYTES)
         self.model = ModelInfo(model, f"/models/{model}", context_length_tokens, VOCAB_SIZE, layout)
+        self.description = "simulated"
         self.kv = SimulatedPool(layout, num_blocks)
         self.failure: SageError | None = None
         """Set, the next step ends every sequence with it."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,6 +20,8 @@ from sagellm_common.core.config import EngineConfig as EngineSection
 from sagellm_common.core.errors import ConfigError, ContextTooLong, EngineFailed, InvalidRequest
 from sagellm_common.core.types import KvLayout, ModelInfo
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
+from sagellm_common.engines.lmdeploy import hooks, overlay
+from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 
 if TYPE_CHECKING:
@@ -27,19 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LMDEPLOY_VERSION = "0.11.0"
 CLOSE_TIMEOUT_S = 30.0
+FIX = "`sagellm engine patches --build` makes a patched copy, as `make setup` does"
 FINGERPRINT_BYTES = 1 << 20
-
-
-def check_version() -> None:
-    """Raises ConfigError unless the pinned LMDeploy is installed: the engine relies on its internals."""
-    try:
-        found = importlib.metadata.version("lmdeploy")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"lmdeploy is not installed; run `make setup` (lmdeploy=={LMDEPLOY_VERSION})") from None
-    if found != LMDEPLOY_VERSION:
-        raise ConfigError(f"lmdeploy {found} is installed, {LMDEPLOY_VERSION} is wanted; run `make setup`")
 
 
 def model_fingerprint(path: Path) -> str:
@@ -91,7 +83,7 @@ class LmdeployEngine:
     """Engine over LMDeploy's PyTorch engine. See `engines/base.py` for the contract."""
 
     def __init__(self, config: Config) -> None:
-        check_version()
+        overlay.check_version()
         self._config: EngineSection = config.engine
         if self._config.device != "cpu":
             raise ConfigError("engine.device: 'cuda' is not served yet; use 'cpu'")
@@ -99,6 +91,7 @@ class LmdeployEngine:
         self._hf = read_model_config(self._path)
         check_divisible(self._hf, self._config.tensor_parallel)
         self._name = config.model.name or self._path.resolve().name
+        overlay.use(self._config.patches)
         self._thread: threading.Thread | None = None
         self._core: EngineCore | None = None
         self._model: ModelInfo | None = None
@@ -115,6 +108,10 @@ class LmdeployEngine:
     def model(self) -> ModelInfo:
         assert self._model is not None, "the engine is not started"
         return self._model
+
+    @property
+    def description(self) -> str:
+        return hooks.describe()
 
     @property
     def kv(self) -> KVBackendProtocol:
@@ -197,6 +194,7 @@ class LmdeployEngine:
 
     async def _run(self, emit: StepCallback, ready: Future[None]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._check_hooks()
         try:
             self._core = self._load(emit)
         except (Exception, SystemExit) as error:  # LMDeploy raises all kinds for a model it cannot load, and exits
@@ -207,6 +205,18 @@ class LmdeployEngine:
             ) from error
         ready.set_result(None)
         await self._core.run(self._stop)
+
+    def _check_hooks(self) -> None:
+        """Says what the engine has to do without. Raises ConfigError when engine.patches wants everything."""
+        os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"  # read when LMDeploy is first imported; it insists on CUDA
+        missing = hooks.missing()
+        if not missing:
+            log.info("%s", hooks.describe())
+            return
+        if self._config.patches == "required":
+            raise ConfigError(f"engine.patches is 'required', but LMDeploy lacks {', '.join(missing)}; {FIX}")
+        told_so = self._config.patches == "off"
+        log.log(logging.INFO if told_so else logging.WARNING, "%s; %s", hooks.describe(), FIX)
 
     def _load(self, emit: StepCallback) -> EngineCore:
         import torch

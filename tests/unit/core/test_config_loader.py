@@ -130,3 +130,12 @@ def test_a_dump_reads_back(tmp_path: Path) -> None:
 def test_the_schema_describes_each_section() -> None:
     schema = config_schema()
     assert set(schema["properties"]) == set(yaml.safe_load(dump_config(Config())))
+
+
+def test_a_bare_off_is_what_it_says_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("engine: {patches: off}")
+    assert load_config(file, {}).engine.patches == "off"
+    assert load_config(None, {}, ["engine.patches=off"]).engine.patches == "off"
+    with pytest.raises(ConfigError, match=r"engine\.patches .* must be 'auto', 'off' or 'required'"):
+        load_config(None, {}, ["engine.patches=maybe"])

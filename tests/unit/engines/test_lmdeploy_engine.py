@@ -18,6 +18,7 @@ from sagellm_common.core.errors import ConfigError, ContextTooLong, EngineFailed
 from sagellm_common.core.kv import BlockEvent
 from sagellm_common.core.types import FinishReason, as_token_ids
 from sagellm_common.engines import make_engine
+from sagellm_common.engines.lmdeploy import hooks
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from tests.unit.engines.conftest import Driver, running_engine
 
@@ -359,6 +360,18 @@ def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path, files: dict[str, 
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         make_engine(Config.model_validate({"model": {"path": str(tmp_path)}}))
+
+
+async def test_the_patched_copy_is_what_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if hooks.missing():
+        pytest.skip("LMDeploy is not patched; `make setup` does it (it needs the patch command)")
+    async with running_engine(tiny_llama, patches="required") as driver:
+        assert driver.engine.description == "LMDeploy 0.11.0, all 7 hooks"
+    monkeypatch.setattr(hooks, "available", lambda: frozenset(hooks.HOOKS) - {"policy", "on_evict"})
+    engine = make_engine(Config.model_validate({"model": {"path": str(tiny_llama)}, "engine": {"patches": "required"}}))
+    with pytest.raises(ConfigError, match="'required', but LMDeploy lacks on_evict, policy; `sagellm engine patches"):
+        await engine.start(lambda _: None)
+    await engine.close()
 
 
 def test_another_lmdeploy_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,8 +101,13 @@ class _Rank:
         self._pipe, theirs = Pipe()
         command = [sys.executable, "-m", "sagellm_common.engines.lmdeploy.device_cpu.rank", str(theirs.fileno())]
         with theirs:
-            fds = (theirs.fileno(), setup.pool_fd)
-            self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(), setup.pool_fd),
+                stdin=subprocess.DEVNULL,
+                # What is imported there must be what is imported here, the patched LMDeploy above all.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
         self.send(pickle.dumps(setup))
 
     def send(self, message: bytes) -> None:

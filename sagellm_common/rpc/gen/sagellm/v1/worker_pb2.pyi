@@ -295,7 +295,7 @@ class DrainResponse(_message.Message):
     def __init__(self, unfinished_requests: _Optional[int] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "role", "state", "address", "data_address", "incarnation", "pid", "model", "transport", "host_id")
+    __slots__ = ("worker_id", "role", "state", "address", "data_address", "incarnation", "pid", "model", "transport", "host_id", "engine")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +306,7 @@ class WorkerRecord(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: _common_pb2.WorkerRole
     state: _common_pb2.WorkerState
@@ -316,4 +317,5 @@ class WorkerRecord(_message.Message):
     model: _inference_pb2.ModelInfo
     transport: str
     host_id: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., state: _Optional[_Union[_common_pb2.WorkerState, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., model: _Optional[_Union[_inference_pb2.ModelInfo, _Mapping]] = ..., transport: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
+    engine: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., state: _Optional[_Union[_common_pb2.WorkerState, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., model: _Optional[_Union[_inference_pb2.ModelInfo, _Mapping]] = ..., transport: _Optional[str] = ..., host_id: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...
