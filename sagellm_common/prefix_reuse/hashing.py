@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import xxhash
 
 from sagellm_common.core.types import BlockHash, KvLayout, TokenIds
@@ -9,8 +11,7 @@ from sagellm_common.core.types import BlockHash, KvLayout, TokenIds
 
 def root_hash(layout: KvLayout, cache_salt: str = "") -> BlockHash:
     """Parent of a sequence's first block: blocks of another model, layout or tenant salt never match."""
-    what = repr((layout.model_fingerprint, layout.dtype, layout.block_size_tokens, layout.block_bytes, cache_salt))
-    return xxhash.xxh3_128_digest(what.encode())
+    return xxhash.xxh3_128_digest(repr((astuple(layout), cache_salt)).encode())
 
 
 def block_hashes(token_ids: TokenIds, block_size_tokens: int, root: BlockHash) -> list[BlockHash]:
