@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 
 from sagellm_common.core.errors import InvalidRequest, KvCorrupt
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds
 
 DIGEST_BYTES = 8
@@ -19,12 +19,21 @@ def block_digests(region: KvRegion, block_ids: BlockIds) -> bytes:
     return b"".join([digest(view[at * size : (at + 1) * size]) for at in block_ids.tolist()])
 
 
-def verify_blocks(region: KvRegion, block_ids: BlockIds, expected: bytes | bytearray, transfer_id: str) -> None:
-    """Raises KvCorrupt naming the first block whose bytes are not what the source sent."""
+def verify_blocks(
+    region: KvRegion,
+    block_ids: BlockIds,
+    expected: bytes | bytearray,
+    transfer_id: str,
+    names: BlockIds | None = None,
+) -> None:
+    """Raises KvCorrupt naming the first block whose bytes are not what the source sent.
+
+    `names` are the blocks' own numbers where the region is a copy.
+    """
     actual = block_digests(region, block_ids)
     if actual == expected:
         return
-    for n, block_id in enumerate(block_ids.tolist()):
+    for n, block_id in enumerate((block_ids if names is None else names).tolist()):
         part = slice(n * DIGEST_BYTES, (n + 1) * DIGEST_BYTES)
         if actual[part] != expected[part]:
             raise KvCorrupt(
@@ -35,7 +44,7 @@ def verify_blocks(region: KvRegion, block_ids: BlockIds, expected: bytes | bytea
     raise KvCorrupt(f"transfer {transfer_id!r}: {len(expected)} bytes of digests for {len(block_ids)} blocks")
 
 
-def check_pull(region: KvRegion, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+def check_pull(region: KvMemory, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
     """Raises InvalidRequest unless each source block has one target block of its own within the pool."""
     if len(source_blocks) != len(target_blocks):
         raise InvalidRequest(f"{len(source_blocks)} source blocks cannot fill {len(target_blocks)} target blocks")

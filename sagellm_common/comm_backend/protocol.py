@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 
@@ -28,8 +28,11 @@ class LeasedBlocks(Protocol):
         """
 
 
-Regions = Callable[[], KvRegion]
+Memory = Callable[[], KvMemory]
 """A pool's memory, asked for at each use (`KVBackendProtocol.regions`): a store has none before its first layout."""
+
+Regions = Callable[[], KvRegion]
+"""The same for a byte path that works in place, on host memory only."""
 
 PullRpc = Callable[[KvSource, BlockIds, str, float], Awaitable[bytes]]
 """(source, source_blocks, pair_id, timeout_s) → packed digests: KvTransferService.Pull, for byte paths that need the

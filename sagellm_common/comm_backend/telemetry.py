@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from prometheus_client import Counter, Histogram
 
-from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Regions, TransferResult
+from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.types import BlockIds, KvSource
 
 TRANSFER_BYTES = Counter(
@@ -62,13 +62,13 @@ class InstrumentedChannel:
 class InstrumentedLeases:
     """A lease table whose completed reads are counted: that is what the source has sent, on any byte path."""
 
-    def __init__(self, inner: LeasedBlocks, backend: str, regions: Regions) -> None:
+    def __init__(self, inner: LeasedBlocks, backend: str, memory: Memory) -> None:
         self._inner = inner
         self._sent = TRANSFER_BYTES.labels(backend, "out")
-        self._regions = regions
+        self._memory = memory
 
     @contextmanager
     def reading(self, transfer_id: str, epoch: int, block_ids: BlockIds) -> Iterator[None]:
         with self._inner.reading(transfer_id, epoch, block_ids):
             yield
-        self._sent.inc(len(block_ids) * self._regions().block_bytes)
+        self._sent.inc(len(block_ids) * self._memory().block_bytes)

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from sagellm_common.core.types import BlockHash, BlockIds
 
 
+class KvMemory(Protocol):
+    """The KV memory of a pool, wherever it is. Byte paths see a few blocks of it at a time, as host memory.
+
+    A block's bytes are the same on every device: all layers' keys, then all layers' values.
+    """
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def reading(self, block_ids: BlockIds) -> AbstractContextManager[tuple[KvRegion, BlockIds]]:
+        """Host memory with the blocks' bytes: block block_ids[i] is number ids[i] of the region. Not to be written.
+
+        May copy, and block meanwhile. Any thread may call it; what it yields ends with the context.
+        """
+
+    def writing(self, block_ids: BlockIds) -> AbstractContextManager[tuple[KvRegion, BlockIds]]:
+        """Host memory to be filled, as in `reading`. Left without an error, the blocks have what it holds.
+
+        Left with one they may have it or not. Blocks are named once each.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class KvRegion:
-    """KV memory as bytes. One block is contiguous: all layers, keys and values.
+    """KV memory of the host: a `KvMemory` in place. One block is contiguous.
 
     `view` is a writable memoryview of num_blocks x block_bytes bytes; block b starts at b * block_bytes. The byte
     path reads and writes it in place.
@@ -22,6 +49,13 @@ class KvRegion:
     view: memoryview
     block_bytes: int
     num_blocks: int
+
+    @contextmanager
+    def reading(self, block_ids: BlockIds) -> Iterator[tuple[KvRegion, BlockIds]]:
+        """See `KvMemory`; nothing is copied."""
+        yield self, block_ids
+
+    writing = reading
 
     def block(self, block_id: int) -> memoryview:
         """The bytes of one block. Raises IndexError outside the pool."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
+from sagellm_common.core.kv import Allocation, BlockEvent, KvMemory
 from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds
 
 
@@ -33,4 +33,4 @@ class KVBackendProtocol(Protocol):
 
     def get_utilization(self) -> KvStats: ...
 
-    def regions(self) -> KvRegion: ...
+    def regions(self) -> KvMemory: ...

@@ -168,7 +168,7 @@ async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest
 
     def then_flip(region, block_ids):  # type: ignore[no-untyped-def]
         digests = real(region, block_ids)
-        region.block(2)[7] ^= 1
+        region.block(int(block_ids[1]))[7] ^= 1
         return digests
 
     monkeypatch.setattr(module, "block_digests", then_flip)
@@ -200,7 +200,7 @@ def gate(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> Gate:
     return gate
 
 
-threaded = pytest.mark.parametrize("workers", ["tcp", "gloo"], indirect=True)
+threaded = pytest.mark.parametrize("workers", ["tcp", "staged", "gloo"], indirect=True)
 """The mock's source has no thread that could be stopped: it runs on the event loop."""
 
 BIG = {"num_blocks": 16, "block_bytes": 1 << 20}

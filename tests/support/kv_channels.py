@@ -15,10 +15,11 @@ from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, PullRpc
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import PeerLost
-from sagellm_common.core.kv import Allocation, KvRegion
+from sagellm_common.core.kv import Allocation, KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
-BACKENDS = ("tcp", "gloo", "mock")
+BACKENDS = ("tcp", "staged", "gloo", "mock")
+"""`staged` is tcp between pools that are no host memory to it, as with a GPU."""
 HOST = "127.0.0.1"
 
 
@@ -29,6 +30,18 @@ def a_layout(block_bytes: int = 64, block_size_tokens: int = 4, model_fingerprin
 def random_region(num_blocks: int, block_bytes: int, seed: int = 0) -> KvRegion:
     data = np.random.default_rng(seed).integers(0, 256, num_blocks * block_bytes, dtype=np.uint8)
     return KvRegion(memoryview(data), block_bytes, num_blocks)
+
+
+def staged(region: KvRegion) -> KvMemory:
+    """The same bytes as two tensors [layers, blocks, …], keys and values: as a device has them."""
+    import torch
+
+    from sagellm_common.engines.lmdeploy.kv_memory import TensorKvMemory
+
+    pool = torch.frombuffer(region.view, dtype=torch.uint8).view(region.num_blocks, region.block_bytes)
+    layers, parts = (2, 2) if region.block_bytes % 4 == 0 else (1, 1)
+    shape = (region.num_blocks, layers, region.block_bytes // layers // parts)
+    return TensorKvMemory([part.view(shape).transpose(0, 1) for part in pool.chunk(parts, dim=1)])
 
 
 def blocks_of(region: KvRegion, block_ids: BlockIds) -> list[bytes]:
@@ -95,7 +108,8 @@ class Cluster:
     """Makes sides that can reach each other over one backend, and closes them."""
 
     def __init__(self, backend: str) -> None:
-        self.backend = backend
+        self._staged = backend == "staged"
+        self.backend = "tcp" if self._staged else backend
         self.sides: dict[str, Side] = {}
         self._network = MockNetwork()
 
@@ -116,7 +130,8 @@ class Cluster:
         watched = WatchedLeases(leases)
         channel: KVTransferChannel
         if self.backend == "tcp":
-            channel = TcpChannel(lambda: region, watched, HOST, 0, digest=digest, silence_s=silence_s)
+            memory = staged(region) if self._staged else region
+            channel = TcpChannel(lambda: memory, watched, HOST, 0, digest=digest, silence_s=silence_s)
         elif self.backend == "gloo":
             from sagellm_common.comm_backend.backends.gloo import GlooChannel
 

@@ -6,7 +6,7 @@ import asyncio
 
 from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
-from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions, TransferResult
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.types import BlockIds, KvSource
 
@@ -17,12 +17,12 @@ class TcpChannel:
     name = "tcp"
 
     def __init__(
-        self, regions: Regions, leases: LeasedBlocks, host: str, port: int, *, digest: bool, silence_s: float
+        self, memory: Memory, leases: LeasedBlocks, host: str, port: int, *, digest: bool, silence_s: float
     ) -> None:
         self.address = ""
         self._host, self._port = host, port
-        self._source = TcpSource(regions, leases, silence_s)
-        self._receiver = TcpReceiver(regions, digest=digest, silence_s=silence_s)
+        self._source = TcpSource(memory, leases, silence_s)
+        self._receiver = TcpReceiver(memory, digest=digest, silence_s=silence_s)
 
     async def start(self) -> str:
         self.address = self._source.start(self._host, self._port)

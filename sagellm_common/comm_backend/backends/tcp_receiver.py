@@ -1,4 +1,4 @@
-"""Receiver side of the TCP byte path: fills its own blocks straight from the socket."""
+"""Receiver side of the TCP byte path: fills its own blocks straight from the socket, where the host can reach them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
-from sagellm_common.comm_backend.protocol import Regions, TransferResult
+from sagellm_common.comm_backend.protocol import Memory, TransferResult
 from sagellm_common.comm_backend.wire import Wire, split_address
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import Draining, PeerLost, error_for
@@ -25,8 +25,8 @@ MAX_IDLE_PER_PEER = 4
 class TcpReceiver:
     """Pulls into a pool. Connections to a peer are kept for the next pull, and dropped after any error."""
 
-    def __init__(self, regions: Regions, *, digest: bool, silence_s: float) -> None:
-        self._regions = regions
+    def __init__(self, memory: Memory, *, digest: bool, silence_s: float) -> None:
+        self._memory = memory
         self._digest = digest
         self._silence_s = silence_s
         self._threads = ThreadPoolExecutor(MAX_PULLS, "kv-pull")
@@ -38,8 +38,8 @@ class TcpReceiver:
         self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
     ) -> TransferResult:
         """See `KVTransferChannel.pull`. When it returns or raises, nobody writes to the target blocks any more."""
-        region = self._regions()
-        check_pull(region, source_blocks, target_blocks)
+        memory = self._memory()
+        check_pull(memory, source_blocks, target_blocks)
         began_s = time.monotonic()
         if len(target_blocks):
             try:
@@ -49,7 +49,7 @@ class TcpReceiver:
                     f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} "
                     f"was lost: {err or 'it closed the connection'}"
                 ) from err
-        num_bytes = len(target_blocks) * region.block_bytes
+        num_bytes = len(target_blocks) * memory.block_bytes
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
 
     async def close(self) -> None:
@@ -89,8 +89,8 @@ class TcpReceiver:
 
     def _transfer(self, wire: Wire, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
         """The whole exchange, on a thread of its own."""
-        region = self._regions()
-        size = region.block_bytes
+        memory = self._memory()
+        size = memory.block_bytes
         request = frames.encode_request(
             source.transfer_id,
             source.epoch,
@@ -104,9 +104,10 @@ class TcpReceiver:
         failpoints.hit("receiver.pulling")
         for group in frames.groups(target_blocks, size):
             digests = bytearray(len(group) * DIGEST_BYTES if self._digest else 0)
-            wire.recv_into([*([digests] if self._digest else []), *region.runs(group)])
-            if self._digest:
-                verify_blocks(region, group, digests, source.transfer_id)
+            with memory.writing(group) as (region, ids):
+                wire.recv_into([*([digests] if self._digest else []), *region.runs(ids)])
+                if self._digest:
+                    verify_blocks(region, ids, digests, source.transfer_id, group)
         trailer = wire.recv(len(frames.TRAILER))
         if trailer != frames.TRAILER:
             raise MalformedFrame(f"ended with {bytes(trailer)!r}")

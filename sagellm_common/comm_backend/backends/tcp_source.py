@@ -15,11 +15,11 @@ import time
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
 from sagellm_common.comm_backend.integrity import block_digests
-from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory
 from sagellm_common.comm_backend.wire import Buffer, Wire
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import ConfigError, LayoutMismatch, SageError
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ IDLE_S = 300.0
 class TcpSource:
     """Serves the blocks of a pool that `leases` lets be read."""
 
-    def __init__(self, regions: Regions, leases: LeasedBlocks, silence_s: float) -> None:
-        self._regions = regions
+    def __init__(self, memory: Memory, leases: LeasedBlocks, silence_s: float) -> None:
+        self._memory = memory
         self._leases = leases
         self._silence_s = silence_s
         self._listener: socket.socket | None = None
@@ -110,7 +110,7 @@ class TcpSource:
         if fixed is None:
             return False
         wire.deadline_s = time.monotonic() + self._silence_s
-        header = frames.decode_request(fixed, self._regions().num_blocks)
+        header = frames.decode_request(fixed, self._memory().num_blocks)
         try:
             transfer_id = wire.recv(header.transfer_id_bytes).decode()
         except UnicodeDecodeError:
@@ -131,26 +131,27 @@ class TcpSource:
             return None
 
     def _answer(self, wire: Wire, header: PullHeader, transfer_id: str, block_ids: BlockIds) -> None:
-        region = self._regions()
+        memory = self._memory()
         with contextlib.ExitStack() as held:
             try:
-                _check_layout(region, header, transfer_id)
+                _check_layout(memory, header, transfer_id)
                 held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
             except SageError as err:
                 wire.send([frames.encode_refusal(err.reason, err.message)])
                 return
             head: list[Buffer] = [frames.encode_accepted()]
-            for group in frames.groups(block_ids, region.block_bytes):
-                digests = [block_digests(region, group)] if header.digest else []
-                wire.send([*head, *digests, *region.runs(group)])
+            for group in frames.groups(block_ids, memory.block_bytes):
+                with memory.reading(group) as (region, ids):
+                    digests = [block_digests(region, ids)] if header.digest else []
+                    wire.send([*head, *digests, *region.runs(ids)])
                 head = []
                 failpoints.hit("source.sending")
             wire.send([frames.TRAILER])
 
 
-def _check_layout(region: KvRegion, header: PullHeader, transfer_id: str) -> None:
-    if header.block_bytes != region.block_bytes:
+def _check_layout(memory: KvMemory, header: PullHeader, transfer_id: str) -> None:
+    if header.block_bytes != memory.block_bytes:
         raise LayoutMismatch(
             f"transfer {transfer_id!r}: the receiver's blocks have {header.block_bytes} bytes, "
-            f"the source's {region.block_bytes}; both need one KV layout"
+            f"the source's {memory.block_bytes}; both need one KV layout"
         )

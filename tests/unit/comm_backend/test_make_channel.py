@@ -13,7 +13,7 @@ from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError, InvalidRequest, LeaseExpired
 from sagellm_common.core.kv import Allocation, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
-from tests.support.kv_channels import HOST, blocks_of, random_region
+from tests.support.kv_channels import HOST, blocks_of, random_region, staged
 
 IDS = np.array([1, 2, 3], dtype=np.int32)
 
@@ -69,6 +69,16 @@ async def test_gloo_needs_a_way_to_ask() -> None:
     leases = HandoffSource(10, ManualClock(), lambda _: None)
     with pytest.raises(ConfigError, match="pull_rpc"):
         make_channel(TransportConfig(backend="gloo"), random_region(1, 1), leases, HOST, 0)
+
+
+async def test_gloo_refuses_memory_that_is_not_the_hosts() -> None:
+    async def pull_rpc(source: KvSource, blocks: BlockIds, pair_id: str, timeout_s: float) -> bytes:
+        raise AssertionError
+
+    leases = HandoffSource(10, ManualClock(), lambda _: None)
+    memory = staged(random_region(4, 64))
+    with pytest.raises(ConfigError, match=r"transport\.backend: 'gloo' .* use 'tcp'"):
+        make_channel(TransportConfig(backend="gloo"), memory, leases, HOST, 0, pull_rpc)
 
 
 async def test_tcp_asks_in_band() -> None:
