@@ -27,8 +27,13 @@ class EngineConfig(Section):
     patches: Literal["auto", "off", "required"] = Field(
         "auto", description="our patches to the engine; auto: where `make setup` has made the patched copy"
     )
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda", "ascend", "cambricon", "hygon", "kunlun"] = Field(
+        "cpu", description="auto: the first usable accelerator, see `sagellm devices`"
+    )
+    cuda_graphs: bool = Field(True, description="false: slower decoding, easier to debug; no effect on other devices")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on the CPU, the device's best on others"
+    )
     kv_quant_bits: Literal[0, 4, 8] = Field(0, description="0 keeps KV in dtype")
     block_size_tokens: int = Field(16, ge=1, le=256)
     num_blocks: int = Field(512, ge=4, description="KV blocks of one worker")

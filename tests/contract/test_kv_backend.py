@@ -11,7 +11,7 @@ import pytest
 
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import KvExhausted
-from sagellm_common.core.kv import Allocation, BlockEvent
+from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
 from sagellm_common.core.types import KvStats, TokenIds
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.kv_runtime.backends.host import HostKvPool
@@ -49,7 +49,8 @@ def make_lmdeploy() -> Pool:
         SchedulerConfig(max_batches=4, max_session_len=64),
         CacheConfig(4, BLOCK_TOKENS, 0, NUM_BLOCKS, device_type="cpu", num_state_caches=0),
     )
-    pool = LmdeployKvPool(scheduler, LAYOUT, memoryview(bytearray(NUM_BLOCKS * BLOCK_BYTES)), True)
+    memory = KvRegion(memoryview(bytearray(NUM_BLOCKS * BLOCK_BYTES)), BLOCK_BYTES, NUM_BLOCKS)
+    pool = LmdeployKvPool(scheduler, LAYOUT, memory, True)
 
     def cache(token_ids: TokenIds) -> None:
         allocation = pool.allocate(token_ids, len(token_ids))

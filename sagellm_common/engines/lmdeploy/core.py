@@ -20,6 +20,7 @@ from lmdeploy.pytorch.engine.engine import Engine as LmdeployEngineBase
 from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_common.core.errors import EngineFailed, KvExhausted, SageError
+from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
 from sagellm_common.engines.lmdeploy.kv_manager import EngineAllocation, LmdeployKvPool, SequencePrefix
@@ -47,14 +48,14 @@ class EngineCore(LmdeployEngineBase):
     def attach(
         self,
         layout: KvLayout,
-        pool: memoryview,
+        memory: KvMemory,
         *,
         prefix_caching: bool,
         eos_token_ids: frozenset[int],
         emit: Callable[[Sequence[SequenceOutput]], None],
     ) -> LmdeployKvPool:
         """Puts our KV manager in charge. Once, before `run`."""
-        self.kv = LmdeployKvPool(self.scheduler, layout, pool, prefix_caching)
+        self.kv = LmdeployKvPool(self.scheduler, layout, memory, prefix_caching)
         self.kv.on_free(self.wake)
         self.sampling_strategy = RowwiseSampling(pad_token_id=0)
         self.steps = 0

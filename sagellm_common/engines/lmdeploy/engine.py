@@ -20,7 +20,7 @@ from sagellm_common.core.config import EngineConfig as EngineSection
 from sagellm_common.core.errors import ConfigError, ContextTooLong, EngineFailed, InvalidRequest
 from sagellm_common.core.types import KvLayout, ModelInfo
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
-from sagellm_common.engines.lmdeploy import hooks, overlay
+from sagellm_common.engines.lmdeploy import device, hooks, overlay
 from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 
@@ -84,9 +84,8 @@ class LmdeployEngine:
 
     def __init__(self, config: Config) -> None:
         overlay.check_version()
-        self._config: EngineSection = config.engine
-        if self._config.device != "cpu":
-            raise ConfigError("engine.device: 'cuda' is not served yet; use 'cpu'")
+        self._config: EngineSection
+        self._config, self._device = device.resolve(config.engine, config.transport)
         self._path = Path(config.model.path)
         self._hf = read_model_config(self._path)
         check_divisible(self._hf, self._config.tensor_parallel)
@@ -222,11 +221,9 @@ class LmdeployEngine:
         import torch
 
         torch.set_num_threads(self._config.threads)
+        target = device.prepare(self._config, self._device)  # before the rest of LMDeploy is imported
         from lmdeploy.utils import get_logger as lmdeploy_logger
 
-        from sagellm_common.engines.lmdeploy.device_cpu import CpuEngineConfig, install
-
-        install()  # before the rest of LMDeploy is imported
         lmdeploy_logger("lmdeploy").setLevel(logging.WARNING)
         from sagellm_common.engines.lmdeploy.core import EngineCore
 
@@ -234,7 +231,7 @@ class LmdeployEngine:
         context = int(cfg.context_length_tokens or self._hf.get("max_position_embeddings", 2048))
         core = EngineCore(
             str(self._path),
-            CpuEngineConfig(
+            target.engine_config(
                 dtype=cfg.dtype,
                 tp=cfg.tensor_parallel,
                 block_size=cfg.block_size_tokens,
@@ -243,7 +240,6 @@ class LmdeployEngine:
                 max_prefill_token_num=cfg.max_prefill_tokens,
                 session_len=context,
                 quant_policy=cfg.kv_quant_bits,
-                eager_mode=True,
                 prefill_interval=1,  # a waiting request joins after any decode step, not after sixteen
                 logprobs_mode="raw_logprobs",
             ),
@@ -254,21 +250,22 @@ class LmdeployEngine:
                 "its KV is not kept whole (sliding window or recurrent state), so it cannot be handed over; "
                 f"a window of {window} tokens needs engine.context_length_tokens of at most that"
             )
-        pool = core.executor.model_agent.cache_engine.pool
+        cache_engine = core.executor.model_agent.cache_engine
+        memory = target.kv_memory(cache_engine)
         heads, head_dim = core.model_config.num_key_value_heads, core.model_config.k_head_dim
         layout = KvLayout(
             model_fingerprint=model_fingerprint(self._path),
-            dtype=f"int{cfg.kv_quant_bits}/{cfg.dtype}" if cfg.kv_quant_bits else cfg.dtype,  # scales in the latter
+            dtype=device.kv_dtype(cfg, cache_engine),
             block_size_tokens=cfg.block_size_tokens,
             num_layers=core.model_config.num_layers,
             num_kv_heads=heads,
             head_dim=head_dim,
-            block_bytes=pool.shape[1],
+            block_bytes=memory.block_bytes,
             tp=cfg.tensor_parallel,
         )
         core.attach(
             layout,
-            memoryview(pool.numpy()).cast("B"),
+            memory,
             prefix_caching=cfg.prefix_caching,
             eos_token_ids=eos_token_ids(self._path, self._hf),
             emit=emit,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm_common.core.errors import KvExhausted
-from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
+from sagellm_common.core.kv import Allocation, BlockEvent, KvMemory
 from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
@@ -177,13 +177,13 @@ class LmdeployKvPool:
     and while it collects results, not while it computes: allocate and free wait microseconds, not a step.
     """
 
-    def __init__(self, scheduler: Any, layout: KvLayout, pool: memoryview, prefix_caching: bool) -> None:
+    def __init__(self, scheduler: Any, layout: KvLayout, memory: KvMemory, prefix_caching: bool) -> None:
         self.lock = threading.RLock()
         self.layout = layout
         self._scheduler = scheduler
         self._manager = scheduler.block_manager
         self._allocator = scheduler.block_manager.allocator
-        self._region = KvRegion(pool, layout.block_bytes, self._manager.num_gpu_blocks)
+        self._memory = memory
         self._live: set[EngineAllocation] = set()
         self._on_free: Callable[[], None] = lambda: None
         self.cache = PrefixCache(self._allocator, layout, prefix_caching)
@@ -203,7 +203,7 @@ class LmdeployKvPool:
                 self._allocator.free(shared)
                 raise KvExhausted(
                     f"{missing} KV blocks wanted, {self._manager.get_num_free_gpu_blocks()} free and {headroom} kept "
-                    f"for running sequences; try again, or raise engine.num_blocks ({self._region.num_blocks})",
+                    f"for running sequences; try again, or raise engine.num_blocks ({self._memory.num_blocks})",
                     retry_after_s=0.5,
                 )
             logical = np.concatenate([shared, self._allocator.allocate(missing)])
@@ -230,14 +230,14 @@ class LmdeployKvPool:
             used = self._blocks_of(s.logical_blocks.get_real_blocks() for s in sequences)
             used |= self._blocks_of(a.logical for a in self._live)
             return KvStats(
-                total_blocks=self._region.num_blocks,
+                total_blocks=self._memory.num_blocks,
                 free_blocks=int(self._allocator.get_num_free_blocks()),
                 used_blocks=len(used),
                 cached_blocks=len(self.cache.blocks() - used),
             )
 
-    def regions(self) -> KvRegion:
-        return self._region
+    def regions(self) -> KvMemory:
+        return self._memory
 
     # ---- for the engine ----
 

@@ -84,8 +84,8 @@ class TensorKvMemory:
 
     def _split(self, rows: Tensor) -> list[Tensor]:
         """Whole blocks [n, words] as one [n, layers, words of a layer] view per part."""
-        parts = zip(rows.split(self._sizes, dim=1), self._parts, strict=True)
-        return [words.unflatten(1, (part.shape[0], part.shape[2])) for words, part in parts]
+        parts = zip(torch.split(rows, self._sizes, dim=1), self._parts, strict=True)
+        return [words.view(len(rows), part.shape[0], part.shape[2]) for words, part in parts]
 
     @contextlib.contextmanager
     def _staging(self, num_blocks: int) -> Iterator[_Staging]:
@@ -113,8 +113,9 @@ class _Staging:
         self.device = torch.empty(num_blocks, block_words, dtype=like.dtype, device=like.device)
         on_host = like.device.type == "cpu"
         self._host = self.device if on_host else torch.empty_like(self.device, device="cpu", pin_memory=self._cuda)
-        self._stream: Any = torch.cuda.Stream(like.device) if self._cuda else None
-        view = memoryview(self._host.view(torch.uint8).numpy()).cast("B")
+        self._stream: Any = torch.cuda.Stream(like.device) if self._cuda else None  # type: ignore[no-untyped-call]
+        host_bytes: Any = self._host.view(torch.uint8).numpy()
+        view = memoryview(host_bytes).cast("B")
         self.region = KvRegion(view, block_words * like.itemsize, num_blocks)
 
     @contextlib.contextmanager

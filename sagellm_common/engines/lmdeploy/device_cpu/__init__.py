@@ -5,6 +5,24 @@ done here by subclassing; a few module globals of LMDeploy are then pointed at t
 outside LMDeploy's modules sees the change.
 """
 
+from typing import Any
+
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.engines.lmdeploy.device_cpu.install import CpuEngineConfig, install
 
-__all__ = ["CpuEngineConfig", "install"]
+__all__ = ["CpuDevice", "CpuEngineConfig", "install"]
+
+
+class CpuDevice:
+    """A `device.Device`; LMDeploy is the CPU's from here on."""
+
+    def __init__(self) -> None:
+        install()
+
+    def engine_config(self, **settings: Any) -> CpuEngineConfig:
+        return CpuEngineConfig(eager_mode=True, **settings)
+
+    def kv_memory(self, cache_engine: Any) -> KvMemory:
+        """In place: the pool is host memory, block after block."""
+        num_blocks, block_bytes = cache_engine.pool.shape
+        return KvRegion(memoryview(cache_engine.pool.numpy()).cast("B"), block_bytes, num_blocks)
