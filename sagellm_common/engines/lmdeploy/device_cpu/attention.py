@@ -1,4 +1,9 @@
-"""Paged attention in plain torch: KV is gathered block by block, then scaled_dot_product_attention.
+"""Paged attention in plain torch: KV is gathered tile by tile, and each tile's answer weighed by its share.
+
+    out = Σ out_tile · exp(lse_tile - lse)        lse = log Σ exp(lse_tile)
+
+A tile is at most TILE_TOKENS long, and no mask is ever as large as queries × keys: what a step needs in memory does not
+grow with the context.
 
 Shapes: T new tokens of a step over all sequences, H heads, D head size, block table [sequences, blocks].
 Caches are [num_blocks, block_size, kv_heads, D] (D / 2 packed for int4), scales and zeros [..., 2].
@@ -6,13 +11,29 @@ Caches are [num_blocks, block_size, kv_heads, D] (D / 2 packed for int4), scales
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lmdeploy.pytorch.backends.attention import AttentionBuilder, AttentionImpl, AttentionMetadata
 from torch import Tensor
+
+TILE_TOKENS = 4096
+"""KV tokens of one sequence that are gathered at a time."""
+GATHER_TOKENS = 16384
+"""The same over all sequences of a decode step, padding included."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """A stretch of KV that some sequences with one new token each have, padded to the longest of them."""
+
+    rows: Tensor | slice  # which sequences, [b]
+    blocks: Tensor  # [b, n] physical blocks
+    shortest: int  # tokens that all of them have here; the others are padded from there on
+    padding: Tensor  # bool [b, n * block_size - shortest, 1, 1]
+    mask: Tensor | None  # additive, [b, 1, 1, n * block_size]; None where nothing is padded
 
 
 @dataclass
@@ -23,9 +44,36 @@ class CpuAttentionMetadata(AttentionMetadata):
     kv_lens: tuple[int, ...] = ()
     token_blocks: Tensor | None = None  # [T] physical block of each new token
     token_slots: Tensor | None = None  # [T] its slot in that block
-    decode_mask: Tensor | None = None  # [B, 1, 1, KV] when every sequence has one new token
-    decode_padding: Tensor | None = None  # [B, 1, KV - shortest, 1]: what decode_mask hides, from the shortest on
-    chunk_masks: tuple[Tensor | None, ...] = ()  # per sequence [q, kv]; None where plain causal does
+    decode_tiles: tuple[DecodeTile, ...] = ()  # when every sequence has one new token
+
+
+def plan_decode(block_table: Tensor, kv_lens: Sequence[int], block_size: int) -> tuple[DecodeTile, ...]:
+    """Covers every token of every sequence once. A sequence is cut the same way whoever else is in the batch."""
+    tile_blocks = max(1, TILE_TOKENS // block_size)
+    num_blocks = [-(-length // block_size) for length in kv_lens]
+    shortest_first = sorted(range(len(kv_lens)), key=num_blocks.__getitem__)
+    tiles = []
+    for first in range(0, max(num_blocks), tile_blocks):
+        waiting = [row for row in shortest_first if num_blocks[row] > first]
+        while waiting:
+            # From the longest on, so that sequences of a kind are padded together.
+            width = min(num_blocks[waiting[-1]] - first, tile_blocks)
+            count = max(1, GATHER_TOKENS // (width * block_size))
+            waiting, rows = waiting[:-count], sorted(waiting[-count:])
+            chosen = torch.tensor(rows)
+            left = [min(kv_lens[row] - first * block_size, width * block_size) for row in rows]
+            padding = torch.arange(width * block_size) >= torch.tensor(left)[:, None]
+            mask = torch.zeros(padding.shape).masked_fill_(padding, float("-inf"))[:, None, None]
+            tiles.append(
+                DecodeTile(
+                    rows=chosen if len(rows) < len(kv_lens) else slice(None),
+                    blocks=block_table[chosen, first : first + width],
+                    shortest=min(left),
+                    padding=padding[:, min(left) :, None, None],
+                    mask=mask if min(left) < width * block_size else None,
+                )
+            )
+    return tuple(tiles)
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -52,12 +100,39 @@ def dequantize(codes: Tensor, scales_zeros: Tensor, bits: int, dtype: torch.dtyp
     return ((codes.float() - scales_zeros[..., 1:2]) * scales_zeros[..., 0:1]).to(dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """One layer's keys or values."""
+
+    data: Tensor
+    scales_zeros: Tensor | None
+    bits: int
+    dtype: torch.dtype
+
+    def gather(self, blocks: Tensor) -> Tensor:
+        """Blocks [..., n] → [..., n * block_size, kv_heads, D]."""
+        found = self.data[blocks]
+        if self.bits:
+            assert self.scales_zeros is not None
+            found = dequantize(found, self.scales_zeros[blocks], self.bits, self.dtype)
+        return found.flatten(-4, -3)
+
+    def write(self, new: Tensor, blocks: Tensor, slots: Tensor) -> None:
+        if self.bits:
+            assert self.scales_zeros is not None
+            codes, scales_zeros = quantize(new, self.bits)
+            self.data[blocks, slots] = codes
+            self.scales_zeros[blocks, slots] = scales_zeros.to(self.scales_zeros.dtype)
+        else:
+            self.data[blocks, slots] = new
+
+
 class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
     def forward(
         self,
         query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
+        key: Tensor,
+        value: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         attn_metadata: CpuAttentionMetadata,
@@ -70,62 +145,98 @@ class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
         if learnable_sink is not None or self.alibi or self.logit_softcapping:
             raise ValueError("the CPU attention knows no sinks, ALiBi or logit soft-capping")
         meta = attn_metadata
-        bits = meta.quant_policy
-        if key is not None and value is not None:
-            where = (meta.token_blocks, meta.token_slots)
-            for new, cache, scales in ((key, k_cache, k_scales_zeros), (value, v_cache, v_scales_zeros)):
-                if bits:
-                    assert scales is not None
-                    codes, scale = quantize(new, bits)
-                    cache[where] = codes
-                    scales[where] = scale.to(scales.dtype)
-                else:
-                    cache[where] = new
-
-        def gather(cache: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
-            found = cache[blocks]
-            return dequantize(found, scales[blocks], bits, query.dtype) if scales is not None and bits else found
-
-        gqa = self.num_heads != self.num_kv_heads
-        window = self.sliding_window[0] if self.sliding_window and self.sliding_window[0] > 0 else None
-        block_size = k_cache.size(1)
-        if meta.decode_mask is not None and meta.decode_padding is not None and window is None:
-            blocks = meta.block_offsets[:, : -(-max(meta.kv_lens) // block_size)]
-            k, v = (
-                gather(c, s, blocks).flatten(1, 2).transpose(1, 2)
-                for c, s in ((k_cache, k_scales_zeros), (v_cache, v_scales_zeros))
-            )
-            for gathered in (k, v):
-                # A mask hides no NaN, and slots not written yet hold whatever was there before.
-                gathered[:, :, min(meta.kv_lens) :].masked_fill_(meta.decode_padding, 0)
-            q = query[:, :, None]  # one new token each: [B, H, 1, D]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=meta.decode_mask, scale=self.scale, enable_gqa=gqa)
-            return out.transpose(1, 2).flatten(0, 1)
-
+        window = self.sliding_window[0] if self.sliding_window else 0
+        if 0 < window < max(meta.kv_lens):
+            raise ValueError(f"the CPU attention knows no sliding window; {max(meta.kv_lens)} tokens exceed {window}")
+        assert meta.token_blocks is not None and meta.token_slots is not None
+        keys = _Cache(k_cache, k_scales_zeros, meta.quant_policy, query.dtype)
+        values = _Cache(v_cache, v_scales_zeros, meta.quant_policy, query.dtype)
+        keys.write(key, meta.token_blocks, meta.token_slots)
+        values.write(value, meta.token_blocks, meta.token_slots)
+        if meta.decode_tiles:
+            return self._decode(query, keys, values, meta.decode_tiles)
         outputs, start = [], 0
         for i, (q_len, kv_len) in enumerate(zip(meta.q_lens, meta.kv_lens, strict=True)):
-            q = query[start : start + q_len].transpose(0, 1)[None]
-            if q_len == kv_len and not bits and key is not None and value is not None:
-                # Nothing cached: what was just computed is all there is.
-                k, v = key[start : start + q_len], value[start : start + q_len]
-            else:
-                blocks = meta.block_offsets[i, : -(-kv_len // block_size)]
-                k, v = (
-                    gather(c, s, blocks).flatten(0, 1)[:kv_len]
-                    for c, s in ((k_cache, k_scales_zeros), (v_cache, v_scales_zeros))
-                )
-            start += q_len
-            k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-            chunk_mask = meta.chunk_masks[i]
-            if window is not None:
-                chunk_mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
-                chunk_mask &= ~chunk_mask.tril(kv_len - q_len - window)
-            causal = chunk_mask is None and q_len > 1
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=chunk_mask, is_causal=causal, scale=self.scale, enable_gqa=gqa
+            new = slice(start, start + q_len)
+            outputs.append(
+                self._prefill(query[new], key[new], value[new], keys, values, meta.block_offsets[i], kv_len - q_len)
             )
-            outputs.append(out[0].transpose(0, 1))
-        return torch.cat(outputs, 0)
+            start += q_len
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 0)
+
+    def _decode(self, query: Tensor, keys: _Cache, values: _Cache, tiles: Sequence[DecodeTile]) -> Tensor:
+        """One new token per sequence: query [B, H, D] → [B, H, D]."""
+        merged = _Merged(query)
+        for tile in tiles:
+            k, v = keys.gather(tile.blocks), values.gather(tile.blocks)
+            mask = None
+            if tile.mask is not None:
+                # A mask hides no NaN, and slots not written yet hold whatever was there before.
+                k[:, tile.shortest :].masked_fill_(tile.padding, 0)
+                v[:, tile.shortest :].masked_fill_(tile.padding, 0)
+                mask = tile.mask.to(query.dtype)
+            q = query[tile.rows, :, None]
+            out, lse = self._attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask)
+            if len(tiles) == 1:
+                return out[:, :, 0]
+            merged.add(tile.rows, out[:, :, 0], lse[:, :, 0])
+        return merged.out.to(query.dtype)
+
+    def _prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: _Cache, values: _Cache, blocks: Tensor, history: int
+    ) -> Tensor:
+        """Some new tokens of one sequence: query [q, H, D] → [q, H, D]. `history` tokens are in the cache before."""
+        block_size = keys.data.size(1)
+        if keys.bits:
+            # What later steps will read, not what it was made from: chunks do not change the answer.
+            first, last = history // block_size, -(-(history + len(query)) // block_size)
+            here = slice(history - first * block_size, history - first * block_size + len(query))
+            key, value = (cache.gather(blocks[first:last])[here] for cache in (keys, values))
+        q = query.transpose(0, 1)[None]
+        out, lse = self._attend(q, key.transpose(0, 1)[None], value.transpose(0, 1)[None], is_causal=True)
+        if not history:
+            return out[0].transpose(0, 1)
+        merged = _Merged(query)
+        every = slice(None)
+        merged.add(every, out[0].transpose(0, 1), lse[0].T)
+        tile_blocks = max(1, TILE_TOKENS // block_size)
+        for first in range(0, -(-history // block_size), tile_blocks):
+            tile, left = blocks[first : first + tile_blocks], history - first * block_size
+            k, v = (cache.gather(tile)[:left].transpose(0, 1)[None] for cache in (keys, values))
+            out, lse = self._attend(q, k, v)
+            merged.add(every, out[0].transpose(0, 1), lse[0].T)
+        return merged.out.to(query.dtype)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Scores all of [b, H, q, D] against [b, kv_heads, n, D], mask [b, 1, 1, n]; and its log-sum-exp [b, H, q].
+
+        The op under `scaled_dot_product_attention`, which keeps the log-sum-exp to itself.
+        """
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        return out, lse
+
+
+class _Merged:
+    """The attention of rows over what was added so far: `out` [rows, H, D] and its `lse` [rows, H], float32."""
+
+    def __init__(self, query: Tensor) -> None:
+        self.out = torch.zeros_like(query, dtype=torch.float32)
+        self.lse = torch.full(query.shape[:2], float("-inf"))
+
+    def add(self, rows: Tensor | slice, out: Tensor, lse: Tensor) -> None:
+        total = torch.logaddexp(self.lse[rows], lse)
+        before, now = (self.lse[rows] - total).exp(), (lse - total).exp()
+        self.out[rows] = self.out[rows] * before[..., None] + out * now[..., None]
+        self.lse[rows] = total
 
 
 class CpuAttentionBuilder(AttentionBuilder[CpuAttentionMetadata]):
@@ -142,6 +253,8 @@ class CpuAttentionBuilder(AttentionBuilder[CpuAttentionMetadata]):
         causal: bool = True,
         **_: Any,
     ) -> CpuAttentionImpl:
+        if v_head_size not in (None, head_size):
+            raise ValueError(f"the CPU attention needs keys and values of one size, not {head_size} and {v_head_size}")
         return CpuAttentionImpl(
             num_heads,
             head_size,

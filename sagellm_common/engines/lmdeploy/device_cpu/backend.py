@@ -10,7 +10,7 @@ from lmdeploy.pytorch.backends.default import DefaultOpsBackend
 from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingBuilder, MultinomialSamplingImpl
 from torch import Tensor
 
-from sagellm_common.engines.lmdeploy.device_cpu.attention import CpuAttentionBuilder, CpuAttentionMetadata
+from sagellm_common.engines.lmdeploy.device_cpu.attention import CpuAttentionBuilder, CpuAttentionMetadata, plan_decode
 
 
 class SeededMultinomial(MultinomialSamplingImpl):
@@ -58,11 +58,7 @@ class CpuOpsBackend(DefaultOpsBackend):
         position = torch.arange(int(q.sum())) - starts[sequence] + (kv - q)[sequence]
         block_table = step_context.block_offsets.long()
         q_lens, kv_lens = tuple(q.tolist()), tuple(kv.tolist())
-        decode_mask = decode_padding = None
-        if step_context.is_decoding and max(q_lens) == 1:
-            width = -(-max(kv_lens) // block_size) * block_size
-            decode_mask = (torch.arange(width)[None] < kv[:, None])[:, None, None]
-            decode_padding = ~decode_mask[..., min(kv_lens) :].transpose(-1, -2)
+        decoding = step_context.is_decoding and max(q_lens) == 1
         step_context.attn_metadata = CpuAttentionMetadata(
             step_context.is_decoding,
             block_table,
@@ -74,12 +70,7 @@ class CpuOpsBackend(DefaultOpsBackend):
             kv_lens=kv_lens,
             token_blocks=block_table[sequence, position // block_size],
             token_slots=position % block_size,
-            decode_mask=decode_mask,
-            decode_padding=decode_padding,
-            chunk_masks=tuple(
-                torch.ones(a, b, dtype=torch.bool).tril(b - a) if 1 < a < b else None
-                for a, b in zip(q_lens, kv_lens, strict=True)
-            ),
+            decode_tiles=plan_decode(block_table, kv_lens, block_size) if decoding else (),
         )
         step_context.cross_attn_metadata = None
         return step_context
