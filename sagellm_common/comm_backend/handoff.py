@@ -93,6 +93,12 @@ class _LeaseTable:
         self._free_all([freed])
         return kept
 
+    def renew(self, key: str, epoch: int) -> float:
+        """Starts the lease's time anew; returns the seconds it now has. Raises LeaseExpired."""
+        with self._lock:
+            self._live(key, epoch).expires_at_s = self._clock.now() + self.ttl_s
+        return self.ttl_s
+
     def _live(self, key: str, epoch: int) -> _Lease:
         """The lease of exactly this epoch, with time left. The lock is held."""
         lease = self._leases.get(key)
@@ -159,12 +165,6 @@ class HandoffSource(_LeaseTable):
                 freed = lease.allocation if lease.ended and not lease.readers else None
                 self._still_read -= freed is not None
             self._free_all([freed])
-
-    def renew(self, transfer_id: str, epoch: int) -> float:
-        """Starts the lease's time anew; returns the seconds it now has. Raises LeaseExpired."""
-        with self._lock:
-            self._live(transfer_id, epoch).expires_at_s = self._clock.now() + self.ttl_s
-        return self.ttl_s
 
     def release(self, transfer_id: str, epoch: int, committed: bool) -> None:
         """Unpins. A no-op for an unknown transfer and for an older epoch than the pinned one."""

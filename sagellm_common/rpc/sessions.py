@@ -384,6 +384,11 @@ class DecodeSession(_Session[worker_pb2.DecodeSessionRequest, Any]):
         release = worker_pb2.ReleaseReservationRequest(request_id=request_id, attempt=attempt)
         self._send_soon(worker_pb2.DecodeSessionRequest(release=release))
 
+    def renew(self, request_id: str, attempt: int) -> None:
+        """Keeps a reservation alive. A no-op for what the worker does not hold (any more)."""
+        renew = worker_pb2.RenewReservationRequest(request_id=request_id, attempt=attempt)
+        self._send_soon(worker_pb2.DecodeSessionRequest(renew=renew))
+
     def _split(self, message: worker_pb2.DecodeSessionResponse) -> Iterable[tuple[str, Any]]:
         yield from (("decode", output) for output in message.outputs)
         yield from (("reserve", result) for result in message.reservations)

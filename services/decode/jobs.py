@@ -80,6 +80,9 @@ class Decode(Protocol):
     def release(self, request_id: str, attempt: int) -> None:
         """Gives reserved blocks back; running requests are left alone. A no-op for unknown ones."""
 
+    def renew(self, request_id: str, attempt: int) -> float:
+        """Starts a reservation's time anew; returns the seconds it now has. Raises LeaseExpired."""
+
     async def decode(self, job: DecodeJob, emit: Emit) -> None:
         """Emits every chunk up to the one with finish_reason STOP or LENGTH, then returns.
 

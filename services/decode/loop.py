@@ -96,6 +96,9 @@ class DecodeLoop:
     def release(self, request_id: str, attempt: int) -> None:
         self._reservations.release(request_id, attempt)
 
+    def renew(self, request_id: str, attempt: int) -> float:
+        return self._reservations.renew(request_id, attempt)
+
     def cancel(self, request_id: str, attempt: int) -> None:
         self._reservations.release(request_id, attempt)
         self._running.cancel(request_id, attempt)

@@ -22,8 +22,14 @@ log = logging.getLogger(__name__)
 
 MAX_CONCURRENT = 2
 MAX_POOL_SHARE = 0.25
-"""Of the worker's blocks that may wait for the store; what comes beyond is dropped, for blocks are for sequences."""
+"""Of the worker's blocks that may wait for the store; what comes beyond is dropped, for blocks are for sequences.
+
+One sequence may always: a prompt as long as the pool would never be stored otherwise.
+"""
 PUT_TIMEOUT_S = 5.0
+"""For a first byte. The bytes of a long sequence take their time: see SLOWEST_BYTES_PER_S."""
+SLOWEST_BYTES_PER_S = 200e6
+"""A store that takes less than this is not waited for."""
 
 OFFLOADS = Counter("sagellm_decode_offloads", "Finished sequences offered to kv_store.", ["outcome"])
 OFFLOADED_BLOCKS = Counter("sagellm_decode_offloaded_blocks", "Blocks kv_store took, or had already.", ["outcome"])
@@ -56,7 +62,7 @@ class Offloader:
         num_blocks = blocks.allocation.num_cached_tokens // self._layout.block_size_tokens
         if num_blocks == 0 or not self._store.available:
             return
-        if self._pinned_blocks + num_blocks > self._max_pinned_blocks:
+        if self._pinned_blocks and self._pinned_blocks + num_blocks > self._max_pinned_blocks:
             OFFLOADS.labels("dropped").inc()
             return
         # Numbered, for a request id may come again before this lease has ended, with other tokens.
@@ -84,8 +90,9 @@ class Offloader:
     ) -> None:
         size = self._layout.block_size_tokens
         hashes = block_hashes(token_ids, size, root_hash(self._layout, cache_salt))
+        timeout_s = PUT_TIMEOUT_S + len(block_ids) * self._layout.block_bytes / SLOWEST_BYTES_PER_S
         try:
-            async with self._turn, asyncio.timeout(PUT_TIMEOUT_S):
+            async with self._turn, asyncio.timeout(timeout_s):
                 present = await self._store.lookup(hashes)
                 OFFLOADED_BLOCKS.labels("present").inc(present)
                 if present < len(hashes):
@@ -99,7 +106,7 @@ class Offloader:
                         lease_ttl_s=self._leases.ttl_s,
                     )
                     result = await self._store.put(
-                        hashes[present:], token_ids[present * size :], source, timeout_s=PUT_TIMEOUT_S
+                        hashes[present:], token_ids[present * size :], source, timeout_s=timeout_s
                     )
                     OFFLOADED_BLOCKS.labels("stored").inc(result.num_stored)
         except (SageError, TimeoutError) as err:

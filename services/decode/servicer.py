@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 
-from sagellm_common.core.errors import Cancelled, InvalidRequest, SageError
+from sagellm_common.core.errors import Cancelled, InvalidRequest, LeaseExpired, SageError
 from sagellm_common.core.types import FinishReason, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
@@ -38,6 +39,12 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
     ) -> worker_pb2.ReleaseReservationResponse:
         self._decode.release(request.request_id, request.attempt)
         return worker_pb2.ReleaseReservationResponse()
+
+    async def RenewReservation(
+        self, request: worker_pb2.RenewReservationRequest, context: Context
+    ) -> worker_pb2.RenewReservationResponse:
+        left_s = self._decode.renew(request.request_id, request.attempt)
+        return worker_pb2.RenewReservationResponse(expires_in_ms=int(left_s * 1000))
 
     async def Cancel(self, request: worker_pb2.CancelRequest, context: Context) -> worker_pb2.CancelResponse:
         self._decode.cancel(request.request_id, request.attempt)
@@ -70,6 +77,9 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                         self._decode.cancel(message.cancel.request_id, message.cancel.attempt)
                     case "release":
                         self._decode.release(message.release.request_id, message.release.attempt)
+                    case "renew":
+                        with contextlib.suppress(LeaseExpired):  # the request finds out when it comes for the blocks
+                            self._decode.renew(message.renew.request_id, message.renew.attempt)
 
     async def _generate(self, request: worker_pb2.DecodeRequest, writer: Writer) -> None:
         end = worker_pb2.DecodeResponse(request_id=request.request_id, attempt=request.attempt)

@@ -46,6 +46,9 @@ class ObservedDecode:
     def release(self, request_id: str, attempt: int) -> None:
         self._inner.release(request_id, attempt)
 
+    def renew(self, request_id: str, attempt: int) -> float:
+        return self._inner.renew(request_id, attempt)
+
     async def decode(self, job: DecodeJob, emit: Emit) -> None:
         meter = _Meter(emit)
         with span(

@@ -19,6 +19,9 @@ from services.prefill.jobs import PrefillJob
 log = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 2.0
+"""For a first byte. The bytes of a long prompt take their time: see SLOWEST_BYTES_PER_S."""
+SLOWEST_BYTES_PER_S = 200e6
+"""A store that sends less than this is not waited for."""
 
 FETCHES = Counter("sagellm_prefill_store_fetches", "Attempts to fetch prefix blocks from kv_store.", ["outcome"])
 
@@ -44,14 +47,15 @@ class StoreFetch:
             return 0
         source = None
         hashes = block_hashes(job.prompt[: end * size], size, root_hash(self._layout, job.cache_salt))
+        timeout_s = FETCH_TIMEOUT_S + (end - begin) * self._layout.block_bytes / SLOWEST_BYTES_PER_S
         try:
-            async with asyncio.timeout(min(FETCH_TIMEOUT_S, job.timeout_s / 2)):
+            async with asyncio.timeout(min(timeout_s, job.timeout_s / 2)):
                 source = await self._store.get(hashes[begin:end], job.prompt[begin * size : end * size])
                 if source is None:
                     FETCHES.labels("miss").inc()
                     return 0
                 num_blocks = min(len(source.block_table), end - begin)
-                await self._pull(source, num_blocks, allocation, begin)
+                await self._pull(source, num_blocks, allocation, begin, timeout_s)
         except (SageError, TimeoutError) as err:
             if source is not None:
                 self._store.failed(source.worker_id)
@@ -62,14 +66,16 @@ class StoreFetch:
         before, allocation.num_cached_tokens = allocation.num_cached_tokens, (begin + num_blocks) * size
         return allocation.num_cached_tokens - before
 
-    async def _pull(self, source: KvSource, num_blocks: int, allocation: Allocation, begin: int) -> None:
+    async def _pull(
+        self, source: KvSource, num_blocks: int, allocation: Allocation, begin: int, timeout_s: float
+    ) -> None:
         committed = False
         try:
             await self._channel.pull(
                 source,
                 source.block_table[:num_blocks],
                 allocation.block_ids[begin : begin + num_blocks],
-                timeout_s=FETCH_TIMEOUT_S,
+                timeout_s=timeout_s,
             )
             committed = True
         finally:

@@ -12,15 +12,15 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import RouterConfig
 from sagellm_common.core.errors import Cancelled, Draining, EngineFailed, NoWorker, PeerLost, SageError, UnknownModel
-from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, ModelInfo
+from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, HandoffTicket, ModelInfo
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.scheduler_ir.strategies import Strategy
@@ -33,6 +33,8 @@ from services.router.stages import Admitted, Deadline, Matched, Prefilled, Reser
 from services.router.workers import WorkerLink, Workers
 
 log = logging.getLogger(__name__)
+
+MIN_RENEWAL_S = 0.05
 
 T = TypeVar("T")
 
@@ -117,7 +119,7 @@ class Pipeline:
             if routed.prefill is not None or source is not None:
                 reserved = await self._reserve(admitted, routed, generation, slot)
                 if routed.prefill is not None:
-                    source = await self._prefill(admitted, routed.prefill, reserved, generation, slot)
+                    source = await self._prefill(admitted, routed, routed.prefill, reserved, generation, slot)
                     yield (output := generation.take_prefill(source))
                     if output.finish_reason:
                         return
@@ -164,14 +166,21 @@ class Pipeline:
         return Reserved(ticket)
 
     async def _prefill(
-        self, admitted: Admitted, worker: WorkerLink, reserved: Reserved, generation: Generation, slot: Slot
+        self,
+        admitted: Admitted,
+        routed: Routed,
+        worker: WorkerLink,
+        reserved: Reserved,
+        generation: Generation,
+        slot: Slot,
     ) -> Prefilled:
         timeout_s = admitted.deadline.budget_s()
         slot.calls.prefilling(worker, generation.attempts)
         with worker.engaged(), generation.stage("prefill", worker):
-            outcome = await worker.prefill.prefill(
-                admitted.request, generation.attempts, reserved.ticket, timeout_s=timeout_s
-            )
+            with _renewed(routed.decode, reserved.ticket):
+                outcome = await worker.prefill.prefill(
+                    admitted.request, generation.attempts, reserved.ticket, timeout_s=timeout_s
+                )
             return Prefilled(outcome, worker, generation.attempts)
 
     async def _decode(
@@ -257,6 +266,23 @@ class Pipeline:
     def _deadline(self, timeout_s: float | None) -> Deadline:
         limit_s = self._config.request_timeout_s
         return Deadline(self._clock, self._clock.now() + (limit_s if timeout_s is None else min(limit_s, timeout_s)))
+
+
+@contextmanager
+def _renewed(decode: WorkerLink, ticket: HandoffTicket) -> Iterator[None]:
+    """Keeps the reservation for the time of the block: a long prompt is computed for longer than its lease lasts."""
+    loop, interval_s = asyncio.get_running_loop(), max(ticket.expires_in_ms / 3e3, MIN_RENEWAL_S)
+
+    def renew() -> None:
+        nonlocal timer
+        decode.decode.renew(ticket.transfer_id, ticket.epoch)
+        timer = loop.call_later(interval_s, renew)
+
+    timer = loop.call_later(interval_s, renew)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def _wait_any(timeout_s: float, *events: asyncio.Event) -> None:

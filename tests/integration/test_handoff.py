@@ -345,6 +345,37 @@ async def test_an_expired_reservation_refuses_the_decode_and_unpins_the_source(r
         await prefill.idle()
 
 
+@pytest.mark.parametrize("unary", [False, True], ids=["session", "unary"])
+async def test_a_renewed_reservation_outlives_a_long_prefill(router: str, prefill: Worker, unary: bool) -> None:
+    clock, wanted = ManualClock(), request(PROMPT)
+    lease_s = test_config().transport.lease_ttl_s
+    async with worker(WorkerRole.DECODE, router, clock=clock) as decode:
+        stub = worker_pb2_grpc.DecodeServiceStub(decode.channel)
+        again = worker_pb2.RenewReservationRequest(request_id="r1", attempt=1)
+        ticket = await decode.decode_session.reserve(wanted, 1, timeout_s=TIMEOUT_S)
+        for _ in range(3):
+            clock.advance(lease_s - 1)
+            if unary:
+                left: worker_pb2.RenewReservationResponse = await call(
+                    stub.RenewReservation, again, timeout_s=TIMEOUT_S
+                )
+                assert left.expires_in_ms == lease_s * 1000
+            else:
+                decode.decode_session.renew("r1", 1)
+                await decode.decode_session.reserve(request([1], request_id="r2"), 1, timeout_s=TIMEOUT_S)  # in order
+            assert decode.reservations.expire() == 0
+        first = await prefill.prefill_session.prefill(wanted, 1, ticket, timeout_s=TIMEOUT_S)
+        steps = await decode_all(decode, wanted, first.token_ids, first.source)
+        tokens = [*first.token_ids, *(token for step in steps for token in step.token_ids)]
+        assert tokens == reference(PROMPT, wanted.sampling)[0]
+        with pytest.raises(LeaseExpired):
+            await call(stub.RenewReservation, again, timeout_s=TIMEOUT_S)
+        decode.decode_session.renew("r1", 1)  # a no-op
+        decode.decode_session.release("r2", 1)
+        await decode.idle()
+        await prefill.idle()
+
+
 async def test_a_source_that_died_is_a_lost_peer(router: str, decode: Worker) -> None:
     wanted = request(PROMPT)
     async with worker(WorkerRole.PREFILL, router) as prefill:

@@ -338,6 +338,8 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
         self.prefills = {prefill.worker_id: prefill for prefill in prefills}
         self.reservations: set[Attempt] = set()
         self.released: list[Attempt] = []
+        self.renewed: list[Attempt] = []
+        self.lease_ttl_ms = 30_000
         self.running: set[Attempt] = set()
         self.requests: list[worker_pb2.DecodeRequest] = []
         self.index_error = 0
@@ -362,6 +364,8 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
             elif operation == "release":
                 self.released.append(attempt)
                 self.reservations.discard(attempt)
+            elif operation == "renew":
+                self.renewed.append(attempt)
             elif operation == "cancel":
                 self.cancelled.append(attempt)
                 if attempt in jobs:
@@ -392,7 +396,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
             incarnation=self.incarnation,
             block_table=as_token_ids([0]),
             num_cached_tokens=0,
-            expires_in_ms=30_000,
+            expires_in_ms=self.lease_ttl_ms,
         )
         result.response.ticket.CopyFrom(codec.encode_ticket(ticket))
         return result

@@ -143,6 +143,10 @@ class EngineCore(LmdeployEngineBase):
                 await self._idle()
                 continue
             running = step.pop("running")
+            runs = self._runs()
+            self.executor.model_agent.abandoned = lambda step=[runs[seq.session_id] for seq in running]: all(
+                run.cancelled for run in step
+            )
             try:
                 output = await self._forward(step)
                 with self.kv.lock:
@@ -210,7 +214,10 @@ class EngineCore(LmdeployEngineBase):
         rows = list(zip(running, output.next_token_ids.tolist(), self._logprobs(output, running), strict=True))
         output.stopped = torch.tensor([stopped(seq, token) for seq, token, _ in rows])
         rows = [row for row in rows if row[0].status == MessageStatus.LOCKED]
+        runs = self._runs()
         for seq, _, _ in rows:
+            if runs[seq.session_id].cancelled:
+                continue  # its step may have been abandoned half-way
             self.kv.cache.publish(
                 self.kv.cache.prefixes[seq.session_id],
                 seq.all_ids,
@@ -219,10 +226,9 @@ class EngineCore(LmdeployEngineBase):
             )
         self.seq_strategy.update_running(running=running, batched_outputs=output, is_decoding=is_decoding)
         self.scheduler.unlock_running(running)
-        by_session = {run.seq.session_id: run for run in self._running.values()}
         outputs = []
         for seq, token, logprobs in rows:
-            run = by_session[seq.session_id]
+            run = runs[seq.session_id]
             if run.cancelled:
                 outputs.append(self._end(seq, FinishReason.CANCELLED))
             elif token in run.stop_token_ids and seq.status == MessageStatus.STOPPED:
@@ -232,6 +238,10 @@ class EngineCore(LmdeployEngineBase):
             else:
                 outputs.append(SequenceOutput(run.request.request_id, (token,), logprobs))
         return outputs
+
+    def _runs(self) -> dict[int, Running]:
+        """By session id."""
+        return {run.seq.session_id: run for run in self._running.values()}
 
     @staticmethod
     def _logprobs(output: Any, running: list[Any]) -> list[tuple[TokenLogprob, ...]]:

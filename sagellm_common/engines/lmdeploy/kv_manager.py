@@ -100,7 +100,7 @@ class PrefixCache:
             return
         start = len(prefix.hashes)
         fresh = token_ids[start * self._block_size : full * self._block_size].astype("<i4", copy=False)
-        stored = []
+        stored, published = [], []
         for offset, key in enumerate(block_hashes(fresh, self._block_size, prefix.parent)):
             parent = prefix.parent
             prefix.hashes.append(key)
@@ -111,8 +111,9 @@ class PrefixCache:
             self._entries[key] = CachedBlock(block, tokens, parent, last_used=next(self._clock))
             if parent in self._entries:
                 self._entries[parent].children += 1
-            self._allocator.add_ref_count(np.array([block]), 1)
+            published.append(block)
             stored.append(key)
+        self._allocator.add_ref_count(np.array(published, dtype=np.int64), 1)
         self._tell(BlockEvent(stored=tuple(stored)))
 
     # ---- what LMDeploy calls ----
@@ -141,10 +142,11 @@ class PrefixCache:
         ]
         heapq.heapify(heap)
         removed: list[BlockHash] = []
+        freed: list[int] = []
         while heap and len(removed) < max_num_blocks:
             _, key = heapq.heappop(heap)
             entry = self._entries.pop(key)
-            self._allocator.free(np.array([entry.block]))
+            freed.append(entry.block)
             removed.append(key)
             parent = self._entries.get(entry.parent)
             if parent is not None:
@@ -152,6 +154,7 @@ class PrefixCache:
                 unused = int(self._allocator.get_ref_count(np.array([parent.block]))[0]) == 1
                 if parent.children == 0 and unused:
                     heapq.heappush(heap, (parent.last_used, entry.parent))
+        self._allocator.free(np.array(freed, dtype=np.int64))
         self._tell(BlockEvent(removed=tuple(removed)))
         return len(removed)
 

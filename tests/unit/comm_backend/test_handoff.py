@@ -80,6 +80,19 @@ def test_the_same_pin_after_its_time_is_a_new_one(it: Fixture) -> None:
     assert it.source.get("t", 1) == (again, 4)
 
 
+def test_a_reservation_is_renewed_until_it_is_claimed(it: Fixture) -> None:
+    held = blocks(1)
+    it.target.reserve("r", 1, held)
+    for _ in range(3):
+        it.clock.advance(TTL_S - 1)
+        assert it.target.renew("r", 1) == TTL_S
+    with pytest.raises(LeaseExpired, match="epoch 1, not 2"):
+        it.target.renew("r", 2)
+    assert it.target.claim("r", 1) is held
+    with pytest.raises(LeaseExpired):
+        it.target.renew("r", 1)
+
+
 def test_expiry_frees_at_the_end_of_the_time_and_renewal_starts_it_anew(it: Fixture) -> None:
     it.source.pin("t", 1, blocks(1), 4)
     it.clock.advance(TTL_S - 1)

@@ -269,6 +269,34 @@ async def test_exhaustion_takes_nothing_and_evicts_the_cache_first(tiny_llama: P
         assert pool.get_utilization().free_blocks == 16
 
 
+async def test_a_cancelled_long_prompt_is_not_computed_to_its_end(
+    tiny_llama: Path, hf_greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its chunks are one step: what was asked for in between must not wait for the last of them."""
+    from sagellm_common.engines.lmdeploy.device_cpu.install import CpuModelAgent
+
+    forward, chunks = CpuModelAgent._forward_impl, []
+    tokens, other = prompts(12, (1600, 40))
+    async with running_engine(tiny_llama, max_prefill_tokens=16) as driver:
+
+        def counted(agent: CpuModelAgent, inputs: Any) -> Any:
+            chunks.append(inputs)
+            if len(chunks) == 3:
+                driver.engine.cancel(request_id)
+            return forward(agent, inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuModelAgent, "_forward_impl", counted)
+            request_id = driver.submit(tokens, 5)
+            (last,) = [output async for output in driver.outputs(request_id)]
+        assert (last.finish_reason, last.token_ids, len(chunks)) == (FinishReason.CANCELLED, (), 3)
+        assert driver.engine.kv.cached_hashes() == []  # nothing that was not computed is shared
+        assert driver.engine.kv.get_utilization().used_blocks == 0
+        for prompt in (other, tokens):
+            found, _ = await driver.run(prompt, 5)
+            assert found == hf_greedy(tiny_llama, prompt, 5)
+
+
 async def test_a_failing_step_ends_its_sequences_not_the_engine(
     tiny_llama: Path, hf_greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

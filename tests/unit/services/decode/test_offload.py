@@ -128,6 +128,18 @@ async def test_some_wait_their_turn_and_what_would_crowd_out_sequences_is_droppe
     assert setup.used_blocks == 0
 
 
+async def test_a_sequence_as_long_as_the_pool_is_stored_when_nothing_else_waits(setup: Setup) -> None:
+    tokens = as_token_ids(range(BLOCKS * LAYOUT.block_size_tokens))
+    for request_id in ("long", "too much"):
+        pool = SimulatedPool(LAYOUT, BLOCKS)
+        with OwnedBlocks(pool, pool.allocate(tokens, len(tokens))) as blocks:
+            blocks.allocation.num_cached_tokens = len(tokens)
+            setup.offloader.offer(request_id, 1, tokens, "", blocks)
+    setup.store.go.set()
+    await finished(setup)
+    assert [len(hashes) for hashes, _, _ in setup.store.puts] == [BLOCKS]
+
+
 async def test_the_same_request_id_again_is_another_transfer(setup: Setup) -> None:
     setup.offer("r1")
     setup.offer("r1")

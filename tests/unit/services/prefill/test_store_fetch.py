@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.types import KvSource, SamplingParams, as_token_ids
 from services.prefill.jobs import PrefillJob
-from services.prefill.store_fetch import StoreFetch
+from services.prefill.store_fetch import FETCH_TIMEOUT_S, SLOWEST_BYTES_PER_S, StoreFetch
 from tests.support.topology import LAYOUT
 from tests.support.waiting import eventually
 
@@ -56,6 +57,19 @@ async def test_a_store_whose_pull_fails_is_left_alone_for_a_while() -> None:
     around = Surroundings(PeerLost("gone"))
     assert await around.fetch.fetch(JOB, allocation()) == 0
     assert (around.blamed, around.released) == (["kv_store-0"], [False])
+
+
+async def test_a_long_prompt_is_given_the_time_its_bytes_take() -> None:
+    around, timeouts = Surroundings(), []
+
+    async def pull(*args: Any, timeout_s: float) -> None:
+        timeouts.append(timeout_s)
+
+    around.pull = pull  # type: ignore[method-assign]
+    big = replace(LAYOUT, block_bytes=1 << 30)
+    fetch = StoreFetch(around, around, around, big)  # type: ignore[arg-type]
+    assert await fetch.fetch(JOB, allocation()) == 32
+    assert timeouts == [FETCH_TIMEOUT_S + 2 * big.block_bytes / SLOWEST_BYTES_PER_S]
 
 
 async def test_a_client_that_leaves_during_the_pull_is_not_the_stores_fault() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from sagellm_common.core.errors import (
@@ -202,6 +204,18 @@ async def test_a_request_waits_for_a_worker_that_is_about_to_join(router: Router
     await router.add(ScriptedDecode("decode-1", prefills=[router.workers[0]]), ready=False)  # type: ignore[list-item]
     tokens = [token async for message in call for token in message.token_ids]
     assert len(tokens) == 4 * 6
+
+
+async def test_a_reservation_is_renewed_while_its_prompt_is_computed(router: RouterHarness) -> None:
+    prefill, decode = await router.pair()
+    decode.lease_ttl_ms = 150
+    computed = asyncio.Event()
+    prefill.on("prefill", prefill.wait_for(computed))
+    call = asyncio.create_task(router.generate())
+    await eventually(lambda: len(decode.renewed) >= 3)  # each a third of the lease: it would be over without them
+    computed.set()
+    assert (await call).tokens == oracle(PROMPT, SamplingParams(max_new_tokens=6))
+    assert set(decode.renewed) == {("r", 1)}
 
 
 async def test_explaining_an_unknown_request_is_refused(router: RouterHarness) -> None:

@@ -147,6 +147,20 @@ class ReleaseReservationResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RenewReservationRequest(_message.Message):
+    __slots__ = ("request_id", "attempt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class RenewReservationResponse(_message.Message):
+    __slots__ = ("expires_in_ms",)
+    EXPIRES_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    expires_in_ms: int
+    def __init__(self, expires_in_ms: _Optional[int] = ...) -> None: ...
+
 class DecodeRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "prompt_token_ids", "emitted_token_ids", "sampling", "source", "cache_salt", "timeout_ms", "trace_context")
     class TraceContextEntry(_message.Message):
@@ -211,16 +225,18 @@ class TransferReport(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ...) -> None: ...
 
 class DecodeSessionRequest(_message.Message):
-    __slots__ = ("reserve", "decode", "cancel", "release")
+    __slots__ = ("reserve", "decode", "cancel", "release", "renew")
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
     reserve: ReserveRequest
     decode: DecodeRequest
     cancel: CancelRequest
     release: ReleaseReservationRequest
-    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ...) -> None: ...
+    renew: RenewReservationRequest
+    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ...) -> None: ...
 
 class ReserveResult(_message.Message):
     __slots__ = ("request_id", "attempt", "response", "error")

@@ -211,6 +211,11 @@ class DecodeServiceStub:
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.ReleaseReservationRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_worker__pb2.ReleaseReservationResponse.FromString,
                 _registered_method=True)
+        self.RenewReservation = channel.unary_unary(
+                '/sagellm.v1.DecodeService/RenewReservation',
+                request_serializer=sagellm_dot_v1_dot_worker__pb2.RenewReservationRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.RenewReservationResponse.FromString,
+                _registered_method=True)
         self.Decode = channel.unary_stream(
                 '/sagellm.v1.DecodeService/Decode',
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
@@ -245,6 +250,13 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewReservation(self, request, context):
+        """Starts the lease's time anew: a long prompt is computed for longer than a silent router is waited for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Decode(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -275,6 +287,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.ReleaseReservation,
                     request_deserializer=sagellm_dot_v1_dot_worker__pb2.ReleaseReservationRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_worker__pb2.ReleaseReservationResponse.SerializeToString,
+            ),
+            'RenewReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewReservation,
+                    request_deserializer=sagellm_dot_v1_dot_worker__pb2.RenewReservationRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.RenewReservationResponse.SerializeToString,
             ),
             'Decode': grpc.unary_stream_rpc_method_handler(
                     servicer.Decode,
@@ -348,6 +365,33 @@ class DecodeService:
             '/sagellm.v1.DecodeService/ReleaseReservation',
             sagellm_dot_v1_dot_worker__pb2.ReleaseReservationRequest.SerializeToString,
             sagellm_dot_v1_dot_worker__pb2.ReleaseReservationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.DecodeService/RenewReservation',
+            sagellm_dot_v1_dot_worker__pb2.RenewReservationRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.RenewReservationResponse.FromString,
             options,
             channel_credentials,
             insecure,
