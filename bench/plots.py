@@ -39,3 +39,21 @@ def _short(value: float) -> str:
 def _legend_below(figure: plt.Figure, axes: Sequence[plt.Axes]) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+
+
+def lines(panels: Mapping[str, Mapping[str, Mapping[float | str, float]]], title: str, out: Path) -> None:
+    """One panel per metric: {metric: {series: {x: value}}}, from zero up."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (metric, series) in zip(axes[0], panels.items(), strict=True):
+        for i, (name, points) in enumerate(series.items()):
+            axis.plot(list(points), list(points.values()), "o-", ms=3, label=name, color=COLOURS[i % len(COLOURS)])
+            if any(isinstance(x, str) for x in points):
+                axis.tick_params("x", rotation=60, labelsize=7)
+        axis.set_ylim(bottom=0)
+        axis.set_title(metric, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)

@@ -50,6 +50,8 @@ LLAMA_TENSORS = {
 
 # The tiny models speak ChatML with SmolLM2's first three token ids, then one token per byte.
 TINY_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LONG_CONTEXT_TOKENS = (128 << 10) + 1024
+"""128K of prompt, and room for an answer."""
 TINY_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -73,15 +75,34 @@ def prepare_smollm2(cache_dir: Path | None = None, progress: Progress = lambda *
     return target
 
 
-def prepare_tiny(kind: TinyKind, target: Path, seed: int = 0, max_position_embeddings: int = 2048) -> Path:
-    """A random two-layer Llama or Qwen2 with a byte-level tokenizer at `target`; equal arguments make equal files."""
+def prepare_tiny(
+    kind: TinyKind, target: Path, seed: int = 0, max_position_embeddings: int = 2048, **config: Any
+) -> Path:
+    """A random two-layer Llama or Qwen2 with a byte-level tokenizer at `target`; equal arguments make equal files.
+
+    `config` are fields of config.json that differ from the default.
+    """
     if not target.exists():
         with _whole_or_not_at_all(target) as scratch:
             tokenizer = _tiny_tokenizer()
-            config = _tiny_config(kind, tokenizer.get_vocab_size(), max_position_embeddings)
+            config = _tiny_config(kind, tokenizer.get_vocab_size(), max_position_embeddings) | config
             _write_checkpoint(scratch, config, _tiny_tensors(config, seed))
             _write_tokenizer(scratch, tokenizer, TINY_CHAT_TEMPLATE, max_position_embeddings)
     return target
+
+
+def prepare_tiny_long_context(target: Path) -> Path:
+    """A random Llama for prompts of up to LONG_CONTEXT_TOKENS, small enough to compute them on a CPU."""
+    return prepare_tiny(
+        "llama",
+        target,
+        max_position_embeddings=LONG_CONTEXT_TOKENS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_theta=500_000.0,  # Llama 3's: its slowest pair turns once in more tokens than there are
+    )
 
 
 @contextmanager

@@ -7,10 +7,11 @@ import itertools
 import logging
 from dataclasses import dataclass
 
-import numpy as np
+import xxhash
 
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core.errors import Cancelled, Internal, LeaseExpired, SageError
+from sagellm_common.core.types import pack_int32
 from services.prefill.jobs import Prefill, PrefillDone, PrefillJob
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,11 @@ REMEMBERED_ANSWERS = 512
 
 @dataclass(slots=True, eq=False)
 class _Attempt:
-    job: PrefillJob
+    """`work` stands for the job: prompts are too long to be remembered with their answers."""
+
+    request_id: str
+    number: int
+    work: bytes
     outcome: asyncio.Future[PrefillDone]
     task: asyncio.Task[None] | None = None
     waiters: int = 0
@@ -35,10 +40,6 @@ class _Attempt:
         self.fail(err)
         if self.task is not None:
             self.task.cancel()
-
-    @property
-    def number(self) -> int:
-        return self.job.attempt
 
 
 class IdempotentPrefill:
@@ -81,19 +82,19 @@ class IdempotentPrefill:
 
     def _attempt(self, job: PrefillJob) -> _Attempt:
         """The running or answered attempt this call is about, else a new one. Raises LeaseExpired."""
-        known = self._attempts.pop(job.request_id, None)
+        known, work = self._attempts.pop(job.request_id, None), _fingerprint(job)
         if known is not None and self._alive(known):
             if known.number > job.attempt:
                 self._attempts[job.request_id] = known
                 raise LeaseExpired(
                     f"request {job.request_id} attempt {job.attempt} was superseded by attempt {known.number}"
                 )
-            if known.number == job.attempt and _same_work(known.job, job):
+            if known.number == job.attempt and known.work == work:
                 self._attempts[job.request_id] = known  # now the youngest
                 return known
             known.end(LeaseExpired(f"request {job.request_id} attempt {known.number} was superseded"))
             self._inner.cancel(job.request_id, known.number)
-        attempt = _Attempt(job, asyncio.get_running_loop().create_future())
+        attempt = _Attempt(job.request_id, job.attempt, work, asyncio.get_running_loop().create_future())
         attempt.outcome.add_done_callback(_mark_retrieved)
         attempt.task = asyncio.create_task(self._run(job, attempt), name=f"prefill-{job.request_id}/{job.attempt}")
         self._tasks.add(attempt.task)
@@ -109,7 +110,7 @@ class IdempotentPrefill:
         if attempt.outcome.exception() is not None:
             return False
         try:
-            self._leases.get(attempt.job.request_id, attempt.number)
+            self._leases.get(attempt.request_id, attempt.number)
         except LeaseExpired:
             return False
         return True
@@ -138,9 +139,11 @@ class IdempotentPrefill:
             del self._attempts[request_id]
 
 
-def _same_work(a: PrefillJob, b: PrefillJob) -> bool:
+def _fingerprint(job: PrefillJob) -> bytes:
     """Request ids are the clients': one may come back with another prompt."""
-    return a.sampling == b.sampling and a.cache_salt == b.cache_salt and np.array_equal(a.prompt, b.prompt)
+    digest = xxhash.xxh3_128(pack_int32(job.prompt))
+    digest.update(repr((job.sampling, job.cache_salt)).encode())
+    return digest.digest()
 
 
 def _mark_retrieved(outcome: asyncio.Future[PrefillDone]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.cli.models import TinyKind, cache_home, prepare_tiny
+from services.cli.models import TinyKind, cache_home, prepare_tiny, prepare_tiny_long_context
 
 # Bumped when prepare_tiny writes other bytes.
 VERSION = 1
@@ -15,3 +15,8 @@ def tiny_model(kind: TinyKind, max_position_embeddings: int = 2048) -> Path:
     name = f"tiny-{kind}" if max_position_embeddings == 2048 else f"tiny-{kind}-{max_position_embeddings}"
     target = cache_home() / "tests" / f"v{VERSION}" / name
     return prepare_tiny(kind, target, max_position_embeddings=max_position_embeddings)
+
+
+def tiny_long_context_model() -> Path:
+    """A tiny random Llama that takes prompts of 128K tokens."""
+    return prepare_tiny_long_context(cache_home() / "tests" / f"v{VERSION}" / "tiny-long-context")
