@@ -20,7 +20,8 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Callers ping a silent connection every ten seconds; by default a server takes that for abuse and hangs up.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 
 

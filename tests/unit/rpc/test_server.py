@@ -25,12 +25,14 @@ from sagellm_common.core.errors import (
     QueueFull,
     SageError,
 )
-from sagellm_common.rpc import interceptors
+from sagellm_common.rpc import channels, interceptors
+from sagellm_common.rpc import server as rpc_server
 from sagellm_common.rpc.channels import ChannelPool, call, stream
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.server import GrpcServer, Registrar
 
 NAME = "sagellm.v1.InferenceService"
+SERVER_PING_OPTION = "grpc.http2.min_ping_interval_without_data_ms"
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
@@ -253,6 +255,32 @@ async def test_a_channel_closed_underneath_is_a_lost_peer(inference: Inference, 
     for attempt in (task, asyncio.create_task(call(stub.CancelGeneration, CANCEL, timeout_s=60))):
         with pytest.raises(PeerLost, match="closed"):
             await attempt
+
+
+async def test_a_call_may_be_silent_for_many_keepalive_pings(
+    inference: Inference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is one whose long prompt is being computed. Both sides are a hundred times faster here."""
+
+    def faster(options: list[tuple[str, int]], *names: str) -> list[tuple[str, int]]:
+        assert set(names) <= {name for name, _ in options}
+        return [(name, value // 100 if name in names else value) for name, value in options]
+
+    monkeypatch.setattr(rpc_server, "_OPTIONS", faster(rpc_server._OPTIONS, SERVER_PING_OPTION))
+    monkeypatch.setattr(channels, "_OPTIONS", faster(channels._OPTIONS, "grpc.keepalive_time_ms"))
+    server = GrpcServer("127.0.0.1:0", registrars(inference))
+    port = await server.start()
+
+    async def compute() -> None:
+        await asyncio.sleep(4)  # gRPC pings once a second at most; a strict server hangs up at the third
+
+    inference.unary = compute
+    try:
+        async with ChannelPool() as pool:
+            cancel = inference_pb2_grpc.InferenceServiceStub(pool.get(f"127.0.0.1:{port}")).CancelGeneration
+            await call(cancel, inference_pb2.CancelGenerationRequest(request_id="r"), timeout_s=10)
+    finally:
+        await server.stop(0)
 
 
 async def test_nobody_there_is_a_lost_peer() -> None:
