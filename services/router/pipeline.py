@@ -272,6 +272,7 @@ class Pipeline:
 def _renewed(decode: WorkerLink, ticket: HandoffTicket) -> Iterator[None]:
     """Keeps the reservation for the time of the block: a long prompt is computed for longer than its lease lasts."""
     loop, interval_s = asyncio.get_running_loop(), max(ticket.expires_in_ms / 3e3, MIN_RENEWAL_S)
+    timer: asyncio.TimerHandle
 
     def renew() -> None:
         nonlocal timer

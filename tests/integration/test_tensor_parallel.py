@@ -14,7 +14,7 @@ import pytest
 from sagellm_common.client.aio import AsyncClient
 from sagellm_common.client.text import Tokenizer
 from sagellm_common.core.config import Config
-from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.errors import ConfigError, DeadlineExceeded
 from sagellm_common.engines import make_engine
 from tests.integration.test_token_equality import complete_all, forty_prompts
 from tests.support.checks import all_serving, assert_nothing_leaked, eventually
@@ -27,7 +27,12 @@ EXIT_TIMEOUT_S = 30.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RunningCluster]:
-    settings = ("engine.tensor_parallel=2", "engine.max_prefill_tokens=64", "kv_store.enabled=false")
+    settings = (
+        "engine.tensor_parallel=2",
+        "engine.max_prefill_tokens=64",
+        "kv_store.enabled=false",
+        "router.resume_grace_s=90",  # a worker of two processes takes its time to start
+    )
     with RunningCluster(*settings, restart=True) as running:
         yield running
 
@@ -53,6 +58,18 @@ async def test_tokens_equal_transformers_over_the_handoff(cluster: RunningCluste
         assert [list(d.token_ids) for d in done] == expected
     assert sum(d.summary.kv_bytes_transferred for d in done) > 0
     assert sum(d.summary.cached_tokens for d in done) > 0
+    await assert_nothing_leaked(cluster)
+
+
+async def test_ranks_stay_in_step_when_a_long_prompt_is_given_up(cluster: RunningCluster, tiny_llama: Path) -> None:
+    await all_serving(cluster)
+    long, short = [7, 9] * 400, list(range(3, 23))
+    async with asyncio.timeout(DEADLINE_S), AsyncClient(cluster.router_address) as client:
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded):
+                await client.complete(long, max_tokens=4, timeout_s=0.05)
+        done = await client.complete(short, max_tokens=16, ignore_eos=True)
+    assert list(done.token_ids) == greedy(tiny_llama, short, 16)
     await assert_nothing_leaked(cluster)
 
 

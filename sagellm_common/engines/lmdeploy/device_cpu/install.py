@@ -100,9 +100,10 @@ class CpuModelAgent(model_agent.BaseModelAgent):
     async def async_forward(self, inputs: Any) -> Any:
         """One chunk of a step: a prompt longer than engine.max_prefill_tokens has many, with no other step between.
 
-        Of an abandoned step the rest is not computed. LMDeploy still wants an output; nobody will look at it.
+        Of an abandoned step the rest is not computed. LMDeploy still wants an output; nobody will look at it. Several
+        ranks finish it: they would have to agree where to stop.
         """
-        if self._last_chunk is not None and self.abandoned():
+        if self._last_chunk is not None and self.world_size == 1 and self.abandoned():
             return dict(self._last_chunk)
         output = await super().async_forward(inputs)
         self._last_chunk = dict(output)
