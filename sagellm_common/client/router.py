@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvStats, ModelInfo, WorkerRecord
 from sagellm_common.rpc import codec
-from sagellm_common.rpc.channels import ChannelPool, call, stream
+from sagellm_common.rpc.channels import ChannelPool, call
 from sagellm_common.rpc.gen.sagellm.v1 import (
     inference_pb2,
     inference_pb2_grpc,
@@ -19,6 +18,7 @@ from sagellm_common.rpc.gen.sagellm.v1 import (
     topology_pb2_grpc,
     worker_pb2,
 )
+from sagellm_common.rpc.inference_session import InferenceSession
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
 
 
@@ -72,19 +72,12 @@ class RouterClient:
         self._channels = ChannelPool()
         channel = self._channels.get(router_address)
         self._inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._session = InferenceSession(channel, router_address)
         self._topology = topology_pb2_grpc.TopologyServiceStub(channel)
 
-    async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationOutput]:
+    def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationOutput]:
         """Outputs as the router sends them. Closing the generator cancels the generation everywhere."""
-        messages = stream(
-            self._inference.Generate,
-            codec.encode_generation_request(request),
-            timeout_s=timeout_s,
-            response=inference_pb2.GenerateResponse,
-        )
-        async with aclosing(messages):
-            async for message in messages:
-                yield codec.decode_output(message)
+        return self._session.generate(request, timeout_s=timeout_s)
 
     async def cancel(self, request_id: str) -> None:
         """Ends a generation; its stream gets a last output with CANCELLED. Unknown ids are fine."""
@@ -128,6 +121,7 @@ class RouterClient:
 
     async def close(self) -> None:
         """Cancels the calls in flight. Idempotent."""
+        await self._session.close()
         await self._channels.close()
 
     async def __aenter__(self) -> Self:

@@ -377,8 +377,11 @@ def decode_summary(message: inference_pb2.GenerationSummary) -> GenerationSummar
     )
 
 
-def encode_generation_request(request: GenerationRequest) -> inference_pb2.GenerateRequest:
-    """The trace context goes as call metadata, not inside."""
+def encode_generation_request(
+    request: GenerationRequest, timeout_ms: int = 0, trace_context: Mapping[str, str] | None = None
+) -> inference_pb2.GenerateRequest:
+    """For a plain call, whose deadline and metadata say how long it may take and whose trace it is part of, without
+    `timeout_ms` and `trace_context`."""
     return inference_pb2.GenerateRequest(
         request_id=request.request_id,
         model=request.model,
@@ -387,6 +390,8 @@ def encode_generation_request(request: GenerationRequest) -> inference_pb2.Gener
         tenant=request.tenant,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        timeout_ms=timeout_ms,
+        trace_context=trace_context,
     )
 
 

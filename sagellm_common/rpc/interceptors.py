@@ -1,6 +1,8 @@
 """What every call of every service gets: typed errors, a span, metrics. The servicers know nothing of it.
 
 measured( traced( errors_to_status( handler ) ) )
+
+A session is one call to gRPC and many to its client: its servicer wraps each of them in `session_call`.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import grpc
 from prometheus_client import Counter, Histogram
 from pydantic import ValidationError
 
-from sagellm_common.core.errors import InvalidRequest, SageError
+from sagellm_common.core.errors import Internal, InvalidRequest, SageError
 from sagellm_common.core.telemetry import span
 from sagellm_common.rpc.status import abort
 
@@ -50,19 +52,45 @@ class Call:
         return next((c for c in grpc.StatusCode if number in (c, c.value[0])), grpc.StatusCode.OK)
 
 
+def _typed(err: Exception, service: str, method: str, request_id: str) -> SageError:
+    """The error a client is told; one that nobody expected is logged."""
+    if isinstance(err, SageError):
+        return err
+    if isinstance(err, ValidationError):
+        return InvalidRequest("; ".join(e["msg"] for e in err.errors()))
+    log.error("%s/%s failed, request_id=%s", service, method, request_id or "-", exc_info=err)
+    return Internal("internal error; the server's log has the details")
+
+
 @asynccontextmanager
 async def errors_to_status(call: Call) -> AsyncIterator[None]:
     try:
         yield
-    except SageError as err:
-        await abort(call.context, err)
-    except ValidationError as err:
-        await abort(call.context, InvalidRequest("; ".join(e["msg"] for e in err.errors())))
     except grpc.aio.AbortError:
         raise
     except Exception as err:
-        log.exception("%s/%s failed, request_id=%s", call.service, call.method, call.request_id or "-")
-        await abort(call.context, err)
+        await abort(call.context, _typed(err, call.service, call.method, call.request_id))
+
+
+@contextmanager
+def session_call(
+    service: str, method: str, request_id: str, carrier: Mapping[str, str], refuse: Callable[[SageError], None]
+) -> Iterator[None]:
+    """The same for one call of a session, counted as the plain `method`: an error of the block goes to `refuse`."""
+    begin, code = time.perf_counter(), grpc.StatusCode.OK.name
+    try:
+        with span(f"{service}/{method}", carrier, **{"rpc.system": "grpc", "request_id": request_id}):
+            yield
+    except asyncio.CancelledError:
+        code = grpc.StatusCode.CANCELLED.name
+        raise
+    except Exception as err:
+        error = _typed(err, service, method, request_id)
+        code = error.code
+        refuse(error)
+    finally:
+        REQUESTS.labels(service, method, code).inc()
+        DURATION.labels(service, method).observe(time.perf_counter() - begin)
 
 
 @asynccontextmanager

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
-from sagellm_common.core.errors import DeadlineExceeded
+from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, SageError
 from sagellm_common.core.telemetry import current_carrier
+from sagellm_common.core.types import GenerationOutput
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, inference_pb2_grpc, topology_pb2
+from sagellm_common.rpc.interceptors import session_call
+from sagellm_common.rpc.session_writer import SessionWriter
+from sagellm_common.rpc.status import to_status
 from services.router.codec import encode_explanation, encode_plan
 from services.router.explain import ExplainLog
 from services.router.observed import Generates
 from services.router.workers import Workers
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Writer = SessionWriter[inference_pb2.GenerateResult, inference_pb2.InferenceSessionResponse]
+
+SERVICE = "sagellm.v1.InferenceService"
 
 SLOW_READER_S = 5.0
 """A client that stops reading is dropped this long after the request's deadline at the latest."""
@@ -38,11 +46,43 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with asyncio.timeout(self._request_timeout_s + SLOW_READER_S):
                 async with aclosing(self._pipeline.generate(asked, context.time_remaining())) as outputs:
                     async for output in outputs:
-                        explanation = self._explain.get(output.request_id) if output.summary else None
-                        plan = encode_plan(explanation.plan) if explanation and explanation.plan else None
-                        await context.write(codec.encode_output(output, plan))
+                        await context.write(self._encode(output))
         except TimeoutError:
             raise DeadlineExceeded("the client did not read its tokens until the deadline") from None
+
+    async def Session(self, requests: AsyncIterator[inference_pb2.InferenceSessionRequest], context: Context) -> None:
+        """Each generation runs in a task of the session: a stream that breaks cancels them all.
+
+        None waits for the client to read; a client that reads nothing at all for a while loses its session.
+        """
+        writer = Writer(lambda results: inference_pb2.InferenceSessionResponse(results=results), context.write)
+        running: dict[int, asyncio.Task[None]] = {}
+        async with writer.serving() as tasks:
+            async for message in requests:
+                call_id = message.call_id
+                if message.HasField("generate"):
+                    if call_id in running:
+                        raise InvalidRequest(f"call_id {call_id} is in use; give each generation a new one")
+                    running[call_id] = task = tasks.create_task(self._generate(call_id, message.generate, writer))
+                    task.add_done_callback(lambda _, call_id=call_id: running.pop(call_id))  # type: ignore[misc]
+                elif message.HasField("leave") and call_id in running:
+                    running[call_id].cancel()
+
+    async def _generate(self, call_id: int, request: inference_pb2.GenerateRequest, writer: Writer) -> None:
+        def refuse(err: SageError) -> None:
+            writer.put(inference_pb2.GenerateResult(call_id=call_id, error=to_status(err)))
+
+        with session_call(SERVICE, "Generate", request.request_id, request.trace_context, refuse):
+            if request.timeout_ms < 0:
+                raise InvalidRequest(f"timeout_ms is {request.timeout_ms}, but must be at least 0")
+            asked = codec.decode_generation_request(request, current_carrier())
+            async with aclosing(self._pipeline.generate(asked, request.timeout_ms / 1000 or None)) as outputs:
+                async for output in outputs:
+                    writer.put(inference_pb2.GenerateResult(call_id=call_id, output=self._encode(output)))
+
+    def _encode(self, output: GenerationOutput) -> inference_pb2.GenerateResponse:
+        explanation = self._explain.get(output.request_id) if output.summary else None
+        return codec.encode_output(output, encode_plan(explanation.plan) if explanation and explanation.plan else None)
 
     async def CancelGeneration(
         self, request: inference_pb2.CancelGenerationRequest, context: Context

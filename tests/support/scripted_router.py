@@ -1,9 +1,9 @@
-"""A router that says what the test wrote down: a real gRPC InferenceService and TopologyService, no workers."""
+"""A router that says what the test wrote down: the real InferenceService, a TopologyService, and no workers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,8 @@ from sagellm_common.rpc.gen.sagellm.v1 import (
     worker_pb2,
 )
 from sagellm_common.rpc.server import GrpcServer, Registrar
+from services.router.explain import ExplainLog
+from services.router.servicer import InferenceServicer
 
 VOCAB_SIZE = 320
 WAIT_S = 10.0
@@ -102,15 +104,17 @@ class ScriptedRouter:
 
     # ---- InferenceService ----
 
-    async def Generate(self, message: inference_pb2.GenerateRequest, context: Any) -> AsyncIterator[Any]:
-        request = codec.decode_generation_request(message)
-        self.metadata.append(dict(context.invocation_metadata()))
+    async def generate(
+        self, request: GenerationRequest, timeout_s: float | None = None
+    ) -> AsyncGenerator[GenerationOutput, None]:
+        """In place of the router's pipeline."""
+        self.metadata.append(request.trace_context)
         cancel = self._cancel_events[request.request_id] = asyncio.Event()
         await self._note(self.requests, request)
         finished = False
         try:
             async for output in self._outputs(request, cancel):
-                yield codec.encode_output(output)
+                yield output
             finished = True
         except SageError:
             finished = True
@@ -202,10 +206,13 @@ def _logprob(token_id: int, num_logprobs: int) -> TokenLogprob:
 @asynccontextmanager
 async def scripted_router(script: Script, bind: str = "127.0.0.1:0") -> AsyncIterator[ScriptedRouter]:
     router = ScriptedRouter(script)
+    inference = InferenceServicer(router, None, ExplainLog(), WAIT_S)  # type: ignore[arg-type]  # no workers are asked
+    inference.CancelGeneration = router.CancelGeneration  # type: ignore[method-assign]
+    inference.ListModels = router.ListModels  # type: ignore[method-assign]
     server = GrpcServer(
         bind,
         [
-            Registrar("sagellm.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server, router),
+            Registrar("sagellm.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference),
             Registrar(
                 "sagellm.v1.TopologyService", topology_pb2_grpc.add_TopologyServiceServicer_to_server, _Topology(router)
             ),

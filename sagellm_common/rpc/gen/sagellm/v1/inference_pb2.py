@@ -22,33 +22,46 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as sagellm_dot_v1_dot_common__pb2
 from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2 as sagellm_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asagellm/v1/inference.proto\x12\nsagellm.v1\x1a\x17sagellm/v1/common.proto\x1a\x15sagellm/v1/plan.proto\"\xb2\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.sagellm.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\t\"\xd6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.sagellm.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.sagellm.v1.FinishReason\x12.\n\x07summary\x18\x06 \x01(\x0b\x32\x1d.sagellm.v1.GenerationSummary\"\xb8\x03\n\x11GenerationSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x14\n\x0cstore_tokens\x18\x04 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x06 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x07 \x01(\x03\x12\x10\n\x08queue_ms\x18\x08 \x01(\x01\x12\x12\n\nreserve_ms\x18\t \x01(\x01\x12\x12\n\nprefill_ms\x18\n \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x0b \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x0c \x01(\x01\x12\x0f\n\x07tpot_ms\x18\r \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x0e \x01(\x05\x12\'\n\x04plan\x18\x0f \x01(\x0b\x32\x19.sagellm.v1.ExecutionPlan\x12\x11\n\ttransport\x18\x10 \x01(\t\x12\x1a\n\x12prefill_compute_ms\x18\x11 \x01(\x01\x12\x16\n\x0estore_fetch_ms\x18\x12 \x01(\x01\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\x18\x43\x61ncelGenerationResponse\"\x13\n\x11ListModelsRequest\"\x83\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x1d\n\x15\x63ontext_length_tokens\x18\x03 \x01(\x05\x12\'\n\tkv_layout\x18\x04 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.sagellm.v1.ModelInfo2\x87\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.sagellm.v1.GenerateRequest\x1a\x1c.sagellm.v1.GenerateResponse0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.sagellm.v1.CancelGenerationRequest\x1a$.sagellm.v1.CancelGenerationResponse\x12K\n\nListModels\x12\x1d.sagellm.v1.ListModelsRequest\x1a\x1e.sagellm.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asagellm/v1/inference.proto\x12\nsagellm.v1\x1a\x17google/rpc/status.proto\x1a\x17sagellm/v1/common.proto\x1a\x15sagellm/v1/plan.proto\"\xc1\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.sagellm.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x12\n\ntimeout_ms\x18\x08 \x01(\x03\x12\x44\n\rtrace_context\x18\t \x03(\x0b\x32-.sagellm.v1.GenerateRequest.TraceContextEntry\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8c\x01\n\x17InferenceSessionRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x03\x12/\n\x08generate\x18\x02 \x01(\x0b\x32\x1b.sagellm.v1.GenerateRequestH\x00\x12)\n\x05leave\x18\x03 \x01(\x0b\x32\x18.sagellm.v1.LeaveRequestH\x00\x42\x04\n\x02op\"\x0e\n\x0cLeaveRequest\"G\n\x18InferenceSessionResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.sagellm.v1.GenerateResult\"\x81\x01\n\x0eGenerateResult\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x03\x12.\n\x06output\x18\x02 \x01(\x0b\x32\x1c.sagellm.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"\xd6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.sagellm.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.sagellm.v1.FinishReason\x12.\n\x07summary\x18\x06 \x01(\x0b\x32\x1d.sagellm.v1.GenerationSummary\"\xb8\x03\n\x11GenerationSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x14\n\x0cstore_tokens\x18\x04 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x06 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x07 \x01(\x03\x12\x10\n\x08queue_ms\x18\x08 \x01(\x01\x12\x12\n\nreserve_ms\x18\t \x01(\x01\x12\x12\n\nprefill_ms\x18\n \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x0b \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x0c \x01(\x01\x12\x0f\n\x07tpot_ms\x18\r \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x0e \x01(\x05\x12\'\n\x04plan\x18\x0f \x01(\x0b\x32\x19.sagellm.v1.ExecutionPlan\x12\x11\n\ttransport\x18\x10 \x01(\t\x12\x1a\n\x12prefill_compute_ms\x18\x11 \x01(\x01\x12\x16\n\x0estore_fetch_ms\x18\x12 \x01(\x01\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\x18\x43\x61ncelGenerationResponse\"\x13\n\x11ListModelsRequest\"\x83\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x1d\n\x15\x63ontext_length_tokens\x18\x03 \x01(\x05\x12\'\n\tkv_layout\x18\x04 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.sagellm.v1.ModelInfo2\xe1\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.sagellm.v1.GenerateRequest\x1a\x1c.sagellm.v1.GenerateResponse0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.sagellm.v1.CancelGenerationRequest\x1a$.sagellm.v1.CancelGenerationResponse\x12K\n\nListModels\x12\x1d.sagellm.v1.ListModelsRequest\x1a\x1e.sagellm.v1.ListModelsResponse\x12X\n\x07Session\x12#.sagellm.v1.InferenceSessionRequest\x1a$.sagellm.v1.InferenceSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sagellm.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=91
-  _globals['_GENERATEREQUEST']._serialized_end=269
-  _globals['_GENERATERESPONSE']._serialized_start=272
-  _globals['_GENERATERESPONSE']._serialized_end=486
-  _globals['_GENERATIONSUMMARY']._serialized_start=489
-  _globals['_GENERATIONSUMMARY']._serialized_end=929
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=931
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=976
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=978
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1004
-  _globals['_LISTMODELSREQUEST']._serialized_start=1006
-  _globals['_LISTMODELSREQUEST']._serialized_end=1025
-  _globals['_MODELINFO']._serialized_start=1028
-  _globals['_MODELINFO']._serialized_end=1159
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1161
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1220
-  _globals['_INFERENCESERVICE']._serialized_start=1223
-  _globals['_INFERENCESERVICE']._serialized_end=1486
+  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._loaded_options = None
+  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_options = b'8\001'
+  _globals['_GENERATEREQUEST']._serialized_start=116
+  _globals['_GENERATEREQUEST']._serialized_end=437
+  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_start=386
+  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_end=437
+  _globals['_INFERENCESESSIONREQUEST']._serialized_start=440
+  _globals['_INFERENCESESSIONREQUEST']._serialized_end=580
+  _globals['_LEAVEREQUEST']._serialized_start=582
+  _globals['_LEAVEREQUEST']._serialized_end=596
+  _globals['_INFERENCESESSIONRESPONSE']._serialized_start=598
+  _globals['_INFERENCESESSIONRESPONSE']._serialized_end=669
+  _globals['_GENERATERESULT']._serialized_start=672
+  _globals['_GENERATERESULT']._serialized_end=801
+  _globals['_GENERATERESPONSE']._serialized_start=804
+  _globals['_GENERATERESPONSE']._serialized_end=1018
+  _globals['_GENERATIONSUMMARY']._serialized_start=1021
+  _globals['_GENERATIONSUMMARY']._serialized_end=1461
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=1463
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1508
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1510
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1536
+  _globals['_LISTMODELSREQUEST']._serialized_start=1538
+  _globals['_LISTMODELSREQUEST']._serialized_end=1557
+  _globals['_MODELINFO']._serialized_start=1560
+  _globals['_MODELINFO']._serialized_end=1691
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1693
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1752
+  _globals['_INFERENCESERVICE']._serialized_start=1755
+  _globals['_INFERENCESERVICE']._serialized_end=2108
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,11 @@ class InferenceServiceStub:
                 request_serializer=sagellm_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/sagellm.v1.InferenceService/Session',
+                request_serializer=sagellm_dot_v1_dot_inference__pb2.InferenceSessionRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_inference__pb2.InferenceSessionResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -74,6 +79,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Session(self, request_iterator, context):
+        """One long-lived stream per client; generations are multiplexed on it. A stream that breaks cancels all of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +103,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=sagellm_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=sagellm_dot_v1_dot_inference__pb2.InferenceSessionRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_inference__pb2.InferenceSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class InferenceService:
             '/sagellm.v1.InferenceService/ListModels',
             sagellm_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
             sagellm_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/sagellm.v1.InferenceService/Session',
+            sagellm_dot_v1_dot_inference__pb2.InferenceSessionRequest.SerializeToString,
+            sagellm_dot_v1_dot_inference__pb2.InferenceSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
