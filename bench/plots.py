@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#d08770")
+COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#d08770", "#b48ead")
 
 
 def grouped_bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, out: Path) -> None:

@@ -69,8 +69,9 @@ class PrefixCache:
     def hashes(self) -> list[BlockHash]:
         return list(self._entries)
 
-    def blocks(self) -> set[int]:
-        return {entry.block for entry in self._entries.values()}
+    def blocks(self) -> BlockArray:
+        """Each of them once."""
+        return np.fromiter((entry.block for entry in self._entries.values()), np.int64, len(self._entries))
 
     def lookup(self, token_ids: TokenIds, root: BlockHash) -> tuple[list[BlockHash], BlockArray]:
         """The longest cached prefix that leaves at least one token to compute. Takes a reference on each block."""
@@ -230,13 +231,20 @@ class LmdeployKvPool:
     def get_utilization(self) -> KvStats:
         with self.lock:
             sequences = self._scheduler.seq_manager.get_all_sequences()
-            used = self._blocks_of(s.logical_blocks.get_real_blocks() for s in sequences)
-            used |= self._blocks_of(a.logical for a in self._live)
+            used = np.unique(
+                np.concatenate(
+                    [
+                        np.empty(0, np.int64),
+                        *(s.logical_blocks.get_real_blocks() for s in sequences),
+                        *(a.logical for a in self._live),
+                    ]
+                )
+            )
             return KvStats(
                 total_blocks=self._memory.num_blocks,
                 free_blocks=int(self._allocator.get_num_free_blocks()),
                 used_blocks=len(used),
-                cached_blocks=len(self.cache.blocks() - used),
+                cached_blocks=len(np.setdiff1d(self.cache.blocks(), used, assume_unique=True)),
             )
 
     def regions(self) -> KvMemory:
@@ -267,7 +275,3 @@ class LmdeployKvPool:
         allocation = EngineAllocation(physical, cached, shared, logical, hashes)
         self._live.add(allocation)
         return allocation
-
-    @staticmethod
-    def _blocks_of(arrays: Iterable[BlockArray]) -> set[int]:
-        return {int(block) for array in arrays for block in array}
