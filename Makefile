@@ -3,19 +3,22 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.4.0
 PYTEST_ARGS ?=
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
+triton := $(VENV)/.triton
 patched := $(VENV)/.patched
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system-deps run demo proto fmt lint type test test-unit test-integration test-faults cov bench clean
+.PHONY: help setup system-deps run demo proto fmt lint type test test-unit test-integration test-faults test-long cov \
+        bench clean
 
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(stamp) $(patched) ## virtual environment in .venv from requirements.lock, patched copy of LMDeploy
+setup: $(stamp) $(triton) $(patched) ## virtual environment in .venv from requirements.lock, patched copy of LMDeploy
 
 # torch first and with its own dependencies: a CUDA build needs them, and pip takes the CPU build where an index offers it.
 # The rest without: see requirements.lock. pip talks on a terminal only.
@@ -31,6 +34,11 @@ $(stamp): requirements.lock pyproject.toml
 	@echo "[4/4] sagellm itself"
 	@$(pip_install) -qq --no-deps --no-build-isolation -e .
 	@touch $@
+
+# Tests run LMDeploy's GPU kernels through it, on CPU tensors. A CUDA build of torch has brought its own.
+$(triton): $(stamp)
+	@$(bin)/python -c 'import triton' 2>/dev/null || { echo "[+] $(TRITON) (160 MB)"; $(pip_install) -qq --no-deps $(TRITON); } \
+	  && touch $@ || echo "make: no $(TRITON) for this machine; tests of LMDeploy's GPU kernels are skipped" >&2
 
 # pip's LMDeploy stays as it is; the engine says what it lacks where the copy cannot be made (no patch command).
 $(patched): $(stamp) $(wildcard third_party/patches/lmdeploy/*.patch) third_party/apply_patches.sh
@@ -78,6 +86,9 @@ test-integration: setup ## real processes
 
 test-faults: setup ## kill -9 at every stage
 	@$(bin)/pytest tests/faults $(PYTEST_ARGS)
+
+test-long: setup ## prompts of 32K, 64K and 128K tokens; minutes each
+	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py $(PYTEST_ARGS)
 
 cov: setup ## the whole suite; fails below 85 % of sagellm_common
 	@$(bin)/pytest --cov=sagellm_common --cov-report=term-missing:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
