@@ -57,6 +57,8 @@ class PrefixReuseIndex:
         alive: set[str] = set()
         for depth, block in enumerate(hashes):
             holders = self._holders.get(block)
+            if holders is not None and depth and alive <= holders:
+                continue
             still = (set(holders) if depth == 0 else alive & holders) if holders else set()
             depths.update((worker, depth) for worker in alive - still)
             alive = still

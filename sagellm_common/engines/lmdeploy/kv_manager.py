@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sagellm_common.core.errors import KvExhausted
 from sagellm_common.core.kv import Allocation, BlockEvent, KvMemory
-from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds
+from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds, pack_int32
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 BlockArray = NDArray[np.int64]
@@ -78,10 +78,10 @@ class PrefixCache:
         found: list[BlockHash] = []
         blocks: list[int] = []
         usable = (len(token_ids) - 1) // self._block_size * self._block_size if self._enabled else 0
+        packed, step = pack_int32(token_ids[:usable]), 4 * self._block_size
         for i, key in enumerate(block_hashes(token_ids[:usable], self._block_size, root)):
             entry = self._entries.get(key)
-            tokens = token_ids[i * self._block_size : (i + 1) * self._block_size].astype("<i4", copy=False).tobytes()
-            if entry is None or entry.token_ids != tokens:
+            if entry is None or entry.token_ids != packed[i * step : (i + 1) * step]:
                 break
             entry.last_used = next(self._clock)
             found.append(key)
@@ -101,13 +101,14 @@ class PrefixCache:
             return
         start = len(prefix.hashes)
         fresh = token_ids[start * self._block_size : full * self._block_size].astype("<i4", copy=False)
+        packed, step = pack_int32(fresh), 4 * self._block_size
         stored, published = [], []
         for offset, key in enumerate(block_hashes(fresh, self._block_size, prefix.parent)):
             parent = prefix.parent
             prefix.hashes.append(key)
             if key in self._entries or (parent != prefix.root and parent not in self._entries):
                 continue
-            tokens = fresh[offset * self._block_size : (offset + 1) * self._block_size].tobytes()
+            tokens = packed[offset * step : (offset + 1) * step]
             block = int(blocks[start + offset])
             self._entries[key] = CachedBlock(block, tokens, parent, last_used=next(self._clock))
             if parent in self._entries:

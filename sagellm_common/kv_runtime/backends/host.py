@@ -18,7 +18,7 @@ import numpy as np
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import ConfigError, InvalidRequest, KvExhausted, LayoutMismatch
 from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
-from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds, pack_int32
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 _NO_MEMORY = KvRegion(memoryview(b""), 0, 0)
@@ -183,7 +183,7 @@ class HostKvPool:
         Nobody sees the blocks before `commit_put`; `abort_put` gives them back. Raises InvalidRequest.
         """
         self._check_tokens(hashes, token_ids)
-        step = self.layout.block_size_tokens
+        step, packed = self.layout.block_size_tokens, pack_int32(token_ids)
         with self._lock:
             self._expire_pins()
             present: list[BlockHash] = []
@@ -202,7 +202,7 @@ class HostKvPool:
             put = PendingPut(
                 positions=np.array(positions, dtype=np.int32),
                 hashes=tuple(hashes[n] for n in positions),
-                token_bytes=tuple(_token_bytes(token_ids, n, step) for n in positions),
+                token_bytes=tuple(_token_bytes(packed, n, step) for n in positions),
                 allocation=self._hand_out(block_ids, 0),
                 num_present=len(present),
             )
@@ -264,10 +264,10 @@ class HostKvPool:
 
     def _leading(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> list[BlockHash]:
         """The hashes up to the first that is not stored, or that is stored for other tokens."""
-        step = self.layout.block_size_tokens
+        step, packed = self.layout.block_size_tokens, pack_int32(token_ids)
         for n, block_hash in enumerate(hashes):
             stored = self._stored.get(block_hash)
-            if stored is None or stored.token_bytes != _token_bytes(token_ids, n, step):
+            if stored is None or stored.token_bytes != _token_bytes(packed, n, step):
                 return list(hashes[:n])
         return list(hashes)
 
@@ -333,5 +333,5 @@ class HostKvPool:
             callback(event)
 
 
-def _token_bytes(token_ids: TokenIds, block: int, block_size_tokens: int) -> bytes:
-    return token_ids[block * block_size_tokens : (block + 1) * block_size_tokens].astype("<i4", copy=False).tobytes()
+def _token_bytes(packed: bytes, block: int, block_size_tokens: int) -> bytes:
+    return packed[4 * block * block_size_tokens : 4 * (block + 1) * block_size_tokens]
