@@ -17,6 +17,7 @@ import typer
 
 from sagellm_common.client.aio import Options, Prompt, gather
 from sagellm_common.client.sync import Client
+from sagellm_common.comm_backend.hardware import probe_all
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.engines.lmdeploy.overlay import existing_overlay
@@ -219,6 +220,16 @@ def engine_patches(
         render.out.print(patches.patches_view(found))
     if not found.usable:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def devices(json_: Json = False) -> None:
+    """What this machine can compute on, and what keeps it from it."""
+    found = probe_all()
+    if json_:
+        _print_json([asdict(device) | {"usable": device.usable} for device in found])
+    else:
+        render.out.print(render.devices_table(found))
 
 
 # ---- helpers ----

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from sagellm_common.client.aio import Completion
 from sagellm_common.client.router import ClusterView, Explanation
+from sagellm_common.core.capability import CapabilityDescriptor
 from sagellm_common.core.types import GenerationSummary
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
 from services.cli import models
@@ -90,6 +91,29 @@ def served(state: ClusterState, logs: Path | None = None, stop_with: str = "") -
         rows.append(("stop", stop_with))
     for label, value in rows:
         table.add_row(f"  {label}", value)
+    return table
+
+
+def devices_table(devices: Sequence[CapabilityDescriptor]) -> Table:
+    """A line per device; below it what is missing. Of what is not there at all, only why we think so."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("engine.device", "", "DEVICE"):
+        table.add_column(name, no_wrap=True)
+    for name in ("MEMORY", "FREE"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("DTYPES AND WHAT IS MISSING")
+    for device in devices:
+        if not device.present:
+            table.add_row(
+                device.kind.value, "[dim]–[/]", "[dim]none[/]", "", "", f"[dim]{escape(device.missing[0])}[/]"
+            )
+            continue
+        said = [" ".join(device.dtypes), *(f"[yellow]{escape(line)}[/]" for line in device.missing)]
+        mark = "[green]✓[/]" if device.usable else "[yellow]✗[/]"
+        for n, a in enumerate(device.accelerators):
+            first = (device.kind.value, mark) if n == 0 else ("", "")
+            memory = (size(a.memory_total_bytes), size(a.memory_free_bytes))
+            table.add_row(*first, f"{a.index}: {escape(a.name)}", *memory, "\n".join(said) if n == 0 else "")
     return table
 
 

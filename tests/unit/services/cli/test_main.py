@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sagellm_common.comm_backend.hardware import probe_all
 from services.cli import __main__ as cli
 from services.cli.cluster import StartFailed
 from services.cli.home import ClusterHome, ClusterState
+from tests.support.recorded_machines import KUNLUN, NVIDIA
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +122,27 @@ def test_config_schema_describes_every_section(sagellm: Sagellm) -> None:
 def test_environment_counts(sagellm: Sagellm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGELLM_CLUSTER__NAME", "other")
     assert "cluster 'other'" in sagellm("status").err
+
+
+def test_devices_of_this_machine(sagellm: Sagellm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "probe_all", lambda: probe_all(NVIDIA))
+    printed = sagellm("devices", "--json")
+    assert printed.code == 0
+    by_kind = {device["kind"]: device for device in json.loads(printed.out)}
+    assert list(by_kind) == ["cpu", "cuda", "ascend", "cambricon", "hygon", "kunlun"]
+    assert [kind for kind, device in by_kind.items() if device["usable"]] == ["cpu", "cuda"]
+    assert by_kind["cuda"]["accelerators"][1]["memory_free_bytes"] == 70012 << 20
+    table = sagellm("devices").out.splitlines()
+    assert [line.split()[0] for line in table if not line.startswith(" ")][1:] == list(by_kind)
+    (first,) = [line for line in table if line.startswith("cuda")]
+    assert "✓" in first
+    assert "0: NVIDIA H200" in first
+
+
+def test_a_device_that_is_there_says_what_keeps_it_from_being_used(
+    sagellm: Sagellm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "probe_all", lambda: probe_all(KUNLUN))
+    printed = " ".join(sagellm("devices").out.split())
+    assert "kunlun ✗ 0: Kunlunxin P800 OAM" in printed
+    assert "no device_type for Kunlunxin" in printed
