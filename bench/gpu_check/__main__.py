@@ -96,12 +96,13 @@ def verdicts(name: str, found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def speeds(name: str, found: dict[str, Any]) -> list[list[str]]:
-    """Rows (metric, stock, patched, how much slower, verdict)."""
+def speeds(name: str, found: dict[str, Any], judged: bool) -> list[list[str]]:
+    """Rows (metric, stock, patched, how much slower, verdict if it is judged)."""
     rows = []
     for metric, measured in found["speed"].items():
         values = [f"{measured[engine]:,.2f}" for engine in ("stock", "patched")]
-        rows.append([f"{name} {metric}", *values, f"{100 * measured['slower']:+.2f} %", _verdict(measured["ok"])])
+        slower = f"{100 * measured['slower']:+.2f} %"
+        rows.append([f"{name} {metric}", *values, slower, _verdict(measured["ok"]) if judged else "not judged"])
     used = found["utilisation"]
     share = f"{100 * used['mfu']:.1f} %" if used["mfu"] is not None else "peak unknown"
     rows.append([f"{name} prefill MFU", "", share, "", ""])
@@ -129,13 +130,11 @@ def run(settings: Any, out: Path | None) -> int:
         rate = found["speed"]["prefill_tokens_per_s"]["patched"]
         found["utilisation"] = utilisation(settings, SHAPES[name], rate, gpu, ceiling)
     checks = [row for name, found in results.items() for row in verdicts(name, found)]
-    measured = [row for name, found in results.items() for row in speeds(name, found)]
+    dry = settings.device == "cpu"  # whose steps are so short that their noise is far above a per cent
+    measured = [row for name, found in results.items() for row in speeds(name, found, judged=not dry)]
     print("\n" + table([["check", "result", ""], *checks]))
     print("\n" + table([["measured", "stock", "patched", "slower by", "at most 1 %"], *measured]))
-    dry = settings.device == "cpu"
-    failed = [row[0] for row in checks if row[-1] == "FAILED"]
-    # The noise of a dry run's tiny steps is far above a per cent: printed, not judged.
-    failed += [row[0] for row in measured if row[-1] == "FAILED" and not dry]
+    failed = [row[0] for row in (*checks, *measured) if row[-1] == "FAILED"]
     document = {
         "conditions": {
             "date": time.strftime("%Y-%m-%d", time.gmtime(began)),

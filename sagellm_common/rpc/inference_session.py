@@ -23,9 +23,7 @@ class InferenceSession(SessionClient[int, inference_pb2.InferenceSessionRequest,
         super().__init__(open_call, f"the router at {address}", {"address": address})
         self._call_ids = itertools.count(1)
 
-    async def generate(
-        self, request: GenerationRequest, *, timeout_s: float
-    ) -> AsyncGenerator[GenerationOutput, None]:
+    async def generate(self, request: GenerationRequest, *, timeout_s: float) -> AsyncGenerator[GenerationOutput, None]:
         """Outputs as the router sends them; the last has finish_reason. Iterate under `aclosing`: leaving early
         cancels the generation everywhere.
 

@@ -212,7 +212,9 @@ async def scripted_router(script: Script, bind: str = "127.0.0.1:0") -> AsyncIte
     server = GrpcServer(
         bind,
         [
-            Registrar("sagellm.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference),
+            Registrar(
+                "sagellm.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server, inference
+            ),
             Registrar(
                 "sagellm.v1.TopologyService", topology_pb2_grpc.add_TopologyServiceServicer_to_server, _Topology(router)
             ),
