@@ -12,13 +12,18 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bench.gpu_check.worker import Failed
+
 TIMEOUT_S = 900.0
 SAME = 1e-3
 """Two ways to add up in float32 differ by less, in logits of size 1 to 10."""
 
 
 def judge(model: str, device: str, dtype: str, sequences: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-    """`sequences` are (prompt, greedy tokens) of the engine. In a process of its own, which gives its memory back."""
+    """`sequences` are (prompt, greedy tokens) of the engine. In a process of its own, which gives its memory back.
+
+    Raises Failed.
+    """
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_judge, args=(theirs, model, device, dtype, sequences), daemon=True)
@@ -26,14 +31,12 @@ def judge(model: str, device: str, dtype: str, sequences: list[tuple[list[int], 
     theirs.close()
     try:
         if not ours.poll(TIMEOUT_S):
-            raise TimeoutError(f"transformers took longer than {TIMEOUT_S:g} s")
+            raise Failed(f"transformers took longer than {TIMEOUT_S:g} s")
         found: dict[str, Any] = ours.recv()
         return found
     except EOFError:
         process.join(10)
-        raise RuntimeError(
-            f"transformers' process ended with exit code {process.exitcode}; its error is above"
-        ) from None
+        raise Failed(f"transformers' process ended with exit code {process.exitcode}; its error is above") from None
     finally:
         process.join(10)
         if process.is_alive():
