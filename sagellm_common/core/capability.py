@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from dataclasses import dataclass
 
 
@@ -61,6 +62,13 @@ class CapabilityDescriptor:
     @property
     def present(self) -> bool:
         return bool(self.accelerators)
+
+    @property
+    def summary(self) -> str:
+        """Such as `cuda: 2 x NVIDIA H200`."""
+        counts = Counter(accelerator.name for accelerator in self.accelerators)
+        listed = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+        return f"{self.kind}: {listed or 'none'}"
 
     @property
     def usable(self) -> bool:

@@ -110,7 +110,7 @@ class LmdeployEngine:
 
     @property
     def description(self) -> str:
-        return hooks.describe()
+        return f"{hooks.describe()}; on {self._device.summary}"
 
     @property
     def kv(self) -> KVBackendProtocol:
@@ -197,6 +197,11 @@ class LmdeployEngine:
         try:
             self._core = self._load(emit)
         except (Exception, SystemExit) as error:  # LMDeploy raises all kinds for a model it cannot load, and exits
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, of any device
+                raise ConfigError(
+                    f"engine.num_blocks: {self._config.num_blocks} KV blocks and the weights do not fit into the "
+                    f"memory of {self._device.summary}; use fewer, or another device"
+                ) from error
             log.exception("LMDeploy could not load %s", self._path)
             raise ConfigError(
                 f"model.path: LMDeploy {LMDEPLOY_VERSION} cannot load {str(self._path)!r} "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sagellm_common.comm_backend.hardware import select_device
 from sagellm_common.core.capability import DeviceKind
 from sagellm_common.core.config import Config, EngineConfig, TransportConfig
 from sagellm_common.core.errors import ConfigError
@@ -89,3 +90,19 @@ def test_another_order_of_a_blocks_bytes_is_another_layout() -> None:
     tokens_first = SimpleNamespace(full_gpu_cache=(torch.empty(2, 16, 16, 4, 8),))
     assert kv_dtype(engine, tokens_first) == "bfloat16"
     assert kv_dtype(engine, heads_first) == f"bfloat16@{DeviceKind.CAMBRICON}"
+
+
+def test_a_device_has_a_name_for_people() -> None:
+    assert select_device("cuda", NVIDIA).summary == "cuda: 2 x NVIDIA H200"
+
+
+async def test_memory_that_does_not_suffice_is_said_as_such(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, emit: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30.00 GiB")
+
+    monkeypatch.setattr("sagellm_common.engines.lmdeploy.engine.LmdeployEngine._load", full)
+    config = Config.model_validate({"model": {"path": str(tiny_llama)}, "engine": {"num_blocks": 99}})
+    engine = make_engine(config)
+    with pytest.raises(ConfigError, match=r"engine\.num_blocks: 99 KV blocks and the weights do not fit"):
+        await engine.start(lambda _: None)
+    await engine.close()

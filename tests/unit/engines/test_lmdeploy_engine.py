@@ -394,7 +394,7 @@ async def test_the_patched_copy_is_what_runs(tiny_llama: Path, monkeypatch: pyte
     if hooks.missing():
         pytest.skip("LMDeploy is not patched; `make setup` does it (it needs the patch command)")
     async with running_engine(tiny_llama, patches="required") as driver:
-        assert driver.engine.description == "LMDeploy 0.11.0, all 7 hooks"
+        assert driver.engine.description.startswith("LMDeploy 0.11.0, all 7 hooks; on cpu: ")
     monkeypatch.setattr(hooks, "available", lambda: frozenset(hooks.HOOKS) - {"policy", "on_evict"})
     engine = make_engine(Config.model_validate({"model": {"path": str(tiny_llama)}, "engine": {"patches": "required"}}))
     with pytest.raises(ConfigError, match="'required', but LMDeploy lacks on_evict, policy; `sagellm engine patches"):
