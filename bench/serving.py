@@ -5,6 +5,9 @@
 All three use the same model, the same prompts' lengths and one torch thread per engine. The cluster has two engines on
 the machine's cores, the single engine one; read the columns as what a user sees, not as equal hardware. Prompts are
 random token ids, so no cache helps anybody.
+
+What the gRPC path adds to one request is measured apart, request by request in turns with the bare engine (`paired`),
+with SmolLM2 and with a tiny model whose steps are too short to hide it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import httpx
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bench.paired import Estimate, added, estimate, in_turns
 from bench.plots import grouped_bars
 from sagellm_common.client.aio import AsyncClient
 from sagellm_common.core.config import Config
@@ -39,10 +43,12 @@ from sagellm_common.engines import make_engine
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
 from services.cli.cluster import Cluster
 from services.cli.home import ClusterHome
-from services.cli.models import prepare_smollm2
+from services.cli.models import cache_home, prepare_smollm2, prepare_tiny
 
 PATHS = ("engine", "grpc", "http")
 REQUEST_TIMEOUT_S = 300.0
+TARGETS = {"added_ttft_ms": 3.0, "added_ms_per_token": 0.3}
+"""Of what the gRPC path adds to one request alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,64 @@ async def idle_round_trip_ms(address: str) -> float:
     return statistics.median(times)
 
 
+@asynccontextmanager
+async def engine_and_cluster(config: Config) -> AsyncIterator[tuple[Run, Cluster]]:
+    """A bare engine in this process, and a 1P1D cluster with the same model."""
+    with tempfile.TemporaryDirectory() as scratch, ClusterHome("bench", Path(scratch)).owned():
+        cluster = Cluster(config, ClusterHome("bench", Path(scratch)))
+        try:
+            async with single_engine(config) as engine:
+                await cluster.start()
+                yield engine, cluster
+        finally:
+            await cluster.stop()
+
+
+async def added_by_grpc(
+    engine: Run, over: Run, prompt: Callable[[], list[int]], new_tokens: int, turns: int
+) -> dict[str, Estimate]:
+    """What one request alone pays for the cluster, beyond engine and transfer.
+
+    To the first token: the client's time minus prefill's compute, of the same request; the transfer comes after it.
+    Per token after the first: TPOT without the request's own transfer, against the bare engine's TPOT before and after.
+    """
+    bare, grpc_samples = await in_turns(lambda: engine(prompt(), new_tokens), lambda: over(prompt(), new_tokens), turns)
+    summaries = [s.summary or GenerationSummary() for s in grpc_samples]
+    tpots = [
+        s.tpot_ms - summary.transfer_ms / (new_tokens - 1) for s, summary in zip(grpc_samples, summaries, strict=True)
+    ]
+    return {
+        "added_ttft_ms": estimate(
+            [s.ttft_ms - x.prefill_compute_ms for s, x in zip(grpc_samples, summaries, strict=True)]
+        ),
+        "added_ms_per_token": estimate(added([s.tpot_ms for s in bare], tpots)),
+    }
+
+
+def config_of(model: Path) -> Config:
+    return Config.model_validate(
+        {
+            "cluster": {"port_base": 0, "name": "bench"},
+            "model": {"path": str(model)},
+            "engine": {"num_blocks": 1024, "threads": 1},
+            "kv_store": {"enabled": False},
+        }
+    )
+
+
+async def measure_tiny(turns: int) -> dict[str, Estimate]:
+    """Steps of about a millisecond: what is added shows, and any contention with the engine counts in full."""
+    rng = np.random.default_rng(1)
+    config = config_of(prepare_tiny("llama", cache_home() / "bench" / "tiny-llama"))
+    async with engine_and_cluster(config) as (engine, cluster), AsyncClient(cluster.router_address) as client:
+
+        def prompt() -> list[int]:
+            return rng.integers(3, 250, size=64).tolist()  # type: ignore[no-any-return]
+
+        await added_by_grpc(engine, over_grpc(client), prompt, 64, 5)  # warm
+        return await added_by_grpc(engine, over_grpc(client), prompt, 64, turns)
+
+
 def percentile(values: list[float], q: float) -> float:
     return float(np.percentile(values, q))
 
@@ -192,14 +256,6 @@ def hops(samples: list[Sample]) -> list[list[str]]:
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = prepare_smollm2()
-    config = Config.model_validate(
-        {
-            "cluster": {"port_base": 0, "name": "bench"},
-            "model": {"path": str(model)},
-            "engine": {"num_blocks": 1024, "threads": 1},
-            "kv_store": {"enabled": False},
-        }
-    )
     rng = np.random.default_rng(0)
 
     def prompts(count: int, tokens: int) -> list[list[int]]:
@@ -207,38 +263,31 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     samples: dict[tuple[str, int], list[Sample]] = defaultdict(list)
     rates: dict[tuple[str, int], list[float]] = defaultdict(list)
-    long_prompts: list[Sample] = []
-    with tempfile.TemporaryDirectory() as scratch, ClusterHome("bench", Path(scratch)).owned():
-        cluster = Cluster(config, ClusterHome("bench", Path(scratch)))
-        try:
-            async with single_engine(config) as in_process:
-                await cluster.start()
-                async with (
-                    AsyncClient(cluster.router_address) as grpc_client,
-                    httpx.AsyncClient(base_url=cluster.gateway_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as http,
-                ):
-                    runs = dict(
-                        zip(PATHS, (in_process, over_grpc(grpc_client), over_http(http, model.name)), strict=True)
+    async with (
+        engine_and_cluster(config_of(model)) as (in_process, cluster),
+        AsyncClient(cluster.router_address) as grpc_client,
+        httpx.AsyncClient(base_url=cluster.gateway_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as http,
+    ):
+        runs = dict(zip(PATHS, (in_process, over_grpc(grpc_client), over_http(http, model.name)), strict=True))
+        for path in PATHS:  # warm: connections, allocators, first-use imports
+            await burst(runs[path], prompts(1, 64), 4, 1)
+        for round_index in range(args.rounds):
+            for concurrency in (1, 4, 16):
+                for path in PATHS:
+                    work = prompts(concurrency, args.prompt_tokens)
+                    found, rate = await burst(runs[path], work, args.new_tokens, concurrency)
+                    samples[path, concurrency] += found
+                    rates[path, concurrency].append(rate)
+                    print(
+                        f"round {round_index + 1}/{args.rounds}  {path:6} c={concurrency:<2} {rate:6.1f} tokens/s",
+                        flush=True,
                     )
-                    for path in PATHS:  # warm: connections, allocators, first-use imports
-                        await burst(runs[path], prompts(1, 64), 4, 1)
-                    for round_index in range(args.rounds):
-                        for concurrency in (1, 1, 1, 4, 16):  # one request a turn where single requests are compared
-                            for path in PATHS:
-                                work = prompts(concurrency, args.prompt_tokens)
-                                found, rate = await burst(runs[path], work, args.new_tokens, concurrency)
-                                samples[path, concurrency] += found
-                                rates[path, concurrency].append(rate)
-                                print(
-                                    f"round {round_index + 1}/{args.rounds}  {path:6} c={concurrency:<2} "
-                                    f"{rate:6.1f} tokens/s",
-                                    flush=True,
-                                )
-                    found, _ = await burst(runs["grpc"], prompts(args.rounds * 2, 1024), 8, 1)
-                    long_prompts += found
-                    floor_ms = await idle_round_trip_ms(cluster.router_address)
-        finally:
-            await cluster.stop()
+        estimates = await added_by_grpc(
+            in_process, runs["grpc"], lambda: prompts(1, 64)[0], args.new_tokens, args.rounds * 8
+        )
+        long_prompts, _ = await burst(runs["grpc"], prompts(args.rounds * 2, 1024), 8, 1)
+        floor_ms = await idle_round_trip_ms(cluster.router_address)
+    tiny = await measure_tiny(args.rounds * 40)
 
     rows = [["path", "concurrency", "TTFT p50 ms", "p95", "TPOT p50 ms", "p95", "tokens/s"]]
     for concurrency in (1, 4, 16):
@@ -257,30 +306,25 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     print(table(rows))
     print("\n1024-token prompts, concurrency 1, through gRPC\n")
     print(table(hops(long_prompts)))
-    alone = {path: samples[path, 1] for path in PATHS}
-    added_ttft = statistics.median(
-        s.ttft_ms - s.summary.prefill_compute_ms for s in alone["grpc"] if s.summary is not None
-    )
-    # Turn by turn, for the engine's own pace drifts with the machine.
-    added_itl = statistics.median(
-        over.itl_ms - bare.itl_ms for over, bare in zip(alone["grpc"], alone["engine"], strict=True)
-    )
-    share = statistics.median(s.summary.transfer_ms / s.ttft_ms for s in long_prompts if s.summary)
-    verdict = {
-        "added_ttft_ms": (added_ttft, 3.0),
-        "added_ms_per_token": (added_itl, 0.3),
-        "transfer_share_of_ttft_1k": (share, 0.05),
-    }
-    print()
-    for name, (value, target) in verdict.items():
-        print(f"{name:28} {value:7.3f}  target ≤ {target}  {'ok' if value <= target else 'MISSED'}")
-    print(f"one empty gRPC round trip from idle: {floor_ms:.2f} ms; the path to the first token has three in a row")
+    verdicts = [
+        *((f"{name}, SmolLM2", value, TARGETS[name]) for name, value in estimates.items()),
+        *((f"{name}, tiny model", value, TARGETS[name]) for name, value in tiny.items()),
+        (
+            "transfer_share_of_ttft_1k",
+            estimate([s.summary.transfer_ms / s.ttft_ms for s in long_prompts if s.summary]),
+            0.05,
+        ),
+    ]
+    print("\nmedian [95 % interval] of requests")
+    for name, value, target in verdicts:
+        print(f"{name:32} {value!s:32} target ≤ {target}  {value.verdict(target)}")
+    print(f"one empty unary gRPC call from idle: {floor_ms:.2f} ms")
     return {
         "idle_round_trip_ms": floor_ms,
         "conditions": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **vars(args)},
         "table": rows,
         "hops_1k": hops(long_prompts),
-        "targets": {name: {"value": value, "target": target} for name, (value, target) in verdict.items()},
+        "targets": {name: {**asdict(value), "target": target} for name, value, target in verdicts},
         "samples": {f"{path} c={c}": [asdict(s) for s in found] for (path, c), found in samples.items()},
     }
 
