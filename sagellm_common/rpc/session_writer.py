@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 from sagellm_common.core.errors import PeerLost
 
-T = TypeVar("T")
 M = TypeVar("M")
 
 STALL_TIMEOUT_S = 10.0
 
 
-class SessionWriter(Generic[T, M]):
-    """Sends what was `put`, all of it that waits in one message: what one engine step puts leaves together.
+class SessionWriter(Generic[M]):
+    """Sends what was added to `message`, all of it together: what one engine step adds leaves in one message.
 
-    `put` never waits, so the engine's steps never wait for a peer. The backlog is bounded in time: a peer that takes
+    Adding never waits, so the engine's steps never wait for a peer. The backlog is bounded in time: a peer that takes
     no message for `stall_timeout_s` ends the session with PeerLost.
     """
 
     def __init__(
         self,
-        encode: Callable[[Sequence[T]], M],
+        new_message: Callable[[], M],
         write: Callable[[M], Awaitable[None]],
         *,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
-        self._encode = encode
+        self._new_message = new_message
         self._write = write
         self._stall_timeout_s = stall_timeout_s
-        self._items: list[T] = []
+        self._next: M | None = None
+        self._writing_since_s: float | None = None
         self._wake = asyncio.Event()
         self._closed = False
 
-    def put(self, item: T) -> None:
-        """On the event loop."""
-        self._items.append(item)
-        self._wake.set()
+    @property
+    def message(self) -> M:
+        """The message that leaves next. Add to it at once, on the event loop: it leaves when the caller waits."""
+        if self._next is None:
+            self._next = self._new_message()
+            self._wake.set()
+        return self._next
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[asyncio.TaskGroup]:
@@ -50,7 +53,9 @@ class SessionWriter(Generic[T, M]):
         """
         try:
             async with asyncio.TaskGroup() as stream:
-                stream.create_task(self.run(), name="session-writer")
+                watchdog = stream.create_task(self._watch(), name="session-watchdog")
+                sending = stream.create_task(self.run(), name="session-writer")
+                sending.add_done_callback(lambda _: watchdog.cancel())
                 async with asyncio.TaskGroup() as requests:
                     yield requests
                 self.close()
@@ -67,16 +72,24 @@ class SessionWriter(Generic[T, M]):
         self._wake.set()
 
     async def run(self) -> None:
-        """Until `close`. Raises PeerLost when the peer stalls."""
+        """Until `close`."""
+        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
-            items, self._items = self._items, []
-            if items:
-                try:
-                    async with asyncio.timeout(self._stall_timeout_s):
-                        await self._write(self._encode(items))
-                except TimeoutError:
-                    raise PeerLost(f"the session's peer read nothing for {self._stall_timeout_s:g} s") from None
-            if self._closed and not self._items:
+            message, self._next = self._next, None
+            if message is not None:
+                self._writing_since_s = loop.time()
+                await self._write(message)
+                self._writing_since_s = None
+            if self._closed and self._next is None:
                 return
+
+    async def _watch(self) -> None:
+        """Raises PeerLost when the peer stalls. One timer for the session costs its messages nothing."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._stall_timeout_s / 4)
+            since_s = self._writing_since_s
+            if since_s is not None and loop.time() - since_s >= self._stall_timeout_s:
+                raise PeerLost(f"the session's peer read nothing for {self._stall_timeout_s:g} s")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -20,8 +20,7 @@ from services.decode.jobs import Decode, DecodeChunk, DecodeJob, ReserveJob
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Part = worker_pb2.DecodeResponse | worker_pb2.ReserveResult
-Writer = SessionWriter[Part, worker_pb2.DecodeSessionResponse]
+Writer = SessionWriter[worker_pb2.DecodeSessionResponse]
 
 
 class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
@@ -51,26 +50,26 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         return worker_pb2.CancelResponse()
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
-        async def write(responses: Sequence[worker_pb2.DecodeResponse]) -> None:
-            for response in responses:
+        async def write(message: worker_pb2.DecodeSessionResponse) -> None:
+            for response in message.outputs:
                 await context.write(response)
 
-        writer = SessionWriter[worker_pb2.DecodeResponse, Sequence[worker_pb2.DecodeResponse]](lambda all: all, write)
+        writer = Writer(worker_pb2.DecodeSessionResponse, write)
         job = self._job(request)
         async with writer.serving():
-            await self._decode.decode(job, lambda chunk: writer.put(encode_chunk(job, chunk)))
+            await self._decode.decode(job, lambda chunk: encode_chunk(writer.message.outputs.add(), job, chunk))
 
     async def Session(self, requests: AsyncIterator[worker_pb2.DecodeSessionRequest], context: Context) -> None:
         """Each generation runs in a task of the session: the stream's end, however it comes, cancels the unfinished.
 
         Reservations outlive it: their lease does.
         """
-        writer = Writer(encode_session, context.write)
+        writer = Writer(worker_pb2.DecodeSessionResponse, context.write)
         async with writer.serving() as running:
             async for message in requests:
                 match message.WhichOneof("op"):
                     case "reserve":
-                        writer.put(self._reserve_result(message.reserve))
+                        writer.message.reservations.append(self._reserve_result(message.reserve))
                     case "decode":
                         running.create_task(self._generate(message.decode, writer))
                     case "cancel":
@@ -85,7 +84,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         end = worker_pb2.DecodeResponse(request_id=request.request_id, attempt=request.attempt)
         try:
             job = self._job(request)
-            await self._decode.decode(job, lambda chunk: writer.put(encode_chunk(job, chunk)))
+            await self._decode.decode(job, lambda chunk: encode_chunk(writer.message.outputs.add(), job, chunk))
             return
         except Cancelled:
             end.finish_reason = codec.encode_finish_reason(FinishReason.CANCELLED)
@@ -96,7 +95,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             log.exception("decode of request %s failed", request.request_id)
             end.finish_reason = codec.encode_finish_reason(FinishReason.ERROR)
             end.error.CopyFrom(to_status(err))
-        writer.put(end)
+        writer.message.outputs.append(end)
 
     def _reserve_result(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveResult:
         result = worker_pb2.ReserveResult(request_id=request.request_id, attempt=request.attempt)
@@ -144,31 +143,19 @@ def _request_id(request_id: str) -> str:
     return request_id
 
 
-def encode_session(parts: Sequence[Part]) -> worker_pb2.DecodeSessionResponse:
-    """All that has come up since the last message: what one engine step gave travels together."""
-    return worker_pb2.DecodeSessionResponse(
-        outputs=[part for part in parts if isinstance(part, worker_pb2.DecodeResponse)],
-        reservations=[part for part in parts if isinstance(part, worker_pb2.ReserveResult)],
-    )
-
-
-def encode_chunk(job: DecodeJob, chunk: DecodeChunk) -> worker_pb2.DecodeResponse:
-    response = worker_pb2.DecodeResponse(
-        request_id=job.request_id,
-        attempt=job.attempt,
-        index=chunk.index,
-        token_ids=pack_int32(chunk.token_ids),
-        logprobs=codec.encode_logprobs(chunk.logprobs) if chunk.logprobs else None,
-        finish_reason=codec.encode_finish_reason(chunk.finish_reason),
-    )
+def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: DecodeChunk) -> None:
+    """Into `response`, in place: this is on the path of every token, and most fields are at their defaults."""
+    response.request_id = job.request_id
+    response.attempt = job.attempt
+    response.index = chunk.index
+    response.token_ids = pack_int32(chunk.token_ids)
+    if chunk.logprobs:
+        response.logprobs.extend(codec.encode_logprobs(chunk.logprobs))
+    if chunk.finish_reason is not None:
+        response.finish_reason = codec.encode_finish_reason(chunk.finish_reason)
     if chunk.transfer is not None:
-        response.transfer.CopyFrom(
-            worker_pb2.TransferReport(
-                bytes=chunk.transfer.bytes,
-                transfer_ms=chunk.transfer.transfer_ms,
-                blocks=chunk.transfer.blocks,
-                blocks_reused=chunk.transfer.blocks_reused,
-                backend=chunk.transfer.backend,
-            )
-        )
-    return response
+        response.transfer.bytes = chunk.transfer.bytes
+        response.transfer.transfer_ms = chunk.transfer.transfer_ms
+        response.transfer.blocks = chunk.transfer.blocks
+        response.transfer.blocks_reused = chunk.transfer.blocks_reused
+        response.transfer.backend = chunk.transfer.backend

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from google.rpc import status_pb2
 
 from sagellm_common.core.errors import InvalidRequest, SageError
 from sagellm_common.core.types import pack_int32
@@ -19,7 +20,7 @@ from services.prefill.jobs import Prefill, PrefillDone, PrefillJob
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Writer = SessionWriter[worker_pb2.PrefillResult, worker_pb2.PrefillSessionResponse]
+Writer = SessionWriter[worker_pb2.PrefillSessionResponse]
 
 
 class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
@@ -38,7 +39,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
 
     async def Session(self, requests: AsyncIterator[worker_pb2.PrefillSessionRequest], context: Context) -> None:
         """Each request runs in a task of the session: the stream's end, however it comes, cancels the unfinished."""
-        writer = Writer(lambda results: worker_pb2.PrefillSessionResponse(results=results), context.write)
+        writer = Writer(worker_pb2.PrefillSessionResponse, context.write)
         async with writer.serving() as running:
             async for message in requests:
                 if message.HasField("prefill"):
@@ -47,16 +48,18 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                     self._prefill.cancel(message.cancel.request_id, message.cancel.attempt)
 
     async def _answer(self, request: worker_pb2.PrefillRequest, writer: Writer) -> None:
-        result = worker_pb2.PrefillResult(request_id=request.request_id, attempt=request.attempt)
+        response: worker_pb2.PrefillResponse | None = None
+        error: status_pb2.Status | None = None
         try:
-            done = await self._prefill.prefill(self._job(request))
-            result.response.CopyFrom(encode_done(request, done))
+            response = encode_done(request, await self._prefill.prefill(self._job(request)))
         except SageError as err:
-            result.error.CopyFrom(to_status(err))
+            error = to_status(err)
         except Exception as err:
             log.exception("prefill of request %s failed", request.request_id)
-            result.error.CopyFrom(to_status(err))
-        writer.put(result)
+            error = to_status(err)
+        writer.message.results.add(
+            request_id=request.request_id, attempt=request.attempt, response=response, error=error
+        )
 
     def _job(self, request: worker_pb2.PrefillRequest) -> PrefillJob:
         if not request.request_id:

@@ -23,7 +23,7 @@ from services.router.observed import Generates
 from services.router.workers import Workers
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Writer = SessionWriter[inference_pb2.GenerateResult, inference_pb2.InferenceSessionResponse]
+Writer = SessionWriter[inference_pb2.InferenceSessionResponse]
 
 SERVICE = "sagellm.v1.InferenceService"
 
@@ -55,7 +55,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
         None waits for the client to read; a client that reads nothing at all for a while loses its session.
         """
-        writer = Writer(lambda results: inference_pb2.InferenceSessionResponse(results=results), context.write)
+        writer = Writer(inference_pb2.InferenceSessionResponse, context.write)
         running: dict[int, asyncio.Task[None]] = {}
         async with writer.serving() as tasks:
             async for message in requests:
@@ -70,7 +70,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _generate(self, call_id: int, request: inference_pb2.GenerateRequest, writer: Writer) -> None:
         def refuse(err: SageError) -> None:
-            writer.put(inference_pb2.GenerateResult(call_id=call_id, error=to_status(err)))
+            writer.message.results.add(call_id=call_id, error=to_status(err))
 
         with session_call(SERVICE, "Generate", request.request_id, request.trace_context, refuse):
             if request.timeout_ms < 0:
@@ -78,7 +78,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             asked = codec.decode_generation_request(request, current_carrier())
             async with aclosing(self._pipeline.generate(asked, request.timeout_ms / 1000 or None)) as outputs:
                 async for output in outputs:
-                    writer.put(inference_pb2.GenerateResult(call_id=call_id, output=self._encode(output)))
+                    writer.message.results.add(call_id=call_id, output=self._encode(output))
 
     def _encode(self, output: GenerationOutput) -> inference_pb2.GenerateResponse:
         explanation = self._explain.get(output.request_id) if output.summary else None

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 import pytest
 
@@ -9,11 +8,7 @@ from sagellm_common.core.errors import InvalidRequest, PeerLost
 from sagellm_common.rpc.session_writer import SessionWriter
 from tests.support.waiting import eventually
 
-Ints = SessionWriter[int, list[int]]
-
-
-def encode(items: Sequence[int]) -> list[int]:
-    return list(items)
+Ints = SessionWriter[list[int]]
 
 
 class Peer:
@@ -29,33 +24,33 @@ class Peer:
 
 async def test_what_waits_leaves_in_one_message() -> None:
     peer = Peer()
-    writer = Ints(encode, peer.write)
+    writer = Ints(list, peer.write)
     async with writer.serving() as running:
 
         async def step(first: int) -> None:
             for item in range(first, first + 3):
-                writer.put(item)
+                writer.message.append(item)
 
         await running.create_task(step(0))
         await eventually(lambda: bool(peer.messages))
         peer.reads.clear()
-        writer.put(3)
+        writer.message.append(3)
         for _ in range(3):
             await asyncio.sleep(0)
-        writer.put(4)
-        writer.put(5)
+        writer.message.append(4)
+        writer.message.append(5)
         peer.reads.set()
     assert peer.messages == [[0, 1, 2], [3], [4, 5]]
 
 
 async def test_leaving_waits_for_the_requests_and_sends_everything() -> None:
     peer = Peer()
-    writer = Ints(encode, peer.write)
+    writer = Ints(list, peer.write)
 
     async def late() -> None:
         for _ in range(5):
             await asyncio.sleep(0)
-        writer.put(7)
+        writer.message.append(7)
 
     async with writer.serving() as running:
         running.create_task(late())
@@ -65,7 +60,7 @@ async def test_leaving_waits_for_the_requests_and_sends_everything() -> None:
 async def test_a_peer_that_does_not_read_ends_the_session() -> None:
     peer = Peer()
     peer.reads.clear()
-    writer = Ints(encode, peer.write, stall_timeout_s=0.02)
+    writer = Ints(list, peer.write, stall_timeout_s=0.02)
     ended: list[str] = []
 
     async def request() -> None:
@@ -77,14 +72,14 @@ async def test_a_peer_that_does_not_read_ends_the_session() -> None:
     with pytest.raises(PeerLost, match="read nothing"):
         async with asyncio.timeout(5), writer.serving() as running:
             running.create_task(request())
-            writer.put(1)
+            writer.message.append(1)
             await asyncio.Event().wait()
     assert ended == ["cancelled"]
 
 
 async def test_an_error_of_the_block_is_raised_as_it_is() -> None:
     with pytest.raises(InvalidRequest, match="bad"):
-        async with Ints(encode, Peer().write).serving():
+        async with Ints(list, Peer().write).serving():
             raise InvalidRequest("bad")
 
 
@@ -100,7 +95,7 @@ async def test_cancelling_the_session_cancels_its_requests() -> None:
             ended.append("cancelled")
 
     async def session() -> None:
-        async with Ints(encode, Peer().write).serving() as running:
+        async with Ints(list, Peer().write).serving() as running:
             running.create_task(request())
             await asyncio.Event().wait()
 
