@@ -181,10 +181,13 @@ async def encode_prompt(served: ServedModel, prompt: Prompt) -> TokenIds:
 def checked_token_ids(prompt: Sequence[int] | TokenIds, vocab_size: int) -> TokenIds:
     """Raises InvalidRequest for what is no token of the model."""
     wide = np.asarray(prompt)
-    if wide.size and (wide.ndim != 1 or wide.dtype.kind not in "iu"):
+    if not wide.size:
+        return as_token_ids(wide)
+    if wide.ndim != 1 or wide.dtype.kind not in "iu":
         raise InvalidRequest("prompt: must be text, messages or a flat list of integer token ids")
-    if wide.size and not 0 <= int(wide.min()) <= int(wide.max()) < vocab_size:
-        bad = int(wide.min()) if int(wide.min()) < 0 else int(wide.max())
+    lowest, highest = int(wide.min()), int(wide.max())
+    if lowest < 0 or highest >= vocab_size:
+        bad = lowest if lowest < 0 else highest
         raise InvalidRequest(f"prompt: token id {bad} is not in the model's vocabulary, 0..{vocab_size - 1}")
     return as_token_ids(wide)
 

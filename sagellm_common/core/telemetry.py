@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from opentelemetry import trace
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -40,9 +40,11 @@ def setup_tracing(service_name: str, otlp_endpoint: str = "", exporter: SpanExpo
 
 def _idle() -> bool:
     """Nobody records here and no caller's context is to be passed on: the common case, which must cost nothing."""
+    # Not `get_tracer_provider`, which looks into the environment each time until a provider is set.
+    provider = trace._TRACER_PROVIDER
     return (
         isinstance(_tracer, trace.ProxyTracer)
-        and not isinstance(trace.get_tracer_provider(), TracerProvider)
+        and not isinstance(provider, TracerProvider)
         and not trace.get_current_span().get_span_context().is_valid
     )
 
@@ -54,15 +56,17 @@ def shutdown_tracing() -> None:
         provider.shutdown()
 
 
-@contextmanager
-def span(name: str, carrier: Mapping[str, str] | None = None, /, **attributes: AttributeValue) -> Iterator[Span]:
+_NO_SPAN = nullcontext(trace.INVALID_SPAN)
+
+
+def span(
+    name: str, carrier: Mapping[str, str] | None = None, /, **attributes: AttributeValue
+) -> AbstractContextManager[Span]:
     """A span around the block: child of `carrier` where given, else of the current one. Errors mark it failed."""
     if not carrier and _idle():
-        yield trace.INVALID_SPAN
-        return
+        return _NO_SPAN
     parent = _propagator.extract(carrier) if carrier else None
-    with _tracer.start_as_current_span(name, context=parent, attributes=attributes) as current:
-        yield current
+    return _tracer.start_as_current_span(name, context=parent, attributes=attributes)
 
 
 def current_carrier() -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import astuple
+from functools import lru_cache
 
 import xxhash
 
 from sagellm_common.core.types import BlockHash, KvLayout, TokenIds
 
 
+@lru_cache(maxsize=1024)  # asked several times for each request, on the way to its first token
 def root_hash(layout: KvLayout, cache_salt: str = "") -> BlockHash:
     """Parent of a sequence's first block: blocks of another model, layout or tenant salt never match."""
     return xxhash.xxh3_128_digest(repr((astuple(layout), cache_salt)).encode())

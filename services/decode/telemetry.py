@@ -19,6 +19,9 @@ TOKENS = Counter("sagellm_decode_tokens", "Tokens generated.")
 TPOT_SECONDS = Histogram("sagellm_decode_tpot_seconds", "Time per token after the first here.", buckets=_TPOT_SECONDS)
 BLOCKS = Counter("sagellm_decode_handoff_blocks", "Prompt blocks handed over: pulled, or reused.", ["origin"])
 
+_RESERVED = RESERVATIONS.labels("done")
+"""Looked up once: it stands between a request and its first token."""
+
 
 class ObservedDecode:
     """A `Decode` with spans and metrics."""
@@ -40,7 +43,7 @@ class ObservedDecode:
                 RESERVATIONS.labels(err.reason.lower()).inc()
                 raise
             current.set_attribute("cached_tokens", ticket.num_cached_tokens)
-        RESERVATIONS.labels("done").inc()
+        _RESERVED.inc()
         return ticket
 
     def release(self, request_id: str, attempt: int) -> None:

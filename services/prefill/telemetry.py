@@ -17,6 +17,10 @@ TOKENS = Counter("sagellm_prefill_tokens", "Prompt tokens by where their KV came
 COMPUTE_SECONDS = Histogram("sagellm_prefill_compute_seconds", "From submit to the first token.", buckets=_SECONDS)
 STORE_FETCH_SECONDS = Histogram("sagellm_prefill_store_fetch_seconds", "Asking kv_store and pulling.", buckets=_SECONDS)
 
+# Looked up once: they stand between the first token and the wire.
+_DONE = REQUESTS.labels("done")
+_STORE, _CACHE, _COMPUTED = (TOKENS.labels(origin) for origin in ("store", "cache", "computed"))
+
 
 class ObservedPrefill:
     """A `Prefill` with a span and metrics."""
@@ -41,10 +45,10 @@ class ObservedPrefill:
                 REQUESTS.labels("cancelled").inc()
                 raise
             current.set_attributes({"cached_tokens": done.cached_tokens, "store_tokens": done.store_tokens})
-        REQUESTS.labels("done").inc()
-        TOKENS.labels("store").inc(done.store_tokens)
-        TOKENS.labels("cache").inc(done.cached_tokens - done.store_tokens)
-        TOKENS.labels("computed").inc(len(job.prompt) - done.cached_tokens)
+        _DONE.inc()
+        _STORE.inc(done.store_tokens)
+        _CACHE.inc(done.cached_tokens - done.store_tokens)
+        _COMPUTED.inc(len(job.prompt) - done.cached_tokens)
         COMPUTE_SECONDS.observe(done.compute_ms / 1e3)
         STORE_FETCH_SECONDS.observe(done.store_fetch_ms / 1e3)
         return done

@@ -160,7 +160,7 @@ async def test_a_broken_stream_is_peer_lost_and_the_next_generation_opens_anothe
     router: RouterHarness, session: InferenceSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, decode = await router.pair()
-    decode.on("token:2", decode.hang)
+    decode.on("token:2", decode.hang, decode.hang)
     open_call, calls = session._open_call, []
     monkeypatch.setattr(session, "_open_call", lambda: calls.append(call := open_call()) or call)
     waiting = [asyncio.create_task(tokens_of(session, request(f"r{i}"))) for i in range(2)]
