@@ -61,7 +61,19 @@ def make_lmdeploy() -> Pool:
     return Pool(pool, cache)
 
 
-POOLS = [make_host, make_lmdeploy]
+def make_vllm() -> Pool:
+    """The pool beside vLLM's pages, filled as that engine does it; it needs no vLLM."""
+    pool = HostKvPool(NUM_BLOCKS * BLOCK_BYTES, ManualClock(), LAYOUT, "engine.num_blocks")
+
+    def cache(token_ids: TokenIds) -> None:
+        allocation = pool.allocate(token_ids, len(token_ids))
+        pool.publish(allocation, token_ids)
+        pool.free(allocation)
+
+    return Pool(pool, cache)
+
+
+POOLS = [make_host, make_lmdeploy, make_vllm]
 
 
 @pytest.fixture(params=POOLS, ids=lambda make: make.__name__.removeprefix("make_"))

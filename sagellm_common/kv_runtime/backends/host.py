@@ -46,12 +46,15 @@ class HostKvPool:
     """A `KVBackendProtocol`, and content-addressed puts and gets beside it. Thread-safe.
 
     The pool takes the first layout it is given, with budget_bytes of memory that the system provides as it is
-    touched; another layout is refused with LayoutMismatch from then on.
+    touched; another layout is refused with LayoutMismatch from then on. `setting` is what gives it more.
     """
 
-    def __init__(self, budget_bytes: int, clock: Clock, layout: KvLayout | None = None) -> None:
+    def __init__(
+        self, budget_bytes: int, clock: Clock, layout: KvLayout | None = None, setting: str = "kv_store.budget_bytes"
+    ) -> None:
         self._budget_bytes = budget_bytes
         self._clock = clock
+        self._setting = setting
         self._lock = threading.Lock()
         self._watchers: list[Callable[[BlockEvent], None]] = []
         self._layout: KvLayout | None = None
@@ -134,16 +137,11 @@ class HostKvPool:
             self._expire_pins()
             hits = self._leading(hashes, reusable)
             self._take(hits)
-            missing = max(0, -(-num_tokens // size) - len(hits))
-            available = len(self._free) + len(self._lru)
-            if missing > available:
+            try:
+                fresh = self._take_fresh(num_tokens, len(hits))
+            except KvExhausted:
                 self._drop(self._blocks_of(hits))
-                raise KvExhausted(
-                    f"{num_tokens} tokens need {missing} more KV blocks; {available} of {len(self._refs)} are left",
-                    retry_after_s=0.1,
-                )
-            fresh = self._claim(missing)
-            self._refs[fresh] = 1
+                raise
             return self._hand_out([*self._blocks_of(hits), *fresh], len(hits))
 
     def free(self, allocation: Allocation) -> None:
@@ -151,6 +149,31 @@ class HostKvPool:
         with self._lock:
             if self._held.pop(id(allocation), None) is not None:
                 self._drop(allocation.block_ids.tolist())
+
+    def extend(self, allocation: Allocation, num_tokens: int) -> None:
+        """Adds fresh blocks up to enough for num_tokens tokens in all. Raises KvExhausted, having taken nothing."""
+        with self._lock:
+            fresh = self._take_fresh(num_tokens, len(allocation.block_ids))
+            allocation.block_ids = np.concatenate([allocation.block_ids, np.array(fresh, dtype=np.int32)])
+
+    def publish(self, allocation: Allocation, token_ids: TokenIds, cache_salt: str = "") -> None:
+        """The blocks hold KV of these tokens: the full ones are found from now on. Copies of stored ones stay private.
+
+        The allocation keeps its references, and must not write its full blocks any more.
+        """
+        size = self.layout.block_size_tokens
+        hashes = block_hashes(token_ids, size, root_hash(self.layout, cache_salt))
+        with self._lock:
+            stored = []
+            for n, (block_hash, block_id) in enumerate(zip(hashes, allocation.block_ids.tolist(), strict=False)):
+                if block_hash in self._stored or block_id in self._hash_of:
+                    continue
+                self._stored[block_hash] = _Stored(block_id, _token_bytes(token_ids, n, size))
+                self._hash_of[block_id] = block_hash
+                stored.append(block_hash)
+            self.outcomes["stored"] += len(stored)
+            if stored:
+                self._tell(BlockEvent(stored=tuple(stored)))
 
     # ---- by hash ----
 
@@ -292,6 +315,20 @@ class HostKvPool:
                 self._free.append(block_id)
             else:
                 self._lru[block_hash] = None
+
+    def _take_fresh(self, num_tokens: int, num_present: int) -> list[int]:
+        """Referenced blocks for num_tokens tokens beside those present. Raises KvExhausted, having taken nothing."""
+        missing = max(0, -(-num_tokens // self.layout.block_size_tokens) - num_present)
+        available = len(self._free) + len(self._lru)
+        if missing > available:
+            raise KvExhausted(
+                f"{num_tokens} tokens need {missing} more KV blocks; {available} of {len(self._refs)} are left: "
+                f"try again, or raise {self._setting}",
+                retry_after_s=0.1,
+            )
+        fresh = self._claim(missing)
+        self._refs[fresh] = 1
+        return fresh
 
     def _claim(self, wanted: int) -> list[int]:
         """Up to `wanted` unreferenced blocks, evicting the least recently used ones where free ones run out."""

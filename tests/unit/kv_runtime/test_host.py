@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sagellm_common.core.clock import ManualClock
-from sagellm_common.core.errors import ConfigError, InvalidRequest, LayoutMismatch
+from sagellm_common.core.errors import ConfigError, InvalidRequest, KvExhausted, LayoutMismatch
 from sagellm_common.core.kv import BlockEvent
 from sagellm_common.core.types import BlockHash, TokenIds
 from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
@@ -212,3 +212,31 @@ def test_the_first_layout_stays() -> None:
 def test_a_budget_below_one_block_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="budget_bytes is 63, which holds no block of 64 bytes"):
         HostKvPool(63, ManualClock(), LAYOUT)
+
+
+def test_an_allocation_grows_and_is_freed_as_a_whole() -> None:
+    pool, _ = make(4)
+    allocation = pool.allocate(chain(1)[1], 4)
+    pool.extend(allocation, 4)  # enough already
+    pool.extend(allocation, 9)
+    assert len(set(allocation.block_ids.tolist())) == 3
+    assert counts(pool) == (3, 1, 0)
+    with pytest.raises(KvExhausted, match="need 2 more KV blocks; 1 of 4 are left"):
+        pool.extend(allocation, 17)
+    assert len(allocation.block_ids) == 3
+    pool.free(allocation)
+    assert counts(pool) == (0, 4, 0)
+
+
+def test_published_blocks_are_found_and_copies_stay_private() -> None:
+    pool, _ = make()
+    hashes, token_ids = chain(3)
+    one, two = pool.allocate(token_ids, 12), pool.allocate(token_ids, 12)
+    pool.publish(one, token_ids[:10])  # two full blocks
+    pool.publish(two, token_ids)
+    assert pool.cached_hashes() == hashes
+    found = pool.get(hashes, token_ids)
+    assert found.block_ids.tolist() == [*one.block_ids[:2], two.block_ids[2]]
+    for allocation in (one, two, found):
+        pool.free(allocation)
+    assert counts(pool) == (0, 5, 3)
