@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from tests.support.engines import running_engine
 from tests.support.oracle import greedy
-from tests.unit.engines.conftest import running_engine
 
 PROMPTS = [list(range(3, 60)), list(range(3, 40)), [7]]
 

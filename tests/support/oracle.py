@@ -40,3 +40,13 @@ def log_softmax(path: Path, tokens: list[int]) -> list[float]:
         logits = _model(path)(torch.tensor([tokens])).logits[0, -1]
     found: list[float] = logits.log_softmax(-1).tolist()
     return found
+
+
+def keys_and_values(path: Path, tokens: list[int]) -> Any:
+    """The KV cache of `tokens`: float32 [keys | values, layers, tokens, kv_heads, head_dim]."""
+    import torch
+
+    with torch.inference_mode():
+        cache = _model(path)(torch.tensor([tokens]), use_cache=True).past_key_values
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    return torch.stack([torch.stack(kinds)[:, 0] for kinds in zip(*layers, strict=True)]).transpose(2, 3).numpy()

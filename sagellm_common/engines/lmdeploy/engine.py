@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -13,13 +12,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from sagellm_common.core.config import Config
 from sagellm_common.core.config import EngineConfig as EngineSection
-from sagellm_common.core.errors import ConfigError, ContextTooLong, EngineFailed, InvalidRequest
+from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest
 from sagellm_common.core.types import KvLayout, ModelInfo
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
+from sagellm_common.engines.checkpoint import eos_token_ids, model_fingerprint, read_model_config
+from sagellm_common.engines.limits import check_request
 from sagellm_common.engines.lmdeploy import device, hooks, overlay
 from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
@@ -31,42 +30,6 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
 FIX = "`sagellm engine patches --build` makes a patched copy, as `make setup` does"
-FINGERPRINT_BYTES = 1 << 20
-
-
-def model_fingerprint(path: Path) -> str:
-    """Hash of the configuration and of the ends of each weight file: cheap, and different for different weights."""
-    digest = xxhash.xxh3_128((path / "config.json").read_bytes())
-    for weights in sorted(path.glob("*.safetensors")):
-        size = weights.stat().st_size
-        digest.update(f"{weights.name}:{size}".encode())
-        with weights.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def read_model_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's config.json. Raises ConfigError when it is not a Hugging Face checkpoint."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"model.path: {str(path)!r} holds no config.json; give a Hugging Face checkpoint directory")
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(f"model.path: {str(path)!r} holds no *.safetensors; convert the weights first")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model.path: {file} is not valid JSON: {error}") from None
-    return config
-
-
-def eos_token_ids(path: Path, config: dict[str, Any]) -> frozenset[int]:
-    """generation_config.json says it where there is one, config.json otherwise."""
-    generation = path / "generation_config.json"
-    eos = (json.loads(generation.read_text()) if generation.is_file() else {}).get("eos_token_id")
-    eos = config.get("eos_token_id") if eos is None else eos
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
 def check_divisible(model: dict[str, Any], ranks: int) -> None:
@@ -133,21 +96,9 @@ class LmdeployEngine:
 
     def submit(self, request: EngineRequest) -> None:
         core = self._started()
-        tokens, sampling = len(request.token_ids), request.sampling
-        if tokens == 0:
-            raise InvalidRequest("token_ids is empty; send at least one token")
         if core.knows(request.request_id):
             raise InvalidRequest(f"request_id {request.request_id!r} is running already; use a new one")
-        left = sampling.max_new_tokens - request.num_emitted_tokens
-        if left < 1:
-            raise InvalidRequest(f"max_new_tokens {sampling.max_new_tokens} leaves nothing to generate; raise it")
-        cached = request.allocation.num_cached_tokens if request.allocation is not None else 0
-        if cached >= tokens:
-            raise InvalidRequest(f"KV of {cached} tokens leaves nothing to compute of {tokens}; send one token more")
-        if tokens + left > self.model.context_length_tokens:
-            raise ContextTooLong(
-                f"{tokens} tokens + {left} to generate exceed the context of {self.model.context_length_tokens} tokens"
-            )
+        check_request(request, self.model)
         core.add(request)
 
     def cancel(self, request_id: str) -> None:
