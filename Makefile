@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.4.0
+LOCK   ?= requirements.lock
+VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 
 bin := $(VENV)/bin
@@ -12,8 +14,8 @@ triton := $(VENV)/.triton
 patched := $(VENV)/.patched
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system-deps run demo proto fmt lint type test test-unit test-integration test-faults test-long cov \
-        bench clean
+.PHONY: help setup setup-vllm system-deps run demo proto fmt lint type test test-unit test-integration test-faults \
+        test-long test-vllm cov bench clean
 
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,14 +25,14 @@ setup: $(stamp) $(triton) $(patched) ## virtual environment in .venv from requir
 # torch first and with its own dependencies: a CUDA build needs them, and pip takes the CPU build where an index offers it.
 # The rest without: see requirements.lock. pip talks on a terminal only.
 pip_install = $(bin)/pip --disable-pip-version-check install
-$(stamp): requirements.lock pyproject.toml
+$(stamp): $(LOCK) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or set PYTHON=…" >&2; exit 1; }
 	@echo "[1/4] virtual environment in $(VENV)"
 	@test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] $(TORCH) (200 MB; some GB where pip finds only the CUDA build)"
 	@if [ -t 1 ]; then $(pip_install) $(TORCH); else $(pip_install) -qq $(TORCH); fi
-	@echo "[3/4] the $$(grep -c == requirements.lock) packages of requirements.lock (400 MB, a minute or two)"
-	@$(pip_install) -qq --no-deps -r requirements.lock
+	@echo "[3/4] the $$(grep -c == $(LOCK)) packages of $(LOCK) (400 MB, a minute or two)"
+	@$(pip_install) -qq --no-deps -r $(LOCK)
 	@echo "[4/4] sagellm itself"
 	@$(pip_install) -qq --no-deps --no-build-isolation -e .
 	@touch $@
@@ -44,6 +46,9 @@ $(triton): $(stamp)
 $(patched): $(stamp) $(wildcard third_party/patches/lmdeploy/*.patch) third_party/apply_patches.sh
 	@$(bin)/python -m services.cli engine patches --build >/dev/null && touch $@ || \
 	  echo "make: the engine runs without our patches" >&2
+
+setup-vllm: ## vLLM, the second engine, in .venv-vllm (2.4 GB)
+	@$(MAKE) --no-print-directory $(VLLM_VENV)/.installed VENV=$(VLLM_VENV) LOCK=requirements-vllm.lock
 
 system-deps: ## etcd and libibverbs from apt (root); `make test` skips what needs them otherwise
 	@test "$$(id -u)" = 0 || { echo "make system-deps: needs root (sudo make system-deps)" >&2; exit 1; }
@@ -90,6 +95,10 @@ test-faults: setup ## kill -9 at every stage
 test-long: setup ## prompts of 32K, 64K and 128K tokens; minutes each
 	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py $(PYTEST_ARGS)
 
+test-vllm: setup setup-vllm ## vLLM: the contract of engines, 1P1D, and with LMDeploy on the other side
+	@LMDEPLOY_PYTHON=$(abspath $(bin))/python $(VLLM_VENV)/bin/pytest tests/contract/test_engine.py \
+	  tests/unit/engines/test_vllm.py tests/integration/test_vllm_cluster.py $(PYTEST_ARGS)
+
 cov: setup ## the whole suite; fails below 85 % of sagellm_common
 	@$(bin)/pytest --cov=sagellm_common --cov-report=term-missing:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
 
@@ -97,5 +106,5 @@ bench: setup ## TTFT, TPOT and tokens/s side by side
 	@$(bin)/python -m bench
 
 clean: ## remove the environment and caches (prepared models stay)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

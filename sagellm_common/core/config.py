@@ -23,7 +23,7 @@ class ModelConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["lmdeploy"] = "lmdeploy"
+    kind: Literal["lmdeploy", "vllm"] = Field("lmdeploy", description="vllm: needs `make setup-vllm`")
     patches: Literal["auto", "off", "required"] = Field(
         "auto", description="our patches to the engine; auto: where `make setup` has made the patched copy"
     )

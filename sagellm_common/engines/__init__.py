@@ -18,6 +18,13 @@ def _lmdeploy(config: Config) -> Engine:
     return LmdeployEngine(config)
 
 
+@_ENGINES.register("vllm")
+def _vllm(config: Config) -> Engine:
+    from sagellm_common.engines.vllm.engine import VllmEngine
+
+    return VllmEngine(config)
+
+
 def make_engine(config: Config) -> Engine:
     """The engine named by engine.kind, not started. Raises ConfigError."""
     return _ENGINES.get(config.engine.kind)(config)
