@@ -161,14 +161,14 @@ class HostKvPool:
 
         The allocation keeps its references, and must not write its full blocks any more.
         """
-        size = self.layout.block_size_tokens
+        size, packed = self.layout.block_size_tokens, pack_int32(token_ids)
         hashes = block_hashes(token_ids, size, root_hash(self.layout, cache_salt))
         with self._lock:
             stored = []
             for n, (block_hash, block_id) in enumerate(zip(hashes, allocation.block_ids.tolist(), strict=False)):
                 if block_hash in self._stored or block_id in self._hash_of:
                     continue
-                self._stored[block_hash] = _Stored(block_id, _token_bytes(token_ids, n, size))
+                self._stored[block_hash] = _Stored(block_id, _token_bytes(packed, n, size))
                 self._hash_of[block_id] = block_hash
                 stored.append(block_hash)
             self.outcomes["stored"] += len(stored)
