@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lmdeploy.pytorch.engine.logits_process import (
+    FusedLogitsProcessor,
+    _filter_minp_sorted_,
+    _filter_topk_sorted_,
+    _filter_topp_sorted_,
+    _multinomial_sampling,
+)
 from lmdeploy.pytorch.messages import SamplingParam
 from lmdeploy.pytorch.strategies.ar.sampling import ARSamplingStrategy
+from torch import Tensor
 
 from sagellm_common.core.types import SamplingParams
 
@@ -52,6 +60,43 @@ class RowwiseSampling(ARSamplingStrategy):
             inputs.bad_mask = inputs.bad_mask | some
         inputs.stop_words = inputs.stop_mask = None
         return inputs
+
+
+class RowwiseLogitsProcessor(FusedLogitsProcessor):
+    """LMDeploy's, with equal logits in one order: the lower token id first.
+
+    LMDeploy takes argmax, topk or an unstable sort, whichever the whole batch allows, and these disagree about ties:
+    what a sequence says would depend on its neighbours. In bfloat16 the two best logits tie every few dozen tokens.
+    """
+
+    @torch.inference_mode()
+    def sampling(self, logits: Tensor) -> Tensor:
+        """logits [B, vocabulary] → token ids [B]. Without guided decoding, which nobody can ask for."""
+        inputs = self.sampling_inputs
+        if inputs.max_top_k == 1:
+            return logits.argmax(-1)
+        count = inputs.max_top_k or logits.size(1)
+        scores, ids = best_first(logits, count)
+        if inputs.top_k is not None:
+            scores = _filter_topk_sorted_(scores, inputs.top_k.masked_fill(inputs.top_k <= 0, count))
+        if inputs.top_p is not None:
+            scores = _filter_topp_sorted_(scores, inputs.top_p)
+        if inputs.min_p is not None:
+            scores = _filter_minp_sorted_(scores, inputs.min_p)
+        tokens: Tensor = _multinomial_sampling(scores.softmax(1), inputs.random_seeds, inputs.random_offsets, ids)
+        return tokens
+
+
+def best_first(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best of each row and their indices, [B, count]; of equal ones the lower index first."""
+    if count < logits.size(1):
+        values, ids = logits.topk(count + 1)  # one more, for it tells whether there was a choice
+        if not (values[:, -1] == values[:, -2]).any():
+            ids, order = ids[:, :count].sort(1)
+            values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+            return values, ids.gather(1, order)
+    values, ids = logits.sort(dim=1, descending=True, stable=True)
+    return values[:, :count], ids[:, :count]
 
 
 def stopped(seq: Any, token: int) -> bool:

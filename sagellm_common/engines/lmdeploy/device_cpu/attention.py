@@ -5,6 +5,9 @@
 A tile is at most TILE_TOKENS long, and no mask is ever as large as queries × keys: what a step needs in memory does not
 grow with the context.
 
+All of it is computed in float32, whatever the model's dtype: how sums are grouped depends on block size, chunks and
+neighbours, and what that changes in float32 is far below what bfloat16 keeps.
+
 Shapes: T new tokens of a step over all sequences, H heads, D head size, block table [sequences, blocks].
 Caches are [num_blocks, block_size, kv_heads, D] (D / 2 packed for int4), scales and zeros [..., 2].
 """
@@ -107,15 +110,14 @@ class _Cache:
     data: Tensor
     scales_zeros: Tensor | None
     bits: int
-    dtype: torch.dtype
 
     def gather(self, blocks: Tensor) -> Tensor:
-        """Blocks [..., n] → [..., n * block_size, kv_heads, D]."""
+        """Blocks [..., n] → float32 [..., n * block_size, kv_heads, D]."""
         found = self.data[blocks]
         if self.bits:
             assert self.scales_zeros is not None
-            found = dequantize(found, self.scales_zeros[blocks], self.bits, self.dtype)
-        return found.flatten(-4, -3)
+            found = dequantize(found, self.scales_zeros[blocks], self.bits, torch.float32)
+        return found.float().flatten(-4, -3)
 
     def write(self, new: Tensor, blocks: Tensor, slots: Tensor) -> None:
         if self.bits:
@@ -149,12 +151,14 @@ class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
         if 0 < window < max(meta.kv_lens):
             raise ValueError(f"the CPU attention knows no sliding window; {max(meta.kv_lens)} tokens exceed {window}")
         assert meta.token_blocks is not None and meta.token_slots is not None
-        keys = _Cache(k_cache, k_scales_zeros, meta.quant_policy, query.dtype)
-        values = _Cache(v_cache, v_scales_zeros, meta.quant_policy, query.dtype)
+        keys = _Cache(k_cache, k_scales_zeros, meta.quant_policy)
+        values = _Cache(v_cache, v_scales_zeros, meta.quant_policy)
         keys.write(key, meta.token_blocks, meta.token_slots)
         values.write(value, meta.token_blocks, meta.token_slots)
+        dtype = query.dtype
+        query, key, value = query.float(), key.float(), value.float()
         if meta.decode_tiles:
-            return self._decode(query, keys, values, meta.decode_tiles)
+            return self._decode(query, keys, values, meta.decode_tiles).to(dtype)
         outputs, start = [], 0
         for i, (q_len, kv_len) in enumerate(zip(meta.q_lens, meta.kv_lens, strict=True)):
             new = slice(start, start + q_len)
@@ -162,7 +166,7 @@ class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
                 self._prefill(query[new], key[new], value[new], keys, values, meta.block_offsets[i], kv_len - q_len)
             )
             start += q_len
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 0)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 0)).to(dtype)
 
     def _decode(self, query: Tensor, keys: _Cache, values: _Cache, tiles: Sequence[DecodeTile]) -> Tensor:
         """One new token per sequence: query [B, H, D] → [B, H, D]."""
@@ -174,13 +178,13 @@ class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
                 # A mask hides no NaN, and slots not written yet hold whatever was there before.
                 k[:, tile.shortest :].masked_fill_(tile.padding, 0)
                 v[:, tile.shortest :].masked_fill_(tile.padding, 0)
-                mask = tile.mask.to(query.dtype)
+                mask = tile.mask
             q = query[tile.rows, :, None]
             out, lse = self._attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask)
             if len(tiles) == 1:
                 return out[:, :, 0]
             merged.add(tile.rows, out[:, :, 0], lse[:, :, 0])
-        return merged.out.to(query.dtype)
+        return merged.out
 
     def _prefill(
         self, query: Tensor, key: Tensor, value: Tensor, keys: _Cache, values: _Cache, blocks: Tensor, history: int
@@ -205,7 +209,7 @@ class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
             k, v = (cache.gather(tile)[:left].transpose(0, 1)[None] for cache in (keys, values))
             out, lse = self._attend(q, k, v)
             merged.add(every, out[0].transpose(0, 1), lse[0].T)
-        return merged.out.to(query.dtype)
+        return merged.out
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
@@ -229,7 +233,7 @@ class _Merged:
     """The attention of rows over what was added so far: `out` [rows, H, D] and its `lse` [rows, H], float32."""
 
     def __init__(self, query: Tensor) -> None:
-        self.out = torch.zeros_like(query, dtype=torch.float32)
+        self.out = torch.zeros_like(query)
         self.lse = torch.full(query.shape[:2], float("-inf"))
 
     def add(self, rows: Tensor | slice, out: Tensor, lse: Tensor) -> None:

@@ -26,6 +26,7 @@ from lmdeploy.messages import PytorchEngineConfig
 
 from sagellm_common.engines.lmdeploy.device_cpu.backend import CpuOpsBackend
 from sagellm_common.engines.lmdeploy.device_cpu.cache import CpuCacheEngine, CpuStateCacheEngine
+from sagellm_common.engines.lmdeploy.sampling import RowwiseLogitsProcessor
 
 
 @dataclass
@@ -158,4 +159,5 @@ def install() -> None:
     model_agent.StateCacheEngine = CpuStateCacheEngine
     engine.build_executor = _build_executor
     model_agent._try_to_cuda = _on_cpu
+    model_agent.FusedLogitsProcessor = RowwiseLogitsProcessor
     weight_loader.tqdm = lambda paths, **_: paths  # a worker's log is no place for a progress bar
