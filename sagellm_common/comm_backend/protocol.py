@@ -52,12 +52,19 @@ class KVTransferChannel(Protocol):
         """Begins to serve as a source; returns the data address (host:port) peers connect to."""
 
     async def pull(
-        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+        self,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        into: KvRegion | None = None,
     ) -> TransferResult:
         """Copies source_blocks[i] of the source into target_blocks[i] of the own pool, digests checked.
 
-        Raises PeerLost (connection refused, reset, silent past the deadline), LeaseExpired, KvCorrupt. After an
-        error the target blocks hold garbage, the pool is otherwise intact.
+        `into` is other memory than the pool, for blocks of another layout than the pool's. Raises LayoutMismatch unless
+        its blocks (the pool's) have the size of the source's, PeerLost (connection refused, reset, silent past the
+        deadline), LeaseExpired, KvCorrupt. After an error the target blocks hold garbage, the pool is otherwise intact.
         """
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from prometheus_client import Counter, Histogram
 
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, TransferResult
+from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 TRANSFER_BYTES = Counter(
@@ -41,10 +42,16 @@ class InstrumentedChannel:
         return await self._inner.start()
 
     async def pull(
-        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+        self,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        into: KvRegion | None = None,
     ) -> TransferResult:
         try:
-            result = await self._inner.pull(source, source_blocks, target_blocks, timeout_s=timeout_s)
+            result = await self._inner.pull(source, source_blocks, target_blocks, timeout_s=timeout_s, into=into)
         except BaseException as err:
             TRANSFER_FAILURES.labels(self.name, type(err).__name__).inc()
             raise

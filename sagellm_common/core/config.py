@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from sagellm_common.core.types import WorkerRole
 
 
 class Section(BaseModel):
@@ -50,6 +52,18 @@ class EngineConfig(Section):
         return "off" if value is False else value  # how YAML reads `patches: off`
 
 
+class RoleConfig(Section):
+    """What the engines of one role do differently; what is not set is as in `engine`."""
+
+    block_size_tokens: int | None = Field(None, ge=1, le=256)
+    num_blocks: int | None = Field(None, ge=4)
+    max_batch_size: int | None = Field(None, ge=1)
+    max_prefill_tokens: int | None = Field(None, ge=16)
+    prefix_caching: bool | None = None
+    threads: int | None = Field(None, ge=1)
+    tensor_parallel: int | None = Field(None, ge=1, le=64)
+
+
 class TransportConfig(Section):
     backend: Literal["tcp", "gloo"] = "tcp"
     digest: bool = Field(True, description="checks an xxh3 digest per block")
@@ -92,9 +106,17 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
+    prefill: RoleConfig = RoleConfig()
+    decode: RoleConfig = RoleConfig()
     transport: TransportConfig = TransportConfig()
     topology: TopologyConfig = TopologyConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
     kv_store: KvStoreConfig = KvStoreConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+
+    def of_role(self, role: WorkerRole) -> Self:
+        """As a worker of this role has it: with `engine` under what the role's own section says."""
+        sections = {WorkerRole.PREFILL: self.prefill, WorkerRole.DECODE: self.decode}
+        own = sections[role].model_dump(exclude_none=True) if role in sections else {}
+        return self.model_copy(update={"engine": self.engine.model_copy(update=own)})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core.errors import PeerLost, SageError
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import ChannelPool, call
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
-from sagellm_common.rpc.kv_transfer_service import check_layout
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,8 @@ CALL_TIMEOUT_S = 2.0
 class KvTransferClient:
     def __init__(self, channels: ChannelPool) -> None:
         self._channels = channels
-        self._agreed: dict[str, tuple[str, KvLayout]] = {}
+        self._agreed: dict[str, tuple[str, KvLayout, KvLayout]] = {}
+        """control address → incarnation of the source, our layout, its layout"""
 
     async def handshake(
         self,
@@ -29,26 +30,28 @@ class KvTransferClient:
         incarnation: str,
         layout: KvLayout,
         timeout_s: float = CALL_TIMEOUT_S,
-    ) -> None:
-        """Makes sure that `source`'s blocks fit ours: one call per incarnation of it, then none.
+    ) -> KvLayout:
+        """The layout of `source`'s blocks, which is ours or can be transcoded: one call per incarnation, then none.
 
-        `worker_id` and `incarnation` are the caller's. Raises LayoutMismatch, ConfigError (another byte path),
-        PeerLost (also when the source was restarted since it handed the blocks out), DeadlineExceeded.
+        `worker_id`, `incarnation` and `layout` are the caller's. Raises LayoutMismatch, ConfigError (another byte
+        path), PeerLost (also when the source was restarted since it handed the blocks out), DeadlineExceeded.
         """
-        agreed = (source.incarnation, layout)
-        if self._agreed.get(source.control_address) == agreed:
-            return
+        agreed = self._agreed.get(source.control_address)
+        if agreed is not None and agreed[:2] == (source.incarnation, layout):
+            return agreed[2]
         request = kv_pb2.HandshakeRequest(
             worker_id=worker_id, incarnation=incarnation, layout=codec.encode_layout(layout), backend=source.backend
         )
         stub = self._stub(source)
         response = await call(stub.Handshake, request, timeout_s=timeout_s, response=kv_pb2.HandshakeResponse)
-        check_layout(layout, codec.decode_layout(response.layout), f"worker {response.worker_id!r}")
+        theirs = codec.decode_layout(response.layout)
+        check_bridgeable(layout, theirs, worker_id, source.worker_id)
         if response.incarnation != source.incarnation:
             raise PeerLost(
                 f"worker {source.worker_id!r} was restarted: the blocks of transfer {source.transfer_id!r} are gone"
             )
-        self._agreed[source.control_address] = agreed
+        self._agreed[source.control_address] = source.incarnation, layout, theirs
+        return theirs
 
     async def renew(self, source: KvSource, *, timeout_s: float = CALL_TIMEOUT_S) -> float:
         """Starts the lease's time anew; returns its seconds. Raises LeaseExpired, PeerLost, DeadlineExceeded."""

@@ -6,7 +6,8 @@ import grpc
 
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel
-from sagellm_common.core.errors import ConfigError, LayoutMismatch
+from sagellm_common.comm_backend.transcode import check_bridgeable
+from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.types import KvLayout
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
@@ -40,7 +41,7 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         theirs = codec.decode_layout(request.layout)
         check_backend(self._channel.name, request.backend)
         if self._layout is not None:
-            check_layout(self._layout, theirs, f"worker {self._worker_id!r}")
+            check_bridgeable(self._layout, theirs, self._worker_id, request.worker_id)
         return kv_pb2.HandshakeResponse(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
@@ -72,17 +73,6 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         block_ids = codec.decode_block_ids(request.block_ids, "block_ids")
         digests = await self._channel.serve_pull(request.transfer_id, request.epoch, block_ids, request.pair_id)
         return kv_pb2.PullResponse(digests=digests)
-
-
-def check_layout(mine: KvLayout, theirs: KvLayout, who: str) -> None:
-    """Raises LayoutMismatch naming each field that differs."""
-    differences = mine.differences(theirs)
-    if differences:
-        listed = ", ".join(f"{name} is {a!r} here and {b!r} there" for name, (a, b) in differences.items())
-        raise LayoutMismatch(
-            f"KV blocks of {who} do not fit: {listed}; run all workers with one model and one engine section",
-            metadata={name: f"{a}|{b}" for name, (a, b) in differences.items()},
-        )
 
 
 def check_backend(mine: str, theirs: str) -> None:

@@ -55,7 +55,7 @@ def parse_worker_args(role: WorkerRole, argv: Sequence[str]) -> WorkerArgs:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0..65535")
     if not args.id:
         raise ConfigError("--id is empty: give each worker a name that is unique in the cluster")
-    config = load_config(args.config, os.environ, args.set)
+    config = load_config(args.config, os.environ, args.set).of_role(role)
     return WorkerArgs(
         config=config,
         worker_id=args.id,

@@ -9,8 +9,10 @@ from sagellm_common.scheduler_ir.strategies.base import Placement, RequestView
 class IRBuilder:
     """Lookup → Fetch → Prefill → Transfer → Decode → Offload, without the nodes that have nothing to do."""
 
-    def __init__(self, block_size_tokens: int) -> None:
-        self._block_size = block_size_tokens
+    def __init__(self, prefill_block_tokens: int, decode_block_tokens: int) -> None:
+        """Tokens of a block on the prefill worker and on the decode worker; the former counts where there is one."""
+        self._prefill_block = prefill_block_tokens
+        self._decode_block = decode_block_tokens
 
     def build(
         self,
@@ -33,10 +35,11 @@ class IRBuilder:
         """
         prompt, end = request.num_prompt_tokens, request.num_prompt_tokens + max_new_tokens
         # The last prompt token is always computed: its output is the first generated token.
-        on_prefill, on_decode, in_store = (
-            min(self._full_blocks(tokens), self._full_blocks(prompt - 1))
-            for tokens in (prefill_cached_tokens, decode_cached_tokens, store_cached_tokens)
+        on_prefill, in_store = (
+            _full_blocks(min(tokens, prompt - 1), self._prefill_block)
+            for tokens in (prefill_cached_tokens, store_cached_tokens)
         )
+        on_decode = _full_blocks(min(decode_cached_tokens, prompt - 1), self._decode_block)
         nodes: list[PlanNode] = []
 
         def then(kind: PlanNodeKind, worker_id: str, start: int, stop: int) -> None:
@@ -47,8 +50,9 @@ class IRBuilder:
         source = kv_source_worker_id
         if prefill and not num_emitted_tokens:
             computed_from = on_prefill
-            if store and on_prefill < self._full_blocks(prompt - 1):
-                then(PlanNodeKind.LOOKUP, prefill, on_prefill, self._full_blocks(prompt - 1))
+            cacheable = _full_blocks(prompt - 1, self._prefill_block)
+            if store and on_prefill < cacheable:
+                then(PlanNodeKind.LOOKUP, prefill, on_prefill, cacheable)
                 if in_store > on_prefill:
                     then(PlanNodeKind.FETCH, prefill, on_prefill, in_store)
                     computed_from = in_store
@@ -58,8 +62,8 @@ class IRBuilder:
             then(PlanNodeKind.TRANSFER, decode, on_decode, prompt)
         # Without a source the decode worker computes what it does not hold, emitted tokens included.
         then(PlanNodeKind.DECODE, decode, prompt if source else on_decode, end)
-        if store and self._full_blocks(end) > 0:
-            then(PlanNodeKind.OFFLOAD, decode, 0, self._full_blocks(end))
+        if store and (full := _full_blocks(end, self._decode_block)):
+            then(PlanNodeKind.OFFLOAD, decode, 0, full)
         return ExecutionPlan(
             plan_id=f"{request.request_id}/{attempt}",
             request_id=request.request_id,
@@ -68,5 +72,7 @@ class IRBuilder:
             reason=placement.reason,
         )
 
-    def _full_blocks(self, tokens: int) -> int:
-        return max(0, tokens) // self._block_size * self._block_size
+
+def _full_blocks(tokens: int, block_tokens: int) -> int:
+    """Of this many leading tokens, those in full blocks."""
+    return max(0, tokens) // block_tokens * block_tokens

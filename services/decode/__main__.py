@@ -60,7 +60,7 @@ async def compose(args: WorkerArgs) -> None:
             metrics_port=args.metrics_port,
         )
         layout = engine.kv.layout
-        puller = KvPuller(channel, transfers, LeaseReleaser(transfers, background), runtime, layout)
+        puller = KvPuller(channel, transfers, LeaseReleaser(transfers, background), runtime, engine.kv)
         offload = None
         if config.kv_store.enabled:
             store = StoreClient(channels, topology, layout, channel.name, clock)

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.telemetry import span
-from sagellm_common.core.types import KvLayout, KvSource
+from sagellm_common.core.types import KvSource
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.worker_service import WorkerView
@@ -27,13 +29,14 @@ class KvPuller:
         transfers: KvTransferClient,
         releaser: LeaseReleaser,
         worker: WorkerView,
-        layout: KvLayout,
+        pool: KVBackendProtocol,
     ) -> None:
-        self._channel = channel
+        self._tokens = TokenPuller(channel, pool.regions(), pool.layout)
+        self._backend = channel.name
         self._transfers = transfers
         self._releaser = releaser
         self._worker = worker
-        self._layout = layout
+        self._layout = pool.layout
 
     @contextmanager
     def lease(self, source: KvSource) -> Iterator[None]:
@@ -52,7 +55,7 @@ class KvPuller:
         """
         with span("transfer", request_id=job.request_id, source=source.worker_id, backend=source.backend) as current:
             me = self._worker.record
-            await self._transfers.handshake(
+            theirs = await self._transfers.handshake(
                 source, worker_id=me.worker_id, incarnation=me.incarnation, layout=self._layout
             )
             size = self._layout.block_size_tokens
@@ -60,14 +63,14 @@ class KvPuller:
             begin = max(allocation.num_cached_tokens // size, allocation.num_shared_blocks)
             end = -(-ready // size)
             if begin >= end:
-                return Transfer(0, 0.0, 0, end, self._channel.name)
+                return Transfer(0, 0.0, 0, end, self._backend)
             async with self._renewed(source):
-                result = await self._channel.pull(
-                    source, source.block_table[begin:end], allocation.block_ids[begin:end], timeout_s=job.timeout_s
+                result = await self._tokens.pull(
+                    source, theirs, allocation.block_ids, begin * size, ready, timeout_s=job.timeout_s
                 )
             allocation.num_cached_tokens = ready
             current.set_attributes({"bytes": result.bytes, "blocks": result.blocks, "blocks_reused": begin})
-            return Transfer(result.bytes, result.seconds * 1e3, result.blocks, begin, self._channel.name)
+            return Transfer(result.bytes, result.seconds * 1e3, result.blocks, begin, self._backend)
 
     def _ready_tokens(self, source: KvSource) -> int:
         """Below the watermark all layers are there; above it nothing may be read."""

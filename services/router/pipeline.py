@@ -139,11 +139,14 @@ class Pipeline:
         return Admitted(request, model, deadline)
 
     def _match(self, admitted: Admitted) -> Matched:
-        layout = admitted.model.kv_layout
-        root = root_hash(layout, admitted.request.cache_salt)
-        hashes = block_hashes(admitted.request.prompt_token_ids, layout.block_size_tokens, root)
-        depths = self._workers.matched(hashes)
-        return Matched({worker_id: depth * layout.block_size_tokens for worker_id, depth in depths.items()})
+        """Hashes differ between layouts: each one's find the workers that have it."""
+        request, cached_tokens = admitted.request, dict[str, int]()
+        for layout in self._workers.layouts(admitted.model):
+            size = layout.block_size_tokens
+            hashes = block_hashes(request.prompt_token_ids, size, root_hash(layout, request.cache_salt))
+            for worker_id, depth in self._workers.matched(hashes).items():
+                cached_tokens[worker_id] = max(cached_tokens.get(worker_id, 0), depth * size)
+        return Matched(cached_tokens)
 
     async def _route(
         self, admitted: Admitted, matched: Matched, generation: Generation, retry: Retry, slot: Slot

@@ -32,7 +32,7 @@ def place(
             reason=f"resumed after {len(generation.emitted)} tokens, {how}; decode on {placement.decode_worker_id}",
         )
     decode_id, prefill_id = placement.decode_worker_id, placement.prefill_worker_id
-    plan = IRBuilder(admitted.model.kv_layout.block_size_tokens).build(
+    plan = IRBuilder(_block_tokens(by_id[prefill_id or decode_id]), _block_tokens(by_id[decode_id])).build(
         request,
         placement,
         max_new_tokens=admitted.request.sampling.max_new_tokens,
@@ -44,6 +44,11 @@ def place(
         attempt=generation.attempts,
     )
     return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None)
+
+
+def _block_tokens(link: WorkerLink) -> int:
+    assert link.record.model is not None, "a worker that prefills or decodes has a model"
+    return link.record.model.kv_layout.block_size_tokens
 
 
 def _view(link: WorkerLink, matched: Matched) -> WorkerView:

@@ -12,9 +12,10 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+from sagellm_common.comm_backend.transcode import obstacles
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.topology import TopologySnapshot, TopologyStore
-from sagellm_common.core.types import BlockHash, ModelInfo, WorkerRecord, WorkerRole, WorkerState
+from sagellm_common.core.types import BlockHash, KvLayout, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.prefix_reuse.index import PrefixReuseIndex
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.sessions import DecodeSession, PrefillSession
@@ -128,6 +129,11 @@ class Workers:
             if link.usable and key not in self._incompatible and link.serves(model.name)
         ]
 
+    def layouts(self, model: ModelInfo) -> list[KvLayout]:
+        """KV layouts of the model's usable workers, each once."""
+        found = [link.record.model.kv_layout for link in self.usable(model) if link.record.model is not None]
+        return list(dict.fromkeys(found))
+
     def matched(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
         """Longest prefix of `hashes` each worker holds, in blocks, by worker id; those without any are absent."""
         return self._index.lookup(hashes)
@@ -173,18 +179,19 @@ class Workers:
         self._notify()
 
     def _check_layouts(self) -> None:
-        """Per model, what the worker says that joined first counts; other layouts are not used while it is there."""
+        """Per model, what the worker says that joined first counts; layouts that no transcoding bridges to it are not
+        used while it is there."""
         first: dict[str, ModelInfo] = {}
         incompatible: set[WorkerKey] = set()
         for key, link in self._links.items():
             model = link.record.model
             if link.departed or model is None or link.record.role is WorkerRole.KV_STORE:
                 continue
-            differences = first.setdefault(model.name, model).kv_layout.differences(model.kv_layout)
-            if differences:
+            found = obstacles(first.setdefault(model.name, model).kv_layout, model.kv_layout)
+            if found:
                 incompatible.add(key)
                 if key not in self._incompatible:
-                    fields = ", ".join(f"{name} {theirs!r} != {ours!r}" for name, (ours, theirs) in differences.items())
+                    fields = ", ".join(f"{name} {theirs!r} != {ours!r}" for name, (ours, theirs) in found.items())
                     log.error("worker %s is not used, its KV layout differs: %s", link.worker_id, fields)
         self._incompatible = incompatible
         self._models |= first

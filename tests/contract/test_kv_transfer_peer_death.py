@@ -151,7 +151,7 @@ async def test_handshake_over_the_wire() -> None:
         client = KvTransferClient(channels)
         me = {"worker_id": "target", "incarnation": "target-1"}
         await client.handshake(peer.source, layout=a_layout(BLOCK_BYTES), **me)
-        with pytest.raises(LayoutMismatch, match="block_bytes is 262144 here and 128 there"):
+        with pytest.raises(LayoutMismatch, match="block_bytes is 262144 on source and 128 on target"):
             await client.handshake(peer.source, layout=a_layout(128), **me)
         with pytest.raises(PeerLost, match="restarted"):
             restarted = replace(peer.source, incarnation="source-0")

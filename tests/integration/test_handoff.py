@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -15,6 +16,8 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from sagellm_common.comm_backend import token_pull
+from sagellm_common.comm_backend.transcode import Transcoder
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import (
     Cancelled,
@@ -33,7 +36,7 @@ from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import FinishReason, SamplingParams, WorkerRole, as_token_ids
 from sagellm_common.rpc.channels import call
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
-from tests.support.simulated_engine import SimulatedEngine, reference
+from tests.support.simulated_engine import SLOT_BYTES, SimulatedEngine, reference
 from tests.support.topology_server import topology_server
 from tests.support.waiting import TIMEOUT_S, eventually
 from tests.support.workers import (
@@ -126,6 +129,93 @@ async def test_another_cache_salt_reuses_nothing(prefill: Worker, decode: Worker
     assert other.prefill.cached_tokens == 0
     assert other.steps[0].transfer is not None
     assert other.steps[0].transfer.blocks_reused == 0
+
+
+# ---- blocks of other sizes, and other numbers of them ----
+
+
+@pytest.mark.parametrize("backend", ["tcp", "gloo"])
+@pytest.mark.parametrize(("theirs", "ours"), [(4, 8), (8, 4), (6, 4), (3, 5), (16, 1)])
+async def test_blocks_of_different_sizes(router: str, theirs: int, ours: int, backend: str) -> None:
+    """Three prompts that share 21 tokens, one after the other: what decode has cached is not pulled again."""
+    config = test_config(f"transport.backend={backend}")
+    async with (
+        worker(
+            WorkerRole.PREFILL,
+            router,
+            config=config,
+            engine=SimulatedEngine(block_size_tokens=theirs, num_blocks=300 // theirs),
+        ) as prefill,
+        worker(
+            WorkerRole.DECODE,
+            router,
+            config=config,
+            engine=SimulatedEngine(block_size_tokens=ours, num_blocks=250 // ours),
+        ) as decode,
+    ):
+        for n, tail in enumerate((0, 1, 30)):
+            prompt = [7 * i % 97 + 1 for i in range(21)] + [n + 1] * tail
+            wanted = request(prompt, max_new_tokens=12, request_id=f"r{n}", temperature=0.5, seed=n)
+            done = await generate(prefill, decode, wanted)
+            assert (done.tokens, done.finish_reason) == reference(prompt, wanted.sampling)
+            transfer = done.steps[0].transfer
+            assert transfer is not None
+            reused = 21 // ours if n else 0
+            assert (transfer.blocks_reused, transfer.blocks) == (reused, -(-len(prompt) // ours) - reused)
+            pulled_blocks = -(-len(prompt) // theirs) - reused * ours // theirs
+            assert transfer.bytes == pulled_blocks * prefill.engine.kv.layout.block_bytes
+            assert done.prefill.cached_tokens == (min(21, len(prompt) - 1) // theirs * theirs if n else 0)
+            await prefill.idle()
+            await decode.idle()
+
+
+async def test_a_long_pull_is_transcoded_group_by_group(
+    router: str, prefill: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks of 6 tokens at a time, which end within blocks of the source, every other time."""
+    monkeypatch.setattr(token_pull, "STAGING_BYTES", 3 * 6 * SLOT_BYTES)
+    async with worker(WorkerRole.DECODE, router, engine=SimulatedEngine(block_size_tokens=6)) as decode:
+        prompt = [7 * i % 97 + 1 for i in range(99)]
+        wanted = request(prompt, max_new_tokens=12)
+        done = await generate(prefill, decode, wanted)
+        assert (done.tokens, done.finish_reason) == reference(prompt, wanted.sampling)
+        assert done.steps[0].transfer is not None
+        assert done.steps[0].transfer.blocks == 17
+        # 25 blocks hold the prompt, and at 18, 54 and 90 tokens a turn ends within one, which the next pulls again.
+        assert done.steps[0].transfer.bytes == (25 + 3) * prefill.engine.kv.layout.block_bytes
+        await decode.idle()
+    await prefill.idle()
+
+
+async def test_cancelled_while_transcoding_nothing_is_written_afterwards(
+    router: str, prefill: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    move = Transcoder.move
+
+    def gated(self: Transcoder, *args: object) -> None:
+        entered.set()
+        assert go_on.wait(TIMEOUT_S)
+        move(self, *args)  # type: ignore[arg-type]
+        ended.set()
+
+    monkeypatch.setattr(Transcoder, "move", gated)
+    async with worker(WorkerRole.DECODE, router, engine=SimulatedEngine(block_size_tokens=8)) as decode:
+        wanted = request(PROMPT)
+        ticket = await decode.decode_session.reserve(wanted, 1, timeout_s=TIMEOUT_S)
+        first = await prefill.prefill_session.prefill(wanted, 1, ticket, timeout_s=TIMEOUT_S)
+        decoding = asyncio.create_task(decode_all(decode, wanted, first.token_ids, first.source))
+        assert await asyncio.to_thread(entered.wait, TIMEOUT_S)
+        decode.decode_session.cancel("r1", 1)
+        with pytest.raises(Cancelled):
+            await decoding
+        # The caller has its answer; the blocks are held until the thread is done with them.
+        assert decode.engine.kv.get_utilization().used_blocks == 2
+        assert not ended.is_set()
+        go_on.set()
+        await decode.idle()
+        assert ended.is_set()
+    await prefill.idle()
 
 
 # ---- where it ends ----

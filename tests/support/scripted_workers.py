@@ -44,7 +44,7 @@ LAYOUT = KvLayout(
     num_layers=2,
     num_kv_heads=1,
     head_dim=8,
-    block_bytes=1024,
+    block_bytes=512,
 )
 MODEL = ModelInfo(
     name="scripted", path="/models/scripted", context_length_tokens=256, vocab_size=1000, kv_layout=LAYOUT

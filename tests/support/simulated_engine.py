@@ -2,7 +2,8 @@
 
 Each token has a 16-byte slot of KV: a hash over the token and the KV of all tokens before it, as read from the blocks.
 The next token is a hash over the KV of all tokens so far. So a block that is missing, stale or misplaced anywhere in
-the prefix changes every token after it, as in a real model, and `reference` says what must come out.
+the prefix changes every token after it, as in a real model, and `reference` says what must come out. As in a real model
+half of a slot is in the block's keys, half in its values.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutp
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 SLOT_BYTES = 16
+HALF_BYTES = SLOT_BYTES // 2
 VOCAB_SIZE = 997
 
 
@@ -145,13 +147,17 @@ class SimulatedPool:
 
     def read(self, allocation: Allocation, num_tokens: int) -> bytes:
         """The KV of the first tokens, as it stands in the blocks."""
-        return b"".join(self._region.block(int(b)) for b in allocation.block_ids)[: num_tokens * SLOT_BYTES]
+        region = self._region
+        blocks = np.frombuffer(region.view, np.uint8).reshape(region.num_blocks, 2, -1, HALF_BYTES)
+        return blocks[allocation.block_ids].transpose(0, 2, 1, 3).tobytes()[: num_tokens * SLOT_BYTES]
 
     def write(self, allocation: Allocation, position: int, slot: bytes) -> None:
         index, offset = divmod(position, self.layout.block_size_tokens)
         assert index >= allocation.num_shared_blocks, "would write to a shared block"
         block = self._region.block(int(allocation.block_ids[index]))
-        block[offset * SLOT_BYTES : (offset + 1) * SLOT_BYTES] = slot
+        keys, values = block[: len(block) // 2], block[len(block) // 2 :]
+        for part, half in ((keys, slot[:HALF_BYTES]), (values, slot[HALF_BYTES:])):
+            part[offset * HALF_BYTES : (offset + 1) * HALF_BYTES] = half
 
     def _lookup(self, token_ids: TokenIds, cache_salt: str) -> list[int]:
         size, blocks = self.layout.block_size_tokens, []
@@ -217,7 +223,7 @@ class SimulatedEngine:
         max_prefill_tokens: int = 8,
         model: str = "simulated",
     ) -> None:
-        layout = KvLayout(model, "float32", block_size_tokens, 1, 1, 4, block_size_tokens * SLOT_BYTES)
+        layout = KvLayout(model, "float32", block_size_tokens, 1, 1, 2, block_size_tokens * SLOT_BYTES)
         self.model = ModelInfo(model, f"/models/{model}", context_length_tokens, VOCAB_SIZE, layout)
         self.description = "simulated"
         self.kv = SimulatedPool(layout, num_blocks)

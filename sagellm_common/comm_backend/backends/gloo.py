@@ -99,9 +99,15 @@ class GlooChannel:
     # ---- receiver ----
 
     async def pull(
-        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+        self,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        into: KvRegion | None = None,
     ) -> TransferResult:
-        region = self._regions()
+        region = into or self._regions()
         check_pull(region, source_blocks, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")

@@ -51,6 +51,8 @@ class GlooPair:
 
     def recv(self, region: KvRegion, block_ids: BlockIds, timeout_s: float, write: WriteGate) -> None:
         """Receives what `send` sends into the blocks, as long as `write` is open; then only takes it off the wire."""
+        if region.block_bytes != self._block_bytes:  # see `join`
+            raise LayoutMismatch(f"blocks have {region.block_bytes} bytes here and {self._block_bytes} at the source")
         pool, limit = _rows(region), timedelta(seconds=timeout_s)
         todo = list(self._groups(block_ids))
         posted = [self._post(turn, ids) for turn, ids in todo[:2]]

@@ -11,6 +11,7 @@ from typing import Self
 from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions, TransferResult
 from sagellm_common.core.errors import Draining, InvalidRequest, LayoutMismatch, PeerLost
+from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 
@@ -68,19 +69,26 @@ class MockChannel:
         return self.address
 
     async def pull(
-        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+        self,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        into: KvRegion | None = None,
     ) -> TransferResult:
-        check_pull(self._regions(), source_blocks, target_blocks)
+        region = into or self._regions()
+        check_pull(region, source_blocks, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")
         began_s = time.monotonic()
         if len(target_blocks):
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._copy(source, source_blocks, target_blocks)
+                    await self._copy(region, source, source_blocks, target_blocks)
             except TimeoutError as err:
                 raise PeerLost(f"transfer {source.transfer_id!r}: the source was silent for {timeout_s:g} s") from err
-        num_bytes = len(target_blocks) * self._regions().block_bytes
+        num_bytes = len(target_blocks) * region.block_bytes
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
@@ -90,11 +98,11 @@ class MockChannel:
         self._closed = True
         self._network.channels.pop(self.address, None)
 
-    async def _copy(self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+    async def _copy(self, mine: KvRegion, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
         peer = self._network.channels.get(source.data_address)
         if peer is None:
             raise PeerLost(f"transfer {source.transfer_id!r}: nobody is at {source.data_address!r}")
-        mine, theirs = self._regions(), peer._regions()
+        theirs = peer._regions()
         if mine.block_bytes != theirs.block_bytes:
             raise LayoutMismatch(f"blocks have {mine.block_bytes} bytes here and {theirs.block_bytes} at the source")
         with peer._leases.reading(source.transfer_id, source.epoch, source_blocks):
@@ -103,7 +111,7 @@ class MockChannel:
             for n, (theirs_id, mine_id) in enumerate(zip(source_blocks.tolist(), target_blocks.tolist(), strict=True)):
                 await self._fail(source, n * mine.block_bytes, mine.block_bytes)
                 mine.block(mine_id)[:] = theirs.block(theirs_id)
-            self._corrupt(target_blocks)
+            self._corrupt(mine, target_blocks)
         if self._digest:
             verify_blocks(mine, target_blocks, digests, source.transfer_id)
 
@@ -114,8 +122,8 @@ class MockChannel:
         if self.faults.stall_after_bytes in range(begin, begin + size):
             await asyncio.Event().wait()
 
-    def _corrupt(self, target_blocks: BlockIds) -> None:
+    def _corrupt(self, region: KvRegion, target_blocks: BlockIds) -> None:
         at = self.faults.corrupt_at_byte
         if at is not None:
-            n, offset = divmod(at, self._regions().block_bytes)
-            self._regions().block(int(target_blocks[n]))[offset] ^= 0xFF
+            n, offset = divmod(at, region.block_bytes)
+            region.block(int(target_blocks[n]))[offset] ^= 0xFF

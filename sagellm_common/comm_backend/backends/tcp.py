@@ -8,6 +8,7 @@ from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 
@@ -29,9 +30,15 @@ class TcpChannel:
         return self.address
 
     async def pull(
-        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+        self,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        into: KvRegion | None = None,
     ) -> TransferResult:
-        return await self._receiver.pull(source, source_blocks, target_blocks, timeout_s=timeout_s)
+        return await self._receiver.pull(source, source_blocks, target_blocks, timeout_s=timeout_s, into=into)
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         raise InvalidRequest("KvTransferService.Pull is for byte paths like gloo; over tcp the receiver asks in band")

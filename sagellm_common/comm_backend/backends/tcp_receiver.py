@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
 from sagellm_common.comm_backend.protocol import Memory, TransferResult
 from sagellm_common.comm_backend.wire import Wire, split_address
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import Draining, PeerLost, error_for
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 MAX_PULLS = 64
@@ -35,15 +36,21 @@ class TcpReceiver:
         self._closed = False
 
     async def pull(
-        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, *, timeout_s: float
+        self,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        into: KvRegion | None = None,
     ) -> TransferResult:
         """See `KVTransferChannel.pull`. When it returns or raises, nobody writes to the target blocks any more."""
-        memory = self._memory()
+        memory = into or self._memory()
         check_pull(memory, source_blocks, target_blocks)
         began_s = time.monotonic()
         if len(target_blocks):
             try:
-                await self._pull(source, source_blocks, target_blocks, began_s + timeout_s)
+                await self._pull(memory, source, source_blocks, target_blocks, began_s + timeout_s)
             except (OSError, EOFError, MalformedFrame) as err:
                 raise PeerLost(
                     f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} "
@@ -66,7 +73,7 @@ class TcpReceiver:
         self._threads.shutdown(wait=False)
 
     async def _pull(
-        self, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, deadline_s: float
+        self, memory: KvMemory, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, deadline_s: float
     ) -> None:
         wire = await self._connection(source.data_address, deadline_s)
         if self._closed:
@@ -74,22 +81,23 @@ class TcpReceiver:
             raise Draining("this worker's KV byte path is closed")
         wire.deadline_s = deadline_s
         loop = asyncio.get_running_loop()
-        job = loop.run_in_executor(self._threads, self._transfer, wire, source, source_blocks, target_blocks)
+        job = loop.run_in_executor(self._threads, self._transfer, wire, memory, source, source_blocks, target_blocks)
         self._active[wire] = job
         try:
             await asyncio.shield(job)
         except BaseException:
             wire.abort()
-            await _finished(job)
+            await finished(job)
             wire.close()
             raise
         finally:
             del self._active[wire]
         self._keep(source.data_address, wire)
 
-    def _transfer(self, wire: Wire, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+    def _transfer(
+        self, wire: Wire, memory: KvMemory, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds
+    ) -> None:
         """The whole exchange, on a thread of its own."""
-        memory = self._memory()
         size = memory.block_bytes
         request = frames.encode_request(
             source.transfer_id,
@@ -162,12 +170,3 @@ async def _connect(loop: asyncio.AbstractEventLoop, address: str, timeout_s: flo
         sock.close()
         raise
     return sock
-
-
-async def _finished(job: asyncio.Future[None]) -> None:
-    """Waits for a job that was told to end, through any further cancellation: the caller re-raises its own."""
-    while not job.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([job])
-    if not job.cancelled():
-        job.exception()

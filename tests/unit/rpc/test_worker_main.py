@@ -33,6 +33,16 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.config.transport.backend == "gloo"
 
 
+@pytest.mark.parametrize(
+    ("role", "blocks"), [(WorkerRole.PREFILL, 32), (WorkerRole.DECODE, 8), (WorkerRole.KV_STORE, 8)]
+)
+def test_a_roles_own_section_is_over_engine(role: WorkerRole, blocks: int) -> None:
+    argv = "--set engine.block_size_tokens=8 --set prefill.block_size_tokens=32 --set decode.threads=2 --router r:1"
+    engine = parse_worker_args(role, argv.split()).config.engine
+    assert (engine.block_size_tokens, engine.threads) == (blocks, 2 if role is WorkerRole.DECODE else 1)
+    assert engine.num_blocks == Config().engine.num_blocks
+
+
 def test_defaults() -> None:
     args = parse_worker_args(WorkerRole.PREFILL, ["--set", "router.address=r:1"])
     assert args.worker_id == "prefill-0"

@@ -15,7 +15,7 @@ LOCAL = Placement("d")
 
 
 def build(placement: Placement, prompt: int = 10, new: int = 6, **cached: object) -> ExecutionPlan:
-    return IRBuilder(4).build(RequestView("r", prompt), placement, max_new_tokens=new, **cached)  # type: ignore[arg-type]
+    return IRBuilder(4, 4).build(RequestView("r", prompt), placement, max_new_tokens=new, **cached)  # type: ignore[arg-type]
 
 
 def shape(plan: ExecutionPlan) -> list[tuple[str, str, int, int]]:
@@ -48,6 +48,24 @@ def test_the_last_prompt_token_is_computed_even_if_its_block_is_cached() -> None
 
 def test_decode_pulls_only_what_it_does_not_hold() -> None:
     assert shape(build(NO_STORE, decode_cached_tokens=8))[1] == ("transfer", "d", 8, 10)
+
+
+def test_each_worker_counts_in_blocks_of_its_own() -> None:
+    plan = IRBuilder(6, 4).build(
+        RequestView("r", 20),
+        DISAGGREGATED,
+        max_new_tokens=3,
+        prefill_cached_tokens=12,
+        store_cached_tokens=16,
+        decode_cached_tokens=20,
+    )
+    assert shape(plan) == [
+        ("lookup", "p", 12, 18),
+        ("prefill", "p", 12, 20),
+        ("transfer", "d", 16, 20),
+        ("decode", "d", 20, 23),
+        ("offload", "d", 0, 20),
+    ]
 
 
 def test_local_prefill() -> None:

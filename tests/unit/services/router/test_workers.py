@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from sagellm_common.core.types import SamplingParams, as_token_ids
+from sagellm_common.core.types import BlockHash, KvLayout, SamplingParams, as_token_ids
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2
 from tests.support.router_harness import PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import LAYOUT, MODEL, ScriptedDecode, ScriptedPrefill, oracle
 from tests.support.waiting import eventually
@@ -31,6 +32,27 @@ async def test_a_newcomer_with_another_layout_is_named_and_not_used(
         assert (await router.generate(request_id=f"r{turn}")).summary.prefill_worker_id == "prefill-0"
     assert not stranger.requests
     assert router.router.workers.models() == {MODEL.name: MODEL}
+
+
+async def test_workers_with_other_block_sizes_are_used_and_each_matched_by_its_own(router: RouterHarness) -> None:
+    larger = replace(LAYOUT, block_size_tokens=8, block_bytes=1024)
+    prefills = [await router.add(ScriptedPrefill(f"prefill-{i}")) for i in range(2)]
+    await router.add(ScriptedDecode(prefills=prefills, model=replace(MODEL, kv_layout=larger)))
+    prompt = [*PROMPT, *range(30, 40)]  # 19 tokens: 4 blocks of 4, 2 of 8
+
+    def stored(layout: KvLayout) -> list[BlockHash]:
+        return block_hashes(as_token_ids(prompt), layout.block_size_tokens, root_hash(layout))
+
+    prefills[1].publish(2, stored=stored(LAYOUT)[:3])
+    router.workers[2].publish(2, stored=stored(larger))
+    await eventually(lambda: router.router.workers.matched(stored(LAYOUT)) == {"prefill-1": 3})
+    await eventually(lambda: router.router.workers.matched(stored(larger)) == {"decode-0": 2})
+    generated = await router.generate(prompt)
+    assert generated.tokens == oracle(prompt, GREEDY_6)
+    assert generated.summary.prefill_worker_id == "prefill-1"
+    starts = {node.kind: node.start_token for node in generated.plan.nodes}
+    assert starts[plan_pb2.PLAN_NODE_KIND_PREFILL] == 12
+    assert starts[plan_pb2.PLAN_NODE_KIND_TRANSFER] == 16
 
 
 async def test_with_the_last_worker_of_a_layout_gone_the_other_layout_counts(router: RouterHarness) -> None:
