@@ -52,6 +52,8 @@ class StoreClient:
         self._backend = backend
         self._clock = clock
         self._skip_until_s: dict[str, float] = {}
+        self._layouts: dict[tuple[str, str], KvLayout] = {}
+        """(worker id, incarnation) of the store → layout of its blocks."""
 
     @property
     def available(self) -> bool:
@@ -69,17 +71,37 @@ class StoreClient:
         response = await self._call("Lookup", request, timeout_s, kv_pb2.KvLookupResponse)
         return response.num_blocks
 
+    async def layout(self, *, timeout_s: float = GET_TIMEOUT_S) -> KvLayout | None:
+        """That of the store's blocks, maybe of another size than ours; None while it has none. Asked for once.
+
+        Raises LayoutMismatch for one that cannot be transcoded to ours, and any other SageError.
+        """
+        store = self._find()
+        key = (store.worker_id, store.incarnation) if store else ("", "")
+        if key not in self._layouts:
+            request = kv_pb2.KvLookupRequest(layout=codec.encode_layout(self._layout))
+            response = await self._call("Lookup", request, timeout_s, kv_pb2.KvLookupResponse)
+            if not response.HasField("layout"):
+                return None
+            self._layouts = {key: codec.decode_layout(response.layout)}
+        return self._layouts[key]
+
     async def get(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, *, timeout_s: float = GET_TIMEOUT_S
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        layout: KvLayout,
+        *,
+        timeout_s: float = GET_TIMEOUT_S,
     ) -> KvSource | None:
         """Pins the leading blocks the store holds; None when it holds none. Raises SageError.
 
-        `token_ids` are those of the blocks, for the store to check its hits against. The caller pulls
-        `source.block_table` and releases the lease.
+        `layout` is the store's. `token_ids` are those of the blocks, for the store to check its hits against. The
+        caller pulls `source.block_table` and releases the lease.
         """
         request = kv_pb2.KvGetRequest(
             block_hashes=codec.encode_hashes(hashes),
-            layout=codec.encode_layout(self._layout),
+            layout=codec.encode_layout(layout),
             backend=self._backend,
             token_ids=pack_int32(token_ids),
         )

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.types import BlockHash, KvLayout, KvSource, TokenIds, WorkerRecord
@@ -57,9 +58,16 @@ class KvStore:
     def load(self) -> Load:
         return Load(running_requests=self._running_puts, pinned_transfers=len(self._leases))
 
-    def lookup(self, hashes: Sequence[BlockHash], layout: KvLayout) -> int:
-        """How many leading hashes are stored. Raises LayoutMismatch."""
-        return self._pool.lookup(hashes) if self._pool.check_layout(layout) else 0
+    def lookup(self, hashes: Sequence[BlockHash], layout: KvLayout) -> tuple[int, KvLayout | None]:
+        """How many leading hashes are stored, and the layout of all that is; None for nothing yet.
+
+        With another layout than that nothing is found. Raises LayoutMismatch where it cannot be transcoded to either.
+        """
+        if not self._pool.regions().num_blocks:
+            return 0, None
+        mine = self._pool.layout
+        check_bridgeable(mine, layout, self._worker.record.worker_id, "the caller")
+        return self._pool.lookup(hashes) if mine == layout else 0, mine
 
     def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds, layout: KvLayout, backend: str) -> KvSource | None:
         """The leading blocks stored for these tokens, pinned under a new lease; None for none.

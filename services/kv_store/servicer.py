@@ -27,7 +27,8 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
         context: grpc.aio.ServicerContext[kv_pb2.KvLookupRequest, kv_pb2.KvLookupResponse],
     ) -> kv_pb2.KvLookupResponse:
         hashes, layout = codec.decode_hashes(request.block_hashes), codec.decode_layout(request.layout)
-        return kv_pb2.KvLookupResponse(num_blocks=self._store.lookup(hashes, layout))
+        num_blocks, stored = self._store.lookup(hashes, layout)
+        return kv_pb2.KvLookupResponse(num_blocks=num_blocks, layout=codec.encode_layout(stored) if stored else None)
 
     async def Get(
         self,

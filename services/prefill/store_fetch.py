@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass, replace
 
+import numpy as np
 from prometheus_client import Counter
 
 from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.types import KvLayout, KvSource
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.store_client import StoreClient
@@ -27,13 +31,15 @@ FETCHES = Counter("sagellm_prefill_store_fetches", "Attempts to fetch prefix blo
 
 
 class StoreFetch:
+    """Into blocks of `pool`, whatever the size of the store's."""
+
     def __init__(
-        self, store: StoreClient, channel: KVTransferChannel, releaser: LeaseReleaser, layout: KvLayout
+        self, store: StoreClient, channel: KVTransferChannel, releaser: LeaseReleaser, pool: KVBackendProtocol
     ) -> None:
         self._store = store
-        self._channel = channel
+        self._tokens = TokenPuller(channel, pool.regions(), pool.layout)
         self._releaser = releaser
-        self._layout = layout
+        self._layout = pool.layout
 
     async def fetch(self, job: PrefillJob, allocation: Allocation) -> int:
         """Fills blocks after the cached ones with what the store holds and raises `num_cached_tokens`.
@@ -45,38 +51,65 @@ class StoreFetch:
         end = (len(job.prompt) - 1) // size
         if begin >= end or not self._store.available:
             return 0
-        source = None
-        hashes = block_hashes(job.prompt[: end * size], size, root_hash(self._layout, job.cache_salt))
+        found = None
         timeout_s = FETCH_TIMEOUT_S + (end - begin) * self._layout.block_bytes / SLOWEST_BYTES_PER_S
         try:
             async with asyncio.timeout(min(timeout_s, job.timeout_s / 2)):
-                source = await self._store.get(hashes[begin:end], job.prompt[begin * size : end * size])
-                if source is None:
-                    FETCHES.labels("miss").inc()
-                    return 0
-                num_blocks = min(len(source.block_table), end - begin)
-                await self._pull(source, num_blocks, allocation, begin, timeout_s)
+                found = await self._find(job, begin * size, end * size)
+                if found is not None:
+                    await self._pull(found, allocation, begin * size, timeout_s)
         except (SageError, TimeoutError) as err:
-            if source is not None:
-                self._store.failed(source.worker_id)
+            if found is not None:
+                self._store.failed(found.source.worker_id)
             FETCHES.labels("failed").inc()
             log.warning("request %s goes without the kv_store: %r", job.request_id, err)
             return 0
+        if found is None or found.end_token <= begin * size:
+            FETCHES.labels("miss").inc()
+            return 0
         FETCHES.labels("hit").inc()
-        before, allocation.num_cached_tokens = allocation.num_cached_tokens, (begin + num_blocks) * size
+        before, allocation.num_cached_tokens = allocation.num_cached_tokens, found.end_token
         return allocation.num_cached_tokens - before
 
-    async def _pull(
-        self, source: KvSource, num_blocks: int, allocation: Allocation, begin: int, timeout_s: float
-    ) -> None:
+    async def _find(self, job: PrefillJob, begin_token: int, end_token: int) -> _Found | None:
+        """The store's blocks that hold tokens from `begin_token` up to `end_token` at most; None for none."""
+        layout = await self._store.layout()
+        if layout is None:
+            return None
+        size = layout.block_size_tokens
+        first, stop = begin_token // size, min(-(-end_token // size), len(job.prompt) // size)
+        if first >= stop:
+            return None
+        hashes = block_hashes(job.prompt[: stop * size], size, root_hash(layout, job.cache_salt))
+        source = await self._store.get(hashes[first:], job.prompt[first * size : stop * size], layout)
+        if source is None:
+            return None
+        table = np.concatenate([np.zeros(first, np.int32), source.block_table[: stop - first]])
+        full = min(len(table) * size, end_token) // self._layout.block_size_tokens
+        return _Found(replace(source, block_table=table), layout, full * self._layout.block_size_tokens)
+
+    async def _pull(self, found: _Found, allocation: Allocation, begin_token: int, timeout_s: float) -> None:
         committed = False
         try:
-            await self._channel.pull(
-                source,
-                source.block_table[:num_blocks],
-                allocation.block_ids[begin : begin + num_blocks],
-                timeout_s=timeout_s,
-            )
+            if begin_token < found.end_token:
+                await self._tokens.pull(
+                    found.source,
+                    found.layout,
+                    allocation.block_ids,
+                    begin_token,
+                    found.end_token,
+                    timeout_s=timeout_s,
+                )
             committed = True
         finally:
-            self._releaser.release(source, committed)
+            self._releaser.release(found.source, committed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Pinned blocks of the store, their table as if it began at the prompt's first token; they hold the prompt's full
+    blocks of our size up to `end_token`."""
+
+    source: KvSource
+    layout: KvLayout
+    end_token: int

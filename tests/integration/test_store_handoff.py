@@ -24,7 +24,7 @@ from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from services.kv_store.block_log import BlockLog
 from services.kv_store.loop import KvStore
 from services.kv_store.servicer import KvStoreServicer
-from tests.support.simulated_engine import reference
+from tests.support.simulated_engine import SimulatedEngine, reference
 from tests.support.topology_server import topology_server
 from tests.support.waiting import eventually
 from tests.support.workers import Worker, generate, request, test_config, worker
@@ -70,9 +70,10 @@ async def kv_store(router: str) -> AsyncIterator[HostKvPool]:
 
 
 @asynccontextmanager
-async def pair(router: str) -> AsyncIterator[tuple[Worker, Worker]]:
+async def pair(router: str, prefill_block_tokens: int = 4) -> AsyncIterator[tuple[Worker, Worker]]:
+    engine = SimulatedEngine(block_size_tokens=prefill_block_tokens)
     async with (
-        worker(WorkerRole.PREFILL, router, store=True) as prefill,
+        worker(WorkerRole.PREFILL, router, store=True, engine=engine) as prefill,
         worker(WorkerRole.DECODE, router, store=True) as decode,
     ):
         yield prefill, decode
@@ -193,3 +194,24 @@ async def test_corrupt_blocks_of_the_store_cost_the_hit_only(router: str, monkey
         await decode.idle()
         done = await generate(prefill, decode, request(PROMPT, request_id="r2"), attempt=2)
         assert done.tokens == reference(PROMPT, request(PROMPT).sampling)[0]
+
+
+@pytest.mark.parametrize("size", [2, 3, 6, 8])
+async def test_blocks_of_another_size_are_fetched_too(router: str, size: int) -> None:
+    """The store has decode's blocks, of 4 tokens; prefill's are of `size`."""
+    prompt = [7 * i % 97 + 1 for i in range(31)]
+    async with kv_store(router) as pool, pair(router, size) as (prefill, decode):
+        await sees_the_store(prefill, decode)
+        await generate(prefill, decode, request(prompt, max_new_tokens=2))
+        await eventually(lambda: len(pool.cached_hashes()) == 8, lambda: f"{pool.get_utilization()}")
+        await decode.idle()
+        await prefill.idle()
+        prefill.engine.kv.forget()
+        await generate(prefill, decode, request(prompt[:9], request_id="r2"))  # some of it is cached again
+        await prefill.idle()
+        again = await generate(prefill, decode, request(prompt, max_new_tokens=10, request_id="r3"))
+        assert again.tokens == reference(prompt, request(prompt, max_new_tokens=10).sampling)[0]
+        assert again.prefill.cached_tokens == min(30, 28) // size * size
+        assert again.prefill.store_tokens == again.prefill.cached_tokens - 9 // size * size
+        await prefill.idle()
+        await decode.idle()

@@ -1,4 +1,4 @@
-"""Prefill and decode workers in process: the real services, gRPC, TCP byte path and leases around a SimulatedEngine."""
+"""Prefill and decode workers in process: the real services, gRPC, byte path and leases around any engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from prometheus_client import CollectorRegistry
@@ -23,6 +24,7 @@ from sagellm_common.core.types import (
     WorkerRole,
     as_token_ids,
 )
+from sagellm_common.engines.base import Engine
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
@@ -51,7 +53,8 @@ from tests.support.waiting import TIMEOUT_S, eventually
 class Worker:
     """One running worker, laid open. `channel` is a client's way to it."""
 
-    engine: SimulatedEngine
+    engine: Any
+    """A SimulatedEngine unless the test brought another."""
     leases: HandoffSource
     reservations: HandoffTarget
     runtime: WorkerRuntime
@@ -103,7 +106,7 @@ async def worker(
     role: WorkerRole,
     router: str,
     *,
-    engine: SimulatedEngine | None = None,
+    engine: Engine | None = None,
     worker_id: str = "",
     config: Config | None = None,
     clock: Clock | None = None,
@@ -143,7 +146,7 @@ async def worker(
         releaser = LeaseReleaser(transfers, background)
         prefill = None
         if role is WorkerRole.PREFILL:
-            fetch = StoreFetch(client, channel, releaser, layout) if store else None
+            fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
             loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock())
             prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
             stack.push_async_callback(prefill.close)
@@ -153,7 +156,7 @@ async def worker(
                 PrefillServicer(prefill, 60.0),
             )
         else:
-            puller = KvPuller(channel, transfers, releaser, runtime, layout)
+            puller = KvPuller(channel, transfers, releaser, runtime, engine.kv)
             offload = (
                 Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)
                 if store

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import InvalidRequest, PeerLost
 from sagellm_common.core.topology import TopologySnapshot
-from sagellm_common.core.types import WorkerRecord, WorkerRole, WorkerState, as_token_ids
+from sagellm_common.core.types import KvLayout, WorkerRecord, WorkerRole, WorkerState, as_token_ids
+from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
 from sagellm_common.rpc.server import GrpcServer, Registrar
@@ -31,12 +33,14 @@ class FakeServicer(kv_pb2_grpc.KvStoreServiceServicer):
     def __init__(self) -> None:
         self.calls = 0
         self.fails = False
+        self.layout: KvLayout | None = None
 
     async def Lookup(self, request: kv_pb2.KvLookupRequest, context: Any) -> kv_pb2.KvLookupResponse:
         self.calls += 1
         if self.fails:
             raise InvalidRequest("no")
-        return kv_pb2.KvLookupResponse(num_blocks=len(request.block_hashes) // 16)
+        layout = codec.encode_layout(self.layout) if self.layout else None
+        return kv_pb2.KvLookupResponse(num_blocks=len(request.block_hashes) // 16, layout=layout)
 
     async def Get(self, request: kv_pb2.KvGetRequest, context: Any) -> kv_pb2.KvGetResponse:
         return kv_pb2.KvGetResponse()
@@ -74,7 +78,21 @@ async def test_it_asks_the_store_of_the_topology(channels: ChannelPool, address:
     store = client(channels, FakeTopology(make_record(), store_record(address)), ManualClock())
     assert store.available
     assert await store.lookup(HASHES, timeout_s=5.0) == 3
-    assert await store.get(HASHES, HASHES_TOKENS, timeout_s=5.0) is None
+    assert await store.get(HASHES, HASHES_TOKENS, LAYOUT, timeout_s=5.0) is None
+
+
+async def test_its_layout_is_asked_for_once_a_store(
+    channels: ChannelPool, address: str, servicer: FakeServicer
+) -> None:
+    topology = FakeTopology(store_record(address))
+    store = client(channels, topology, ManualClock())
+    assert await store.layout(timeout_s=5.0) is None  # nothing was put yet
+    servicer.layout = replace(LAYOUT, block_size_tokens=32)
+    assert [await store.layout(timeout_s=5.0) for _ in range(3)] == [servicer.layout] * 3
+    assert servicer.calls == 2
+    topology.workers = (store_record(address, incarnation="its next life"),)
+    servicer.layout = LAYOUT
+    assert await store.layout(timeout_s=5.0) == LAYOUT
 
 
 async def test_a_failed_store_is_left_alone_for_a_while(

@@ -224,6 +224,22 @@ async def test_another_layout_is_refused(store: Running) -> None:
     assert store.counts() == (0, 6, 2)
 
 
+async def test_a_lookup_in_another_block_size_finds_nothing_and_says_which_is_stored(store: Running) -> None:
+    larger = a_layout(block_bytes=128, block_size_tokens=8)
+
+    async def lookup() -> kv_pb2.KvLookupResponse:
+        message = kv_pb2.KvLookupRequest(
+            block_hashes=codec.encode_hashes(chain(2)[0]), layout=codec.encode_layout(larger)
+        )
+        return await call(store.stub.Lookup, message, timeout_s=10.0)
+
+    assert not (await lookup()).HasField("layout")
+    await store.put(2)
+    answer = await lookup()
+    assert answer.num_blocks == 0
+    assert codec.decode_layout(answer.layout) == LAYOUT
+
+
 async def test_bad_requests(store: Running) -> None:
     await store.put(2)
     hashes, _ = chain(2)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from sagellm_common.core.errors import PeerLost
-from sagellm_common.core.kv import Allocation
-from sagellm_common.core.types import KvSource, SamplingParams, as_token_ids
+from sagellm_common.core.kv import Allocation, KvRegion
+from sagellm_common.core.types import KvLayout, KvSource, SamplingParams, as_token_ids
 from services.prefill.jobs import PrefillJob
 from services.prefill.store_fetch import FETCH_TIMEOUT_S, SLOWEST_BYTES_PER_S, StoreFetch
 from tests.support.topology import LAYOUT
@@ -18,6 +18,16 @@ from tests.support.waiting import eventually
 
 JOB = PrefillJob("r", 1, as_token_ids(range(40)), SamplingParams(max_new_tokens=1), timeout_s=10.0)
 SOURCE = KvSource("t", 1, "kv_store-0", "i", "127.0.0.1:1", "127.0.0.1:2", "tcp", as_token_ids([7, 8]), 32, 30_000)
+
+
+@dataclass
+class Pool:
+    """What fetching asks of a pool. Nothing is written to it here."""
+
+    layout: KvLayout = LAYOUT
+
+    def regions(self) -> KvRegion:
+        return KvRegion(memoryview(b""), self.layout.block_bytes, 3)
 
 
 class Surroundings:
@@ -30,9 +40,14 @@ class Surroundings:
         self.pulling = False
         self.blamed: list[str] = []
         self.released: list[bool] = []
-        self.fetch = StoreFetch(self, self, self, LAYOUT)  # type: ignore[arg-type]
+        self.stored = LAYOUT
+        self.fetch = StoreFetch(self, self, self, Pool())  # type: ignore[arg-type]
 
-    async def get(self, hashes: Any, token_ids: Any) -> KvSource:
+    async def layout(self) -> KvLayout:
+        return self.stored
+
+    async def get(self, hashes: Any, token_ids: Any, layout: KvLayout) -> KvSource:
+        assert layout == self.stored
         return SOURCE
 
     async def pull(self, *args: Any, timeout_s: float) -> None:
@@ -67,7 +82,8 @@ async def test_a_long_prompt_is_given_the_time_its_bytes_take() -> None:
 
     around.pull = pull  # type: ignore[method-assign]
     big = replace(LAYOUT, block_bytes=1 << 30)
-    fetch = StoreFetch(around, around, around, big)  # type: ignore[arg-type]
+    around.stored = big
+    fetch = StoreFetch(around, around, around, Pool(big))  # type: ignore[arg-type]
     assert await fetch.fetch(JOB, allocation()) == 32
     assert timeouts == [FETCH_TIMEOUT_S + 2 * big.block_bytes / SLOWEST_BYTES_PER_S]
 
