@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.engines.conftest import running_engine
+from tests.support.engines import running_engine
 
 
 @settings(deadline=None)  # the first example imports LMDeploy
