@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.paths import cache_home
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -56,11 +56,6 @@ TINY_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def cache_home(env: Mapping[str, str] = os.environ) -> Path:
-    """Where prepared models live: `$SAGELLM_CACHE`, else `~/.cache/sagellm`."""
-    return Path(env.get("SAGELLM_CACHE") or Path.home() / ".cache" / "sagellm")
 
 
 def prepare_smollm2(cache_dir: Path | None = None, progress: Progress = lambda *_: None) -> Path:
