@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sagellm_common.core.types import WorkerRole
 
@@ -36,6 +36,11 @@ class EngineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on the CPU, the device's best on others"
     )
+    weights: Literal["dtype", "int8", "int8x2"] = Field(
+        "dtype",
+        description="linear layers on a CPU: in dtype; in int8 (fastest); in two planes of int8 (exact enough for the "
+        "same greedy tokens as float32). dtype is then that of the KV",
+    )
     kv_quant_bits: Literal[0, 4, 8] = Field(0, description="0 keeps KV in dtype")
     block_size_tokens: int = Field(16, ge=1, le=256)
     num_blocks: int = Field(512, ge=4, description="KV blocks of one worker")
@@ -50,6 +55,20 @@ class EngineConfig(Section):
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # how YAML reads `patches: off`
+
+    @model_validator(mode="after")
+    def _int8_goes_with(self) -> EngineConfig:
+        """int8 weights are computed by the CPU kernels, in one rank, over KV that is kept as it is."""
+        if self.weights != "dtype":
+            for name, value, only in (
+                ("kind", self.kind, "lmdeploy"),
+                ("device", self.device, "cpu"),
+                ("kv_quant_bits", self.kv_quant_bits, 0),
+                ("tensor_parallel", self.tensor_parallel, 1),
+            ):
+                if value != only:
+                    raise ValueError(f"weights {self.weights!r} needs {name} {only!r}, not {value!r}")
+        return self
 
 
 class RoleConfig(Section):

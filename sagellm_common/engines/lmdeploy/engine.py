@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sagellm_common.core.capability import DeviceKind
 from sagellm_common.core.config import Config
 from sagellm_common.core.config import EngineConfig as EngineSection
 from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest
@@ -61,6 +62,7 @@ class LmdeployEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed: BaseException | None = None
         self._ended = asyncio.Event()
+        self._kernels = ""
 
     @property
     def ended(self) -> asyncio.Event:
@@ -73,7 +75,7 @@ class LmdeployEngine:
 
     @property
     def description(self) -> str:
-        return f"{hooks.describe()}; on {self._device.summary}"
+        return f"{hooks.describe()}; on {self._device.summary}{self._kernels}"
 
     @property
     def kv(self) -> KVBackendProtocol:
@@ -173,11 +175,31 @@ class LmdeployEngine:
         told_so = self._config.patches == "off"
         log.log(logging.INFO if told_so else logging.WARNING, "%s; %s", hooks.describe(), FIX)
 
+    def _describe_kernels(self) -> str:
+        """What computes on a CPU: the compiled kernels for an instruction set, or torch. Empty on other devices."""
+        if self._device.kind is not DeviceKind.CPU:
+            return ""
+        from sagellm_common.engines.lmdeploy.kernels.native import native_ops
+
+        ops = native_ops()
+        found = f"{ops.name} kernels" if ops else "torch in place of compiled kernels"
+        return f", {found}" if self._config.weights == "dtype" else f", {self._config.weights} weights, {found}"
+
+    def _overrides(self) -> dict[str, Any] | None:
+        """What LMDeploy is to read in config.json instead: the class that computes with quantised weights."""
+        if self._config.weights == "dtype":
+            return None
+        from sagellm_common.engines.lmdeploy.kernels import model
+
+        model.register()
+        return {"architectures": [model.architecture(self._config.weights, self._hf.get("architectures", []))]}
+
     def _load(self, emit: StepCallback) -> EngineCore:
         import torch
 
         torch.set_num_threads(self._config.threads)
         target = device.prepare(self._config, self._device)  # before the rest of LMDeploy is imported
+        self._kernels = self._describe_kernels()
         from lmdeploy.utils import get_logger as lmdeploy_logger
 
         lmdeploy_logger("lmdeploy").setLevel(logging.WARNING)
@@ -198,6 +220,7 @@ class LmdeployEngine:
                 quant_policy=cfg.kv_quant_bits,
                 prefill_interval=1,  # a waiting request joins after any decode step, not after sixteen
                 logprobs_mode="raw_logprobs",
+                hf_overrides=self._overrides(),
             ),
         )
         window = core.cache_config.window_size
@@ -210,7 +233,8 @@ class LmdeployEngine:
         memory = target.kv_memory(cache_engine)
         heads, head_dim = core.model_config.num_key_value_heads, core.model_config.k_head_dim
         layout = KvLayout(
-            model_fingerprint=model_fingerprint(self._path),
+            # KV computed with other weights is other KV, whatever its dtype.
+            model_fingerprint=model_fingerprint(self._path) + ("" if cfg.weights == "dtype" else f"/{cfg.weights}"),
             dtype=device.kv_dtype(cfg, cache_engine),
             block_size_tokens=cfg.block_size_tokens,
             num_layers=core.model_config.num_layers,

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from lmdeploy.pytorch.backends.attention import AttentionBuilder, AttentionImpl, AttentionMetadata
 from torch import Tensor
+
+from sagellm_common.engines.lmdeploy.kernels.ops import Batch
 
 TILE_TOKENS = 4096
 """KV tokens of one sequence that are gathered at a time."""
@@ -41,13 +44,26 @@ class DecodeTile:
 
 @dataclass
 class CpuAttentionMetadata(AttentionMetadata):
-    """What all layers of one step share, worked out once."""
+    """What all layers of one step share, worked out once; what only torch's attention needs, when it is asked for."""
 
+    batch: Batch | None = None
+    block_size: int = 0
     q_lens: tuple[int, ...] = ()
     kv_lens: tuple[int, ...] = ()
-    token_blocks: Tensor | None = None  # [T] physical block of each new token
-    token_slots: Tensor | None = None  # [T] its slot in that block
-    decode_tiles: tuple[DecodeTile, ...] = ()  # when every sequence has one new token
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """[T] physical block of each new token, and [T] its slot in that block."""
+        q, kv = self.q_seqlens, self.kv_seqlens
+        sequence = torch.repeat_interleave(torch.arange(q.numel()), q)
+        position = torch.arange(int(q.sum())) - self.q_start_loc[sequence] + (kv - q)[sequence]
+        return self.block_offsets[sequence, position // self.block_size], position % self.block_size
+
+    @cached_property
+    def decode_tiles(self) -> tuple[DecodeTile, ...]:
+        """When every sequence has one new token."""
+        decoding = self.is_decoding and max(self.q_lens) == 1
+        return plan_decode(self.block_offsets, self.kv_lens, self.block_size) if decoding else ()
 
 
 def plan_decode(block_table: Tensor, kv_lens: Sequence[int], block_size: int) -> tuple[DecodeTile, ...]:
@@ -150,11 +166,10 @@ class CpuAttentionImpl(AttentionImpl[CpuAttentionMetadata]):
         window = self.sliding_window[0] if self.sliding_window else 0
         if 0 < window < max(meta.kv_lens):
             raise ValueError(f"the CPU attention knows no sliding window; {max(meta.kv_lens)} tokens exceed {window}")
-        assert meta.token_blocks is not None and meta.token_slots is not None
         keys = _Cache(k_cache, k_scales_zeros, meta.quant_policy)
         values = _Cache(v_cache, v_scales_zeros, meta.quant_policy)
-        keys.write(key, meta.token_blocks, meta.token_slots)
-        values.write(value, meta.token_blocks, meta.token_slots)
+        keys.write(key, *meta.slots)
+        values.write(value, *meta.slots)
         dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
         if meta.decode_tiles:

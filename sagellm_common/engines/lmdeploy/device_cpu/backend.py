@@ -10,7 +10,8 @@ from lmdeploy.pytorch.backends.default import DefaultOpsBackend
 from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingBuilder, MultinomialSamplingImpl
 from torch import Tensor
 
-from sagellm_common.engines.lmdeploy.device_cpu.attention import CpuAttentionBuilder, CpuAttentionMetadata, plan_decode
+from sagellm_common.engines.lmdeploy.device_cpu.attention import CpuAttentionMetadata
+from sagellm_common.engines.lmdeploy.kernels.ops import Batch
 
 
 class SeededMultinomial(MultinomialSamplingImpl):
@@ -39,7 +40,10 @@ class CpuOpsBackend(DefaultOpsBackend):
     @classmethod
     def get_layer_impl_builder(cls, layer_type: OpType) -> Any:
         if layer_type == OpType.PagedAttention:
-            return CpuAttentionBuilder
+            # Not at the top: it builds on this package.
+            from sagellm_common.engines.lmdeploy.kernels.prefix_aware_attention import PrefixAwareAttentionBuilder
+
+            return PrefixAwareAttentionBuilder
         if layer_type == OpType.MultinomialSampling:
             return SeededMultinomialBuilder
         return super().get_layer_impl_builder(layer_type)
@@ -51,26 +55,19 @@ class CpuOpsBackend(DefaultOpsBackend):
     @classmethod
     def update_step_context(cls, step_context: Any) -> Any:
         """Called once per step, before the layers run."""
-        block_size = step_context.kv_caches[0][0].size(1)
         q, kv = step_context.q_seqlens.long(), step_context.kv_seqlens.long()
-        starts = q.cumsum(0) - q
-        sequence = torch.repeat_interleave(torch.arange(q.numel()), q)
-        position = torch.arange(int(q.sum())) - starts[sequence] + (kv - q)[sequence]
-        block_table = step_context.block_offsets.long()
-        q_lens, kv_lens = tuple(q.tolist()), tuple(kv.tolist())
-        decoding = step_context.is_decoding and max(q_lens) == 1
+        batch = Batch.of(q, kv, step_context.block_offsets)
         step_context.attn_metadata = CpuAttentionMetadata(
             step_context.is_decoding,
-            block_table,
-            q_start_loc=starts,
+            batch.tables,
+            q_start_loc=batch.q_starts[:-1],
             q_seqlens=q,
             kv_seqlens=kv,
             quant_policy=step_context.kv_quant_policy,
-            q_lens=q_lens,
-            kv_lens=kv_lens,
-            token_blocks=block_table[sequence, position // block_size],
-            token_slots=position % block_size,
-            decode_tiles=plan_decode(block_table, kv_lens, block_size) if decoding else (),
+            batch=batch,
+            block_size=step_context.kv_caches[0][0].size(1),
+            q_lens=tuple(q.tolist()),
+            kv_lens=tuple(kv.tolist()),
         )
         step_context.cross_attn_metadata = None
         return step_context

@@ -1,0 +1,81 @@
+"""The attention of LMDeploy's layers: new tokens over a cached prefix and themselves, straight from the block table.
+
+Compiled where that is possible. Torch, which gathers the blocks first, does the rest: no compiled kernels, KV that is
+quantised, another dtype than float32, sliding windows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lmdeploy.pytorch.backends.attention import AttentionBuilder
+from torch import Tensor
+
+from sagellm_common.engines.lmdeploy.device_cpu.attention import CpuAttentionImpl, CpuAttentionMetadata
+from sagellm_common.engines.lmdeploy.kernels.native import native_ops
+from sagellm_common.engines.lmdeploy.kernels.ops import HEAD_DIMS
+
+
+class PrefixAwareAttention(CpuAttentionImpl):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        one_size = self.v_head_size in (None, self.head_size) and self.head_size in HEAD_DIMS
+        window = self.sliding_window[0] if isinstance(self.sliding_window, (tuple, list)) else self.sliding_window
+        plain = not self.alibi and (window or -1) < 0
+        self._ops = native_ops() if one_size and plain else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        attn_metadata: CpuAttentionMetadata,
+        *args: Any,
+        learnable_sink: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """See CpuAttentionImpl."""
+        meta = attn_metadata
+        compiled = (
+            self._ops is not None
+            and meta.batch is not None
+            and not meta.quant_policy
+            and query.dtype == k_cache.dtype == torch.float32
+            and learnable_sink is None
+            and not self.logit_softcapping
+        )
+        if not compiled:
+            return super().forward(
+                query, key, value, k_cache, v_cache, meta, *args, learnable_sink=learnable_sink, **kwargs
+            )
+        return self._ops.paged_attention(query, key, value, (k_cache, v_cache), meta.batch, self.scale)
+
+
+class PrefixAwareAttentionBuilder(AttentionBuilder[CpuAttentionMetadata]):
+    @staticmethod
+    def build(
+        num_heads: int,
+        head_size: int,
+        scale: float | None = None,
+        num_kv_heads: int | None = None,
+        v_head_size: int | None = None,
+        alibi: bool = False,
+        sliding_window: Any = None,
+        logit_softcapping: float | None = None,
+        causal: bool = True,
+        **_: Any,
+    ) -> PrefixAwareAttention:
+        return PrefixAwareAttention(
+            num_heads,
+            head_size,
+            scale=scale,
+            num_kv_heads=num_kv_heads,
+            v_head_size=v_head_size,
+            alibi=alibi,
+            sliding_window=sliding_window,
+            logit_softcapping=logit_softcapping,
+            causal=causal,
+        )
