@@ -12,6 +12,8 @@ bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 triton := $(VENV)/.triton
 patched := $(VENV)/.patched
+kernels := $(VENV)/.kernels
+csrc := sagellm_common/engines/lmdeploy/kernels/csrc
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm system-deps run demo proto fmt lint type test test-unit test-integration test-faults \
@@ -20,7 +22,7 @@ patched := $(VENV)/.patched
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(stamp) $(triton) $(patched) ## virtual environment in .venv from requirements.lock, patched copy of LMDeploy
+setup: $(stamp) $(triton) $(patched) $(kernels) ## virtual environment in .venv from requirements.lock, patched LMDeploy, CPU kernels
 
 # torch first and with its own dependencies: a CUDA build needs them, and pip takes the CPU build where an index offers it.
 # The rest without: see requirements.lock. pip talks on a terminal only.
@@ -49,6 +51,11 @@ $(patched): $(stamp) $(wildcard third_party/patches/lmdeploy/*.patch) third_part
 
 setup-vllm: ## vLLM, the second engine, in .venv-vllm (2.4 GB)
 	@$(MAKE) --no-print-directory $(VLLM_VENV)/.installed VENV=$(VLLM_VENV) LOCK=requirements-vllm.lock
+
+# Without a compiler torch computes instead; the engine says so.
+$(kernels): $(stamp) $(wildcard $(csrc)/*) $(csrc)/../build.py
+	@echo "CPU kernels: half a minute, once"
+	@$(bin)/python -m sagellm_common.engines.lmdeploy.kernels.build --optional >/dev/null && touch $@
 
 system-deps: ## etcd and libibverbs from apt (root); `make test` skips what needs them otherwise
 	@test "$$(id -u)" = 0 || { echo "make system-deps: needs root (sudo make system-deps)" >&2; exit 1; }

@@ -1,10 +1,10 @@
-"""The contract of the CPU kernels: the compiled ones and the plain torch ones compute the same, and as exactly as promised."""
+"""The contract of the CPU kernels: compiled and plain torch ones compute the same, as exactly as promised."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,8 +16,6 @@ from sagellm_common.engines.lmdeploy.kernels.native import NativeOps
 from sagellm_common.engines.lmdeploy.kernels.ops import Batch, CpuOps, Decoder, DecoderLayer, DecoderShape, Planes
 from sagellm_common.engines.lmdeploy.kernels.reference import ReferenceOps
 from tests.support.kernels import native
-
-Kernels = Callable[[], CpuOps]
 
 
 @pytest.fixture(params=["torch", "avx2", "avx512_vnni"])
@@ -55,7 +53,9 @@ class Case:
     def cache(self) -> tuple[Tensor, Tensor]:
         """Blocks apart from each other, as in the pool; what nobody wrote is NaN."""
         blocks = 512
-        pool = torch.full((2, blocks, 3, self.block_tokens, self.kv_heads, self.head_dim), float("nan"), dtype=self.dtype)
+        pool = torch.full(
+            (2, blocks, 3, self.block_tokens, self.kv_heads, self.head_dim), float("nan"), dtype=self.dtype
+        )
         return pool[0, :, 1], pool[1, :, 1]
 
     def tables(self) -> Tensor:
@@ -72,7 +72,9 @@ def filled(case: Case) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, B
         both = [random(kv_len, case.kv_heads, case.head_dim, seed=10 * s + i) for i in range(2)]
         position = torch.arange(kv_len - q_len)
         for part, data in zip(cache, both, strict=True):
-            part[tables[s, position // case.block_tokens], position % case.block_tokens] = data[: kv_len - q_len].to(case.dtype)
+            part[tables[s, position // case.block_tokens], position % case.block_tokens] = data[: kv_len - q_len].to(
+                case.dtype
+            )
         new_keys.append(both[0][kv_len - q_len :])
         new_values.append(both[1][kv_len - q_len :])
     query = random(sum(case.q_lens), case.heads, case.head_dim, seed=99)
@@ -122,7 +124,7 @@ def test_attention_equals_float64_and_writes_what_it_is_given(ops: CpuOps, case:
 
 
 def test_attention_of_a_row_has_the_same_bits_in_any_company(ops: CpuOps) -> None:
-    case = Case(heads=9, kv_heads=3, q_lens=(33, 1, 20), kv_lens=(90, 41, 20))
+    case = Case(heads=9, kv_heads=3, q_lens=(20, 1, 9), kv_lens=(60, 41, 9))
     cache, query, key, value, batch = filled(case)
     together = ops.paged_attention(query, key, value, cache, batch, 0.1)
     with threads(2):
@@ -205,7 +207,7 @@ def test_rows_and_groups_of_zeros_and_outliers_stay_finite(ops: CpuOps) -> None:
 
 SHAPE = DecoderShape(hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, norm_eps=1e-6, planes=2)
 LAYERS, POSITIONS, BLOCK_TOKENS = 2, 256, 16
-LENGTHS = (70, 1, 33, 16)
+LENGTHS = (37, 1, 18, 16)
 
 
 def decoder(ops: CpuOps, shape: DecoderShape) -> Decoder:
@@ -253,8 +255,7 @@ def one_by_one(run: Decoder, kv: list[tuple[Tensor, Tensor]], chunk: int) -> lis
     return found
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("planes", "dtype"), [(1, torch.float16), (2, torch.float32)])
 def test_blocks_have_the_same_bytes_for_any_chunks_batch_and_threads(
     ops: CpuOps, planes: Planes, dtype: torch.dtype
 ) -> None:
@@ -262,7 +263,7 @@ def test_blocks_have_the_same_bytes_for_any_chunks_batch_and_threads(
     expected_kv = caches(dtype)
     expected = one_by_one(run, expected_kv, chunk=1000)
     assert float(expected_kv[1][0].float().abs().sum()) > 0
-    for chunk in (7, 16):
+    for chunk in (10, 16):
         kv = caches(dtype)
         assert all(map(torch.equal, one_by_one(run, kv, chunk), expected))
         assert all(torch.equal(a, b) for x, y in zip(kv, expected_kv, strict=True) for a, b in zip(x, y, strict=True))
@@ -278,9 +279,7 @@ def test_blocks_have_the_same_bytes_for_any_chunks_batch_and_threads(
 def test_watermark_counts_layers_whose_kv_is_complete(ops: CpuOps) -> None:
     count = ctypes.c_int64(5)
     lengths = torch.tensor(LENGTHS)
-    decoder(ops, SHAPE)(
-        torch.cat(embeddings()), caches(), Batch.of(lengths, lengths, TABLES), ctypes.addressof(count)
-    )
+    decoder(ops, SHAPE)(torch.cat(embeddings()), caches(), Batch.of(lengths, lengths, TABLES), ctypes.addressof(count))
     assert count.value == 5 + LAYERS
 
 
@@ -299,7 +298,9 @@ def test_compiled_and_plain_decoders_agree(planes: Planes) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=5e-2 if planes == 1 else 2e-4)
 
 
-def test_a_library_that_was_not_built_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_library_that_was_not_built_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     monkeypatch.setenv("SAGELLM_CACHE", str(tmp_path_factory.mktemp("empty")))
     with pytest.raises(OSError, match="avx2"):
         NativeOps("avx2")

@@ -68,7 +68,10 @@ def library_path(isa: str) -> Path:
 
 def compiler() -> str | None:
     """$CXX, or the first of the usual names that is installed."""
-    return next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
+    return next(
+        (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))),
+        None,
+    )
 
 
 def build(isa: str) -> Path:
@@ -85,7 +88,10 @@ def build(isa: str) -> Path:
         try:
             done = subprocess.run(
                 [cxx, *FLAGS, *ISA_FLAGS[isa], str(MAIN), "-o", str(output)],
-                capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise ConfigError(f"{cxx} did not finish {MAIN.name} for {isa} within {COMPILE_TIMEOUT_S:.0f} s") from None

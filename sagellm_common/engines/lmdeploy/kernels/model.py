@@ -121,9 +121,7 @@ class QuantizedCausalLM(nn.Module, CudaGraphMixin):  # the mixin: what LMDeploy 
         """LMDeploy calls it when everything was loaded."""
         layers = range(self.config.num_hidden_layers)
         missing = [
-            name
-            for name in (f"{i}.{target}" for i in layers for target in LAYER_TENSORS)
-            if name not in self._linears
+            name for name in (f"{i}.{target}" for i in layers for target in LAYER_TENSORS) if name not in self._linears
         ]
         if missing:
             raise ConfigError(f"model.path: the checkpoint lacks parts of layers {', '.join(missing[:5])}")

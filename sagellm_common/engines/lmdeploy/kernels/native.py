@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from sagellm_common.engines.lmdeploy.kernels.build import build, library_path, supported_isas
-from sagellm_common.engines.lmdeploy.kernels.ops import HEAD_DIMS, Batch, DecoderLayer, DecoderShape, KvLayer, Linear, Planes
+from sagellm_common.engines.lmdeploy.kernels.ops import (
+    HEAD_DIMS,
+    Batch,
+    DecoderLayer,
+    DecoderShape,
+    KvLayer,
+    Linear,
+    Planes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +103,7 @@ def _check(status: int) -> None:
 
 def _cache(layer: KvLayer, layer_stride: int = 0) -> _Cache:
     keys, values = layer[0], layer[1]
-    return _Cache(
-        keys.data_ptr(), values.data_ptr(), keys.stride(0), layer_stride, keys.size(1), KV_TYPES[keys.dtype]
-    )
+    return _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), layer_stride, keys.size(1), KV_TYPES[keys.dtype])
 
 
 def _batch(batch: Batch) -> _Batch:
@@ -135,9 +141,7 @@ class NativeLinear:
     def __call__(self, x: Tensor) -> Tensor:
         x = _float32(x)
         y = torch.empty(x.size(0), self._rows)
-        _check(
-            self._library.sage_linear(self.pointer, x.data_ptr(), x.size(0), y.data_ptr(), torch.get_num_threads())
-        )
+        _check(self._library.sage_linear(self.pointer, x.data_ptr(), x.size(0), y.data_ptr(), torch.get_num_threads()))
         return y
 
 
@@ -165,9 +169,7 @@ class NativeDecoder:
         )
         tensors = [cosines, sines, final_norm, *(t for layer in layers for t in (layer.attention_norm, layer.mlp_norm))]
         assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-        pointer = library.sage_decoder_create(
-            byref(model), cosines.data_ptr(), sines.data_ptr(), final_norm.data_ptr()
-        )
+        pointer = library.sage_decoder_create(byref(model), cosines.data_ptr(), sines.data_ptr(), final_norm.data_ptr())
         if not pointer:
             raise MemoryError("no memory for a decoder")
         self._pointer: int = pointer

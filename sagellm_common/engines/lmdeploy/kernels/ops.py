@@ -1,4 +1,4 @@
-"""What the CPU kernels compute. `native.py` and `reference.py` implement it; tests/contract/test_cpu_kernels.py checks both.
+"""What the CPU kernels compute. `native.py` and `reference.py` implement it, tests/contract checks both.
 
 Promises: a row (one token of one sequence) has the same bits whatever else is in the batch, however its prompt was cut
 into steps, and with any number of threads. Slots that were never written may hold anything, NaN included.
@@ -121,7 +121,7 @@ class CpuOps(Protocol):
         """
 
     def linear(self, weight: Tensor, bias: Tensor | None, planes: Planes) -> Linear:
-        """Quantises weight [rows, columns]. With two planes whatever int8 does not hold exactly gets a second one, too."""
+        """Quantises weight [rows, columns]. With two planes, weights get a second one where int8 is not exact."""
 
     def decoder(
         self, shape: DecoderShape, layers: Sequence[DecoderLayer], final_norm: Tensor, cosines: Tensor, sines: Tensor

@@ -1,4 +1,4 @@
-"""The kernels in plain torch: the same arithmetic, made to be read. Also the fallback without a compiler: slow, but exact.
+"""The kernels in plain torch, made to be read: the oracle of the tests, and the fallback where nothing was compiled.
 
 Each row is computed on its own or from exact integers, so the promises of `ops.py` hold here, too.
 """
@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagellm_common.engines.lmdeploy.kernels.ops import GROUP, Batch, DecoderLayer, DecoderShape, KvLayer, Linear, Planes
+from sagellm_common.engines.lmdeploy.kernels.ops import (
+    GROUP,
+    Batch,
+    DecoderLayer,
+    DecoderShape,
+    KvLayer,
+    Linear,
+    Planes,
+)
 
 CODE_MAX = 127
 FINE = 256

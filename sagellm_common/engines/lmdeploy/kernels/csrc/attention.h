@@ -24,8 +24,14 @@ struct Pages {
   const int64_t* table;
   int64_t block_stride, block_tokens, slot_stride;
 
-  int64_t offset(int64_t position) const {
-    return table[position / block_tokens] * block_stride + position % block_tokens * slot_stride;
+  // Calls f(i, row) for the rows of `count` positions from `first` on.
+  template <class F>
+  void each(const Type* base, int64_t first, int64_t count, const F& f) const {
+    int64_t block = first / block_tokens, slot = first % block_tokens;
+    for (int64_t i = 0; i < count; ++block, slot = 0) {
+      const Type* row = base + table[block] * block_stride + slot * slot_stride;
+      for (; slot < block_tokens && i < count; ++slot, ++i, row += slot_stride) f(i, row);
+    }
   }
 };
 
@@ -59,7 +65,7 @@ inline int64_t longest(const SageBatch& batch) {
 struct AttentionScratch {
   Buffer<float> scores;
   alignas(64) float query[256 * kLanes];     // [head_dim][16]
-  alignas(64) float rows[64 * 256];          // converted keys or values of some positions
+  alignas(64) float rows[64 * 256];          // keys or values of some positions
   alignas(64) float total[kLanes * 256];     // [16][head_dim]
 };
 
@@ -100,7 +106,10 @@ class Attention {
     float* scores = scratch.scores.data();
     Vec largest = splat(-INFINITY);
     int64_t p = 0;
-    for (; p + kAtOnce <= most; p += kAtOnce) largest = score<kAtOnce>(pages, head_keys, p, limit, scratch, largest);
+    for (; p + kAtOnce <= most; p += kAtOnce) {
+      prefetch(pages, head_keys, p + 2 * kAtOnce, kAtOnce, most);
+      largest = score<kAtOnce>(pages, head_keys, p, limit, scratch, largest);
+    }
     for (; p < most; ++p) largest = score<1>(pages, head_keys, p, limit, scratch, largest);
 
     Vec sum = splat(0);
@@ -117,6 +126,7 @@ class Attention {
     for (p = 0; p < most; p += kChunk) {
       const float* rows[kChunk];
       const int64_t count = std::min(kChunk, most - p);
+      prefetch(pages, head_values, p + kChunk, kChunk, most);
       fetch(pages, head_values, p, count, scratch, rows);
       for (int64_t r = 0; r < task.rows; r += kRowsAtOnce)
         some<kRowsAtOnce>(static_cast<int>(std::min<int64_t>(kRowsAtOnce, task.rows - r)), r, rows,
@@ -133,32 +143,42 @@ class Attention {
  private:
   using Type = typename Kv::Type;
 
-  // Rows of `count` positions from `first` on as float32: where they are, or converted into the scratch.
+  static void convert(const Type* row, float* copy) {
+    for (int v = 0; v < kVecs; ++v) store(copy + v * kLanes, Kv::load(row + v * kLanes));
+  }
+
+  // Values of `count` positions as float32: where they are, or converted into the scratch.
   static void fetch(const Pages<Kv>& pages, const Type* base, int64_t first, int64_t count, AttentionScratch& scratch,
                     const float** rows) {
-    for (int64_t i = 0; i < count; ++i) {
-      const Type* row = base + pages.offset(first + i);
+    pages.each(base, first, count, [&](int64_t i, const Type* row) {
       if constexpr (sizeof(Type) == sizeof(float)) {
         rows[i] = row;
       } else {
-        float* copy = scratch.rows + i * D;
-        for (int v = 0; v < kVecs; ++v) store(copy + v * kLanes, Kv::load(row + v * kLanes));
-        rows[i] = copy;
+        rows[i] = scratch.rows + i * D;
+        convert(row, scratch.rows + i * D);
       }
-    }
+    });
+  }
+
+  // Blocks lie anywhere, so the hardware does not see the next one coming.
+  static void prefetch(const Pages<Kv>& pages, const Type* base, int64_t first, int64_t count, int64_t end) {
+    if (first + count > end) return;
+    pages.each(base, first, count, [](int64_t, const Type* row) {
+      for (size_t i = 0; i < D * sizeof(Type); i += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + i, _MM_HINT_T0);
+    });
   }
 
   // Scores of P positions for all lanes; the largest visible ones so far come back.
   template <int P>
   static Vec score(const Pages<Kv>& pages, const Type* keys, int64_t first, Int limit, AttentionScratch& scratch,
                    Vec largest) {
-    const float* rows[P];
-    fetch(pages, keys, first, P, scratch, rows);
+    // Side by side, or P pointers would not fit into registers.
+    pages.each(keys, first, P, [&](int64_t i, const Type* row) { convert(row, scratch.rows + i * D); });
     Vec sum[P];
     for (int i = 0; i < P; ++i) sum[i] = splat(0);
     for (int d = 0; d < D; ++d) {
       const Vec q = load(scratch.query + d * kLanes);
-      for (int i = 0; i < P; ++i) sum[i] = fma(q, splat(rows[i][d]), sum[i]);
+      for (int i = 0; i < P; ++i) sum[i] = fma(q, splat(scratch.rows[i * D + d]), sum[i]);
     }
     for (int i = 0; i < P; ++i) {
       store(scratch.scores.data() + (first + i) * kLanes, sum[i]);

@@ -1,0 +1,156 @@
+"""engine.weights int8 and int8x2: what they compute, and that a handed-over block is the block that was computed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sagellm_common.core.config import Config
+from sagellm_common.core.errors import ConfigError
+from sagellm_common.engines import make_engine
+from sagellm_common.engines.lmdeploy.kernels import native
+from tests.support.kernels import native as built
+from tests.unit.engines.conftest import Driver, running_engine
+from tests.unit.engines.test_lmdeploy_engine import copied, handed_over, prompts
+
+Greedy = Callable[[Path, list[int], int], list[int]]
+LENGTHS = (2, 17, 100, 33, 64, 15, 41, 80)
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    """The best library of this machine, as `make setup` builds it."""
+    for isa in native.supported_isas()[:1]:
+        built(isa)
+    native.native_ops.cache_clear()
+
+
+async def prefilled(driver: Driver, batches: list[list[list[int]]]) -> list[bytes]:
+    """The bytes of the KV that the prompts leave, batch after batch; only what their tokens wrote."""
+    found = []
+    for batch in batches:
+        pool = driver.engine.kv
+        for tokens, (_, last) in zip(
+            batch,
+            await asyncio.gather(*(driver.run(p, 1, request={"hold_blocks": True}) for p in batch)),
+            strict=True,
+        ):
+            assert last.held is not None
+            layout = pool.layout
+            blocks = [np.frombuffer(pool.regions().block(int(b)), np.float32) for b in last.held.block_ids]
+            shape = (-1, layout.block_size_tokens, layout.num_kv_heads * layout.head_dim)  # keys and values by layer
+            kv = np.concatenate([block.reshape(shape) for block in blocks], axis=1)[:, : len(tokens)]
+            assert np.abs(kv).min(axis=-1).max() > 0
+            found.append(kv.tobytes())
+            pool.free(last.held)
+    return found
+
+
+@pytest.mark.parametrize("weights", ["int8", "int8x2"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])
+async def test_prefilled_blocks_are_the_same_bytes_however_they_came_about(
+    model: str, weights: str, request: pytest.FixtureRequest
+) -> None:
+    path, work = request.getfixturevalue(model), prompts(1, LENGTHS)
+    found = []
+    for batches, chunk, threads in (
+        ([[p] for p in work], 512, 1),
+        ([[p] for p in work], 16, 1),
+        ([work], 512, 2),
+        ([work], 48, 1),
+    ):
+        async with running_engine(
+            path, weights=weights, max_prefill_tokens=chunk, threads=threads, prefix_caching=False
+        ) as driver:
+            found.append(await prefilled(driver, batches))
+    assert all(kv == found[0] for kv in found[1:])
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])
+async def test_two_planes_say_what_float32_says(model: str, request: pytest.FixtureRequest, hf_greedy: Greedy) -> None:
+    path, work = request.getfixturevalue(model), prompts(2, (2, 17, 40, 100))
+    expected = [hf_greedy(path, p, 16) for p in work]
+    async with running_engine(path, weights="int8x2", max_prefill_tokens=32) as driver:
+        for _ in range(2):  # the second time from the prefix cache
+            found = await asyncio.gather(*(driver.run(p, 16) for p in work))
+            assert [tokens for tokens, _ in found] == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_handover_changes_nothing(tiny_llama: Path, dtype: str) -> None:
+    async with running_engine(tiny_llama, weights="int8", dtype=dtype) as driver:
+        assert driver.engine.kv.layout.dtype == dtype
+        for tokens in prompts(3, (5, 40)):
+            undisturbed, _ = await driver.run(tokens, 10)
+            assert await handed_over(driver, tokens, 10) == undisturbed
+
+
+async def test_kv_of_other_weights_is_another_models_kv(tiny_llama: Path) -> None:
+    fingerprints = set()
+    for weights in ("dtype", "int8", "int8x2"):
+        async with running_engine(tiny_llama, weights=weights) as driver:
+            fingerprints.add(driver.engine.kv.layout.model_fingerprint)
+    assert len(fingerprints) == 3
+
+
+async def test_without_compiled_kernels_torch_computes_the_same_and_says_so(
+    tiny_llama: Path,
+    hf_greedy: Greedy,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("SAGELLM_CACHE", str(tmp_path))  # nothing was built here
+    work = prompts(4, (3, 20))
+    with caplog.at_level(logging.WARNING):
+        async with running_engine(tiny_llama, weights="int8x2") as driver:
+            assert "torch in place of compiled kernels" in driver.engine.description
+            found = await asyncio.gather(*(driver.run(p, 8) for p in work))
+    assert [tokens for tokens, _ in found] == [hf_greedy(tiny_llama, p, 8) for p in work]
+    assert "torch computes instead" in caplog.text
+    native.native_ops.cache_clear()
+
+
+async def test_compiled_kernels_are_named(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, weights="int8") as driver:
+        assert f"int8 weights on {native.supported_isas()[0]} kernels" in driver.engine.description
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "serves LlamaForCausalLM and Qwen2"),
+        ({"hidden_size": 72, "num_attention_heads": 4, "head_dim": 16}, "hidden_size 72 is no multiple of 32"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary embeddings of type 'dynamic'"),
+    ],
+)
+async def test_a_model_that_does_not_fit_is_refused(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    path = copied(tiny_llama, tmp_path, **changes)
+    engine = make_engine(Config.model_validate({"model": {"path": str(path)}, "engine": {"weights": "int8"}}))
+    with pytest.raises(ConfigError, match=words):
+        await engine.start(lambda _: None)
+
+
+@pytest.mark.parametrize("other", [{"kv_quant_bits": 8}, {"tensor_parallel": 2}, {"device": "cuda"}])
+def test_what_int8_weights_do_not_go_with(other: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"weights 'int8' needs {next(iter(other))}"):
+        Config.model_validate({"engine": {"weights": "int8", **other}})
+
+
+async def test_two_planes_say_what_float32_says_of_a_real_model(smollm2: Path, hf_greedy: Greedy) -> None:
+    """Its weights come from a 4-bit file: four bits hold them exactly."""
+    from tokenizers import Tokenizer
+
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    ids = Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(text).ids
+    work = [ids[:30], ids[200:320]]
+    async with running_engine(smollm2, weights="int8x2") as driver:
+        found = await asyncio.gather(*(driver.run(p, 20) for p in work))
+    assert [tokens for tokens, _ in found] == [hf_greedy(smollm2, p, 20) for p in work]
