@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, PullRpc
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.kv import KvMemory, KvRegion
+
+log = logging.getLogger(__name__)
 
 
 def make_channel(
@@ -49,3 +53,15 @@ def make_channel(
             in_place()  # a mistake is told at the start
         channel = GlooChannel(in_place, leases, host, port, pull_rpc, digest=cfg.digest, silence_s=cfg.timeout_s)
     return InstrumentedChannel(channel)
+
+
+def overlap_min_bytes(cfg: TransportConfig, channel: KVTransferChannel) -> int | None:
+    """From how much KV on a prompt is handed over while it is computed; None: never. Says which, once, in the log."""
+    if cfg.overlap == "off":
+        log.info("KV is pulled after prefill: transport.overlap is off")
+        return None
+    if not channel.pulls_along:
+        log.info("KV is pulled after prefill: over %s it cannot be pulled while it is computed", channel.name)
+        return None
+    log.info("KV of at least %d bytes is pulled while it is computed", cfg.overlap_min_bytes)
+    return cfg.overlap_min_bytes

@@ -1,10 +1,14 @@
 """What the TCP byte path says on the wire, before and around the raw blocks. All integers are little-endian.
 
 receiver → source   request   magic, version, op, flags, len(transfer_id), timeout_ms, epoch, num_blocks, block_bytes
-                              transfer_id (UTF-8), block ids (int32 each)
+                              transfer_id (UTF-8); pull: block ids (int32 each), along: first block, layers (int32)
 source → receiver   answer    magic, status, len(reason), len(message); reason and message when refused
-                    then, when accepted, for each group of blocks: digests (8 bytes each, if asked for), the blocks
+                    then, when accepted,
+             pull   for each group of blocks: digests (8 bytes each, if asked for), the blocks
                     trailer   magic: all was sent and the lease was held until here
+            along   for each segment of blocks x layers that has become ready:
+                    segment   kind, layers, blocks; data: digest (8 bytes, if asked for) and the bytes, block after
+                              block; wait: nothing yet; done: all was sent; failed: an answer that refuses
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.core.types import BlockIds, pack_int32
 
 MAGIC = b"SKVT"
 TRAILER = b"SKVE"
 VERSION = 1
-OP_PULL = 1
+OP_PULL, OP_ALONG = 1, 2
+SEGMENT_DATA, SEGMENT_WAIT, SEGMENT_DONE, SEGMENT_FAILED = 1, 2, 3, 4
 FLAG_DIGEST = 1
 ACCEPTED, REFUSED = 0, 1
 MAX_GROUP_BYTES = 1 << 20
@@ -31,6 +37,11 @@ MAX_TIMEOUT_MS = 600_000
 
 REQUEST = struct.Struct("<4sBBBxHxxIqIQ")
 ANSWER = struct.Struct("<4sBxHI")
+ALONG = struct.Struct("<ii")
+SEGMENT = struct.Struct("<BxHHxxII")
+
+
+NO_SEGMENT = Segment(0, 0, 0, 0)
 
 
 class MalformedFrame(Exception):
@@ -41,6 +52,7 @@ class MalformedFrame(Exception):
 class PullHeader:
     """The fixed part of a request."""
 
+    op: int
     digest: bool
     transfer_id_bytes: int
     timeout_ms: int
@@ -49,14 +61,36 @@ class PullHeader:
     block_bytes: int
 
 
-def encode_request(
+def encode_pull(
     transfer_id: str, epoch: int, block_ids: BlockIds, *, block_bytes: int, digest: bool, timeout_s: float
+) -> bytes:
+    header = _encode_header(OP_PULL, transfer_id, epoch, len(block_ids), block_bytes, digest, timeout_s)
+    return header + pack_int32(block_ids)
+
+
+def encode_along(
+    transfer_id: str,
+    epoch: int,
+    first_block: int,
+    num_blocks: int,
+    num_layers: int,
+    *,
+    block_bytes: int,
+    digest: bool,
+    timeout_s: float,
+) -> bytes:
+    """Asks for num_blocks blocks from first_block on, in token order: all that are left."""
+    header = _encode_header(OP_ALONG, transfer_id, epoch, num_blocks, block_bytes, digest, timeout_s)
+    return header + ALONG.pack(first_block, num_layers)
+
+
+def _encode_header(
+    op: int, transfer_id: str, epoch: int, num_blocks: int, block_bytes: int, digest: bool, timeout_s: float
 ) -> bytes:
     name = transfer_id.encode()
     flags = FLAG_DIGEST if digest else 0
     timeout_ms = max(1, min(MAX_TIMEOUT_MS, int(timeout_s * 1000)))
-    header = REQUEST.pack(MAGIC, VERSION, OP_PULL, flags, len(name), timeout_ms, epoch, len(block_ids), block_bytes)
-    return header + name + pack_int32(block_ids)
+    return REQUEST.pack(MAGIC, VERSION, op, flags, len(name), timeout_ms, epoch, num_blocks, block_bytes) + name
 
 
 def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
@@ -64,13 +98,26 @@ def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
     magic, version, op, flags, name_bytes, timeout_ms, epoch, num_blocks, block_bytes = REQUEST.unpack(header)
     if magic != MAGIC:
         raise MalformedFrame(f"starts with {magic!r}, not {MAGIC!r}")
-    if version != VERSION or op != OP_PULL:
-        raise MalformedFrame(f"has version {version} op {op}; known: version {VERSION} op {OP_PULL}")
+    if version != VERSION or op not in (OP_PULL, OP_ALONG):
+        raise MalformedFrame(f"has version {version} op {op}; known: version {VERSION} op {OP_PULL} and {OP_ALONG}")
     if not 0 < num_blocks <= max_blocks:
         raise MalformedFrame(f"asks for {num_blocks} blocks of a pool of {max_blocks}")
     return PullHeader(
-        bool(flags & FLAG_DIGEST), name_bytes, min(timeout_ms, MAX_TIMEOUT_MS), epoch, num_blocks, block_bytes
+        op, bool(flags & FLAG_DIGEST), name_bytes, min(timeout_ms, MAX_TIMEOUT_MS), epoch, num_blocks, block_bytes
     )
+
+
+def encode_segment(kind: int, segment: Segment = NO_SEGMENT) -> bytes:
+    return SEGMENT.pack(kind, segment.first_layer, segment.end_layer, segment.first_block, segment.end_block)
+
+
+def decode_segment(header: bytes | bytearray) -> tuple[int, Segment]:
+    """(kind, what it brings). Raises MalformedFrame."""
+    kind, first_layer, end_layer, first_block, end_block = SEGMENT.unpack(header)
+    known = (SEGMENT_DATA, SEGMENT_WAIT, SEGMENT_DONE, SEGMENT_FAILED)
+    if kind not in known or first_layer > end_layer or first_block > end_block:
+        raise MalformedFrame(f"sent the segment {bytes(header)!r}")
+    return kind, Segment(first_block, end_block, first_layer, end_layer)
 
 
 def encode_refusal(reason: str, message: str) -> bytes:

@@ -4,7 +4,8 @@ Both sides of a handoff hold blocks for a party that may die: the source pins wh
 reserves what it will write. Both are leases: keyed by transfer, fenced by epoch, freed at the latest when their time
 is up.
 
-    source:  pin ──► reading (any number) ──► release | expire | replaced by a higher epoch | close ──► free, once
+    source:  [computing ──►] pin ──► reading (any number) ──► release | expire | replaced by a higher epoch | close
+                                                          ──► free, once
     target:  reserve ──► claim (the caller owns the blocks again) | release | expire | replaced | close ──► free, once
 
 Pure state behind a lock; time is injected. `free` is called outside the lock, so it may take locks of its own.
@@ -12,6 +13,7 @@ Pure state behind a lock; time is injected. `free` is called outside the lock, s
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,7 @@ import numpy as np
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import Draining, LeaseExpired
 from sagellm_common.core.kv import Allocation
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds
 
 Free = Callable[[Allocation], None]
@@ -36,6 +39,8 @@ class _Lease:
     expires_at_s: float
     readers: int = 0
     ended: bool = False
+    progress: KvProgress | None = None
+    """Of a source that is, or was, pulled while it was computed."""
 
 
 class _LeaseTable:
@@ -96,7 +101,9 @@ class _LeaseTable:
     def renew(self, key: str, epoch: int) -> float:
         """Starts the lease's time anew; returns the seconds it now has. Raises LeaseExpired."""
         with self._lock:
-            self._live(key, epoch).expires_at_s = self._clock.now() + self.ttl_s
+            lease = self._live(key, epoch)
+            # What is being computed has no time that could be shortened.
+            lease.expires_at_s = max(lease.expires_at_s, self._clock.now() + self.ttl_s)
         return self.ttl_s
 
     def _live(self, key: str, epoch: int) -> _Lease:
@@ -134,6 +141,38 @@ class _LeaseTable:
 class HandoffSource(_LeaseTable):
     """Blocks pinned for receivers to pull. Thread-safe; a `comm_backend.protocol.LeasedBlocks`."""
 
+    @contextmanager
+    def computing(
+        self, transfer_id: str, epoch: int, allocation: Allocation, progress: KvProgress
+    ) -> Iterator[Allocation]:
+        """Pins blocks while their KV is computed: they may be read up to the watermark of `progress`.
+
+        Owns the allocation, references of its own on the blocks. `pin` within the `with` turns it into a lease like
+        any other, with a time; left without, it ends, and `progress` fails: whoever pulls is told. Raises as `pin`.
+        """
+        self.release(transfer_id, epoch, committed=False)
+        held = self._enter(transfer_id, epoch, allocation, 0)
+        with self._lock:
+            lease = self._leases.get(transfer_id)
+            if lease is not None and lease.allocation is held:
+                lease.progress, lease.expires_at_s = progress, math.inf
+        try:
+            yield held
+        finally:
+            with self._lock:
+                unfinished = lease is not None and self._leases.get(transfer_id) is lease and _is_computing(lease)
+                freed = self._end(transfer_id, "cancelled") if unfinished else None
+            self._free_all([freed])
+            progress.fail(LeaseExpired(f"transfer {transfer_id!r} epoch {epoch}: its prefill ended without KV to pull"))
+
+    def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
+        """See `LeasedBlocks.progress`."""
+        with self._lock:
+            lease = self._live(transfer_id, epoch)
+            if lease.progress is None:
+                raise LeaseExpired(f"transfer {transfer_id!r} epoch {epoch} was not announced before it was computed")
+            return lease.allocation, lease.progress
+
     def pin(self, transfer_id: str, epoch: int, allocation: Allocation, num_tokens: int) -> Allocation:
         """Owns the allocation for ttl_s from now on; returns the pinned one.
 
@@ -141,6 +180,12 @@ class HandoffSource(_LeaseTable):
         new one. Raises LeaseExpired for a lower epoch and Draining after `close`; the caller then still owns the
         allocation.
         """
+        with self._lock:
+            lease = self._leases.get(transfer_id)
+            if lease is not None and lease.epoch == epoch and _is_computing(lease):
+                # Where the engine has used other blocks after all, this lease is over and a new one takes its place.
+                same = np.array_equal(lease.allocation.block_ids[: len(allocation.block_ids)], allocation.block_ids)
+                lease.num_tokens, lease.expires_at_s = num_tokens, self._clock.now() + (self.ttl_s if same else 0.0)
         return self._enter(transfer_id, epoch, allocation, num_tokens)
 
     def get(self, transfer_id: str, epoch: int) -> tuple[Allocation, int]:
@@ -150,7 +195,9 @@ class HandoffSource(_LeaseTable):
             return lease.allocation, lease.num_tokens
 
     @contextmanager
-    def reading(self, transfer_id: str, epoch: int, block_ids: BlockIds) -> Iterator[None]:
+    def reading(
+        self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
+    ) -> Iterator[None]:
         """See `LeasedBlocks.reading`."""
         with self._lock:
             lease = self._live(transfer_id, epoch)
@@ -169,6 +216,11 @@ class HandoffSource(_LeaseTable):
     def release(self, transfer_id: str, epoch: int, committed: bool) -> None:
         """Unpins. A no-op for an unknown transfer and for an older epoch than the pinned one."""
         self._release(transfer_id, epoch, "committed" if committed else "cancelled")
+
+
+def _is_computing(lease: _Lease) -> bool:
+    """It has no time yet: whoever computes lives in this process, and ends it."""
+    return lease.expires_at_s == math.inf
 
 
 class HandoffTarget(_LeaseTable):

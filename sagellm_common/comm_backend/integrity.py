@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 
+from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.core.errors import InvalidRequest, KvCorrupt
 from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds
@@ -17,6 +20,28 @@ def block_digests(region: KvRegion, block_ids: BlockIds) -> bytes:
     size, view = region.block_bytes, region.view
     digest = xxhash.xxh3_64_digest
     return b"".join([digest(view[at * size : (at + 1) * size]) for at in block_ids.tolist()])
+
+
+def segment_digest(views: Sequence[memoryview]) -> bytes:
+    """8-byte xxh3 of the bytes of a segment, in the order in which they are sent."""
+    digest = xxhash.xxh3_64()
+    for view in views:
+        digest.update(view)
+    return digest.digest()
+
+
+def verify_segment(
+    segment: Segment, views: Sequence[memoryview], expected: bytes | bytearray, transfer_id: str
+) -> None:
+    """Raises KvCorrupt naming the segment when its bytes are not what the source sent."""
+    actual = segment_digest(views)
+    if actual != expected:
+        raise KvCorrupt(
+            f"transfer {transfer_id!r}: layers {segment.first_layer}..{segment.end_layer - 1} of blocks "
+            f"{segment.first_block}..{segment.end_block - 1} arrived with digest {actual.hex()}, sent as "
+            f"{bytes(expected).hex()}",
+            metadata={"transfer_id": transfer_id, "first_block": str(segment.first_block)},
+        )
 
 
 def verify_blocks(
@@ -48,6 +73,11 @@ def check_pull(region: KvMemory, source_blocks: BlockIds, target_blocks: BlockId
     """Raises InvalidRequest unless each source block has one target block of its own within the pool."""
     if len(source_blocks) != len(target_blocks):
         raise InvalidRequest(f"{len(source_blocks)} source blocks cannot fill {len(target_blocks)} target blocks")
+    check_targets(region, target_blocks)
+
+
+def check_targets(region: KvMemory, target_blocks: BlockIds) -> None:
+    """Raises InvalidRequest unless they are different blocks within the pool."""
     if not len(target_blocks):
         return
     if target_blocks.min() < 0 or target_blocks.max() >= region.num_blocks:

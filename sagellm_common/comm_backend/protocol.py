@@ -7,12 +7,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.kv import Allocation, KvMemory, KvRegion
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvSource
 
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
+    """`seconds` in which bytes moved: a pull along the computation spends more, waiting for it."""
+
     bytes: int
     seconds: float
     blocks: int
@@ -21,11 +24,17 @@ class TransferResult:
 class LeasedBlocks(Protocol):
     """What a byte path asks before it sends: the source's lease table (`handoff.HandoffSource`)."""
 
-    def reading(self, transfer_id: str, epoch: int, block_ids: BlockIds) -> AbstractContextManager[None]:
+    def reading(
+        self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
+    ) -> AbstractContextManager[None]:
         """Holds the blocks for the time of a send: a release or expiry meanwhile frees them only afterwards.
 
-        Raises LeaseExpired unless all these blocks are pinned under this transfer and epoch.
+        `num_bytes` of them are read; None: all. Raises LeaseExpired unless all these blocks are pinned under this
+        transfer and epoch.
         """
+
+    def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
+        """Blocks pinned while they are computed, in token order, and how far they are. Raises LeaseExpired."""
 
 
 Memory = Callable[[], KvMemory]
@@ -43,6 +52,8 @@ class KVTransferChannel(Protocol):
     """One worker's end of a byte path, both as source and as receiver."""
 
     name: str
+    pulls_along: bool
+    """Whether `pull_along` works here; else blocks are pulled when all of them are computed."""
 
     @property
     def address(self) -> str:
@@ -65,6 +76,22 @@ class KVTransferChannel(Protocol):
         `into` is other memory than the pool, for blocks of another layout than the pool's. Raises LayoutMismatch unless
         its blocks (the pool's) have the size of the source's, PeerLost (connection refused, reset, silent past the
         deadline), LeaseExpired, KvCorrupt. After an error the target blocks hold garbage, the pool is otherwise intact.
+        """
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> TransferResult:
+        """As `pull`, of blocks that are still being computed, as they become ready: some layers of some blocks at a
+        time, a digest for each such segment. target_blocks[i] is filled from the source's block first_block + i in
+        token order, to the last one. `on_bytes` hears of each segment that is here, on a thread of the channel.
+
+        Raises as `pull` does, whatever ended the computation instead, and InvalidRequest where not `pulls_along`.
         """
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:

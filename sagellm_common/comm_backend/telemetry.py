@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import Counter, Histogram
 
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, TransferResult
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import Allocation, KvRegion
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvSource
 
 TRANSFER_BYTES = Counter(
@@ -18,7 +19,7 @@ TRANSFER_BYTES = Counter(
 )
 TRANSFER_SECONDS = Histogram(
     "sagellm_comm_transfer_seconds",
-    "Time of one pull, as the receiver sees it",
+    "Time in which one pull moved bytes, as the receiver sees it",
     ["backend"],
     buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
 )
@@ -33,6 +34,7 @@ class InstrumentedChannel:
     def __init__(self, inner: KVTransferChannel) -> None:
         self._inner = inner
         self.name = inner.name
+        self.pulls_along = inner.pulls_along
 
     @property
     def address(self) -> str:
@@ -50,11 +52,34 @@ class InstrumentedChannel:
         timeout_s: float,
         into: KvRegion | None = None,
     ) -> TransferResult:
-        try:
+        with self._failures():
             result = await self._inner.pull(source, source_blocks, target_blocks, timeout_s=timeout_s, into=into)
+        return self._counted(result)
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> TransferResult:
+        with self._failures():
+            result = await self._inner.pull_along(
+                source, first_block, target_blocks, timeout_s=timeout_s, on_bytes=on_bytes
+            )
+        return self._counted(result)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException as err:
             TRANSFER_FAILURES.labels(self.name, type(err).__name__).inc()
             raise
+
+    def _counted(self, result: TransferResult) -> TransferResult:
         TRANSFER_BYTES.labels(self.name, "in").inc(result.bytes)
         TRANSFER_SECONDS.labels(self.name).observe(result.seconds)
         return result
@@ -75,7 +100,12 @@ class InstrumentedLeases:
         self._memory = memory
 
     @contextmanager
-    def reading(self, transfer_id: str, epoch: int, block_ids: BlockIds) -> Iterator[None]:
-        with self._inner.reading(transfer_id, epoch, block_ids):
+    def reading(
+        self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
+    ) -> Iterator[None]:
+        with self._inner.reading(transfer_id, epoch, block_ids, num_bytes):
             yield
-        self._sent.inc(len(block_ids) * self._memory().block_bytes)
+        self._sent.inc(len(block_ids) * self._memory().block_bytes if num_bytes is None else num_bytes)
+
+    def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
+        return self._inner.progress(transfer_id, epoch)

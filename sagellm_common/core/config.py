@@ -86,8 +86,21 @@ class RoleConfig(Section):
 class TransportConfig(Section):
     backend: Literal["tcp", "gloo"] = "tcp"
     digest: bool = Field(True, description="checks an xxh3 digest per block")
+    overlap: Literal["auto", "off"] = Field(
+        "auto", description="decode pulls a prompt's KV while prefill still computes it; auto: where backend can (tcp)"
+    )
+    overlap_min_bytes: int = Field(
+        4 << 20,
+        ge=0,
+        description="KV below this is pulled after prefill: moving it takes no longer than arranging more",
+    )
     timeout_s: float = Field(10.0, gt=0, description="longest silence of a peer during a pull")
     lease_ttl_s: float = Field(30.0, gt=0, description="after which blocks held for a dead party are freed")
+
+    @field_validator("overlap", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # how YAML reads `overlap: off`
 
 
 class TopologyConfig(Section):

@@ -39,16 +39,31 @@ class KvMemory(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPart:
+    """One kind of a block's contents (keys, values, scales): from `offset` on, layer after layer of `layer_bytes`."""
+
+    offset: int
+    layer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class KvRegion:
     """KV memory of the host: a `KvMemory` in place. One block is contiguous.
 
     `view` is a writable memoryview of num_blocks x block_bytes bytes; block b starts at b * block_bytes. The byte
-    path reads and writes it in place.
+    path reads and writes it in place. `layer_parts` say where in a block a layer is; empty: blocks have no layers
+    that could be read apart.
     """
 
     view: memoryview
     block_bytes: int
     num_blocks: int
+    layer_parts: tuple[LayerPart, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that can be read apart; 1 where `layer_parts` is empty."""
+        return self.block_bytes // sum(p.layer_bytes for p in self.layer_parts) if self.layer_parts else 1
 
     @contextmanager
     def reading(self, block_ids: BlockIds) -> Iterator[tuple[KvRegion, BlockIds]]:
@@ -75,6 +90,12 @@ class KvRegion:
         bounds = [0, *cuts.tolist(), ids.size]
         size = self.block_bytes
         return [self.view[int(ids[a]) * size : (int(ids[a]) + b - a) * size] for a, b in itertools.pairwise(bounds)]
+
+    def layers(self, block_ids: Sequence[int] | BlockIds, begin: int, end: int) -> list[memoryview]:
+        """Views of layers [begin, end) of the blocks, block after block, each in the order of `layer_parts`."""
+        spans = [(p.offset + begin * p.layer_bytes, p.offset + end * p.layer_bytes) for p in self.layer_parts]
+        starts = (np.asarray(block_ids, dtype=np.int64) * self.block_bytes).tolist()
+        return [self.view[at + first : at + last] for at in starts for first, last in spans]
 
 
 @dataclass(slots=True, eq=False)

@@ -22,6 +22,9 @@ class KVBackendProtocol(Protocol):
         compute. Raises KvExhausted, having taken nothing.
         """
 
+    def share(self, allocation: Allocation) -> Allocation:
+        """References of its own on the blocks of an allocation that is still held: each is freed by itself."""
+
     def free(self, allocation: Allocation) -> None:
         """Drops the references. Idempotent."""
 

@@ -131,6 +131,29 @@ def test_free_is_idempotent(pool: Pool) -> None:
     assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)
 
 
+def test_shared_blocks_are_held_until_each_holder_has_freed_them(pool: Pool) -> None:
+    pool.cache(tokens(8))
+    mine = pool.backend.allocate(tokens(14), 14)
+    theirs = pool.backend.share(mine)
+    assert theirs.block_ids.tolist() == mine.block_ids.tolist()
+    assert (
+        (theirs.num_cached_tokens, theirs.num_shared_blocks)
+        == (mine.num_cached_tokens, mine.num_shared_blocks)
+        == (8, 2)
+    )
+    before = used_free_cached(pool)
+    pool.backend.free(mine)
+    pool.backend.free(mine)
+    assert used_free_cached(pool) == before
+    others = pool.backend.allocate(tokens(12 * BLOCK_TOKENS, start=1000), 12 * BLOCK_TOKENS)
+    assert set(others.block_ids.tolist()).isdisjoint(theirs.block_ids.tolist())
+    pool.backend.free(others)
+    pool.backend.free(theirs)
+    pool.backend.free(theirs)
+    assert used_free_cached(pool)[0] == 0
+    assert pool.backend.get_utilization().balanced
+
+
 def test_what_does_not_fit_takes_nothing(pool: Pool) -> None:
     pool.cache(tokens(8))
     held = pool.backend.allocate(tokens(40, start=500), 40)

@@ -15,7 +15,8 @@ from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, PullRpc
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import PeerLost
-from sagellm_common.core.kv import Allocation, KvMemory, KvRegion
+from sagellm_common.core.kv import Allocation, KvMemory, KvRegion, LayerPart
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
 BACKENDS = ("tcp", "staged", "gloo", "mock")
@@ -27,9 +28,12 @@ def a_layout(block_bytes: int = 64, block_size_tokens: int = 4, model_fingerprin
     return KvLayout(model_fingerprint, "float32", block_size_tokens, 1, 1, 2, block_bytes)
 
 
-def random_region(num_blocks: int, block_bytes: int, seed: int = 0) -> KvRegion:
+def random_region(num_blocks: int, block_bytes: int, seed: int = 0, num_layers: int = 0) -> KvRegion:
+    """With layers a block has keys and values, one fourth and three fourths of it."""
     data = np.random.default_rng(seed).integers(0, 256, num_blocks * block_bytes, dtype=np.uint8)
-    return KvRegion(memoryview(data), block_bytes, num_blocks)
+    quarter = block_bytes // 4
+    parts = (LayerPart(0, quarter // num_layers), LayerPart(quarter, 3 * quarter // num_layers)) if num_layers else ()
+    return KvRegion(memoryview(data), block_bytes, num_blocks, parts)
 
 
 def staged(region: KvRegion) -> KvMemory:
@@ -58,8 +62,10 @@ class WatchedLeases:
         self.quiet = threading.Event()
 
     @contextmanager
-    def reading(self, transfer_id: str, epoch: int, block_ids: BlockIds) -> Iterator[None]:
-        with self._inner.reading(transfer_id, epoch, block_ids):
+    def reading(
+        self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
+    ) -> Iterator[None]:
+        with self._inner.reading(transfer_id, epoch, block_ids, num_bytes):
             with self._lock:
                 self._readers += 1
                 self.quiet.clear()
@@ -70,6 +76,9 @@ class WatchedLeases:
                     self._readers -= 1
                     if not self._readers:
                         self.quiet.set()
+
+    def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
+        return self._inner.progress(transfer_id, epoch)
 
 
 @dataclass
@@ -119,13 +128,14 @@ class Cluster:
         *,
         num_blocks: int = 64,
         block_bytes: int = 64,
+        num_layers: int = 0,
         digest: bool = True,
         silence_s: float = 5.0,
         ttl_s: float = 30.0,
         faults: Faults | None = None,
         pull_rpc: PullRpc | None = None,
     ) -> Side:
-        region, clock, freed = random_region(num_blocks, block_bytes, len(self.sides)), ManualClock(), []
+        region, clock, freed = random_region(num_blocks, block_bytes, len(self.sides), num_layers), ManualClock(), []
         leases = HandoffSource(ttl_s, clock, freed.append)
         watched = WatchedLeases(leases)
         channel: KVTransferChannel

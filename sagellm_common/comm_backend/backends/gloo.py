@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -41,6 +42,7 @@ class GlooChannel:
     """A `KVTransferChannel`. `silence_s` bounds each wait for a peer, a pull's own timeout the whole of it."""
 
     name = "gloo"
+    pulls_along = False
 
     def __init__(
         self,
@@ -162,6 +164,19 @@ class GlooChannel:
             del self._idle[other]
         if not self._closed:
             self._idle.setdefault(peer, []).append((pair_id, pair))
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> TransferResult:
+        raise InvalidRequest(
+            "over gloo nothing is pulled along the computation: a pair moves whole blocks, once they are all computed"
+        )
 
     # ---- source ----
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -45,6 +46,7 @@ class MockChannel:
     """A `KVTransferChannel` between all channels of one `MockNetwork`."""
 
     name = "mock"
+    pulls_along = False
 
     def __init__(
         self,
@@ -90,6 +92,17 @@ class MockChannel:
                 raise PeerLost(f"transfer {source.transfer_id!r}: the source was silent for {timeout_s:g} s") from err
         num_bytes = len(target_blocks) * region.block_bytes
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> TransferResult:
+        raise InvalidRequest("over mock nothing is pulled along the computation: mock copies whole blocks")
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         raise InvalidRequest("KvTransferService.Pull is for byte paths like gloo; mock asks its network")

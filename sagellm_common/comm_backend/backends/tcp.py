@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
@@ -16,6 +17,7 @@ class TcpChannel:
     """A `KVTransferChannel`. `silence_s` bounds each wait for a peer, a pull's own timeout the whole of it."""
 
     name = "tcp"
+    pulls_along = True
 
     def __init__(
         self, memory: Memory, leases: LeasedBlocks, host: str, port: int, *, digest: bool, silence_s: float
@@ -39,6 +41,19 @@ class TcpChannel:
         into: KvRegion | None = None,
     ) -> TransferResult:
         return await self._receiver.pull(source, source_blocks, target_blocks, timeout_s=timeout_s, into=into)
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> TransferResult:
+        return await self._receiver.pull_along(
+            source, first_block, target_blocks, timeout_s=timeout_s, on_bytes=on_bytes
+        )
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         raise InvalidRequest("KvTransferService.Pull is for byte paths like gloo; over tcp the receiver asks in band")

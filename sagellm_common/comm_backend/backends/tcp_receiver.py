@@ -5,18 +5,33 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.frames import MalformedFrame
-from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
+from sagellm_common.comm_backend.integrity import (
+    DIGEST_BYTES,
+    check_pull,
+    check_targets,
+    verify_blocks,
+    verify_segment,
+)
 from sagellm_common.comm_backend.protocol import Memory, TransferResult
+from sagellm_common.comm_backend.segments import Segment, layers_apart, views
 from sagellm_common.comm_backend.wire import Wire, split_address
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import Draining, PeerLost, error_for
 from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
+
+T = TypeVar("T")
+IntArray = NDArray[np.int32]
 
 MAX_PULLS = 64
 """Pulls at a time; more wait, within their deadline."""
@@ -32,7 +47,7 @@ class TcpReceiver:
         self._silence_s = silence_s
         self._threads = ThreadPoolExecutor(MAX_PULLS, "kv-pull")
         self._idle: dict[str, list[Wire]] = {}
-        self._active: dict[Wire, asyncio.Future[None]] = {}
+        self._active: dict[Wire, asyncio.Future[Any]] = {}
         self._closed = False
 
     async def pull(
@@ -49,15 +64,34 @@ class TcpReceiver:
         check_pull(memory, source_blocks, target_blocks)
         began_s = time.monotonic()
         if len(target_blocks):
-            try:
-                await self._pull(memory, source, source_blocks, target_blocks, began_s + timeout_s)
-            except (OSError, EOFError, MalformedFrame) as err:
-                raise PeerLost(
-                    f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} "
-                    f"was lost: {err or 'it closed the connection'}"
-                ) from err
+            await self._run(
+                source,
+                began_s + timeout_s,
+                lambda wire: self._transfer(wire, memory, source, source_blocks, target_blocks),
+            )
         num_bytes = len(target_blocks) * memory.block_bytes
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> TransferResult:
+        """See `KVTransferChannel.pull_along`, and `pull`."""
+        memory = self._memory()
+        check_targets(memory, target_blocks)
+        seconds = 0.0
+        if len(target_blocks):
+            seconds = await self._run(
+                source,
+                time.monotonic() + timeout_s,
+                lambda wire: self._transfer_along(wire, source, first_block, target_blocks, on_bytes),
+            )
+        return TransferResult(len(target_blocks) * memory.block_bytes, seconds, len(target_blocks))
 
     async def close(self) -> None:
         """Ends all pulls. Idempotent."""
@@ -72,19 +106,29 @@ class TcpReceiver:
         self._idle.clear()
         self._threads.shutdown(wait=False)
 
-    async def _pull(
-        self, memory: KvMemory, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, deadline_s: float
-    ) -> None:
-        wire = await self._connection(source.data_address, deadline_s)
+    async def _run(self, source: KvSource, deadline_s: float, exchange: Callable[[Wire], T]) -> T:
+        """`exchange` on a thread and a connection of its own; when this returns or raises, it has ended.
+
+        Raises PeerLost for whatever the connection may fail with.
+        """
+        try:
+            return await self._exchange(source.data_address, deadline_s, exchange)
+        except (OSError, EOFError, MalformedFrame) as err:
+            raise PeerLost(
+                f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} "
+                f"was lost: {err or 'it closed the connection'}"
+            ) from err
+
+    async def _exchange(self, address: str, deadline_s: float, exchange: Callable[[Wire], T]) -> T:
+        wire = await self._connection(address, deadline_s)
         if self._closed:
             wire.close()
             raise Draining("this worker's KV byte path is closed")
         wire.deadline_s = deadline_s
-        loop = asyncio.get_running_loop()
-        job = loop.run_in_executor(self._threads, self._transfer, wire, memory, source, source_blocks, target_blocks)
+        job = asyncio.get_running_loop().run_in_executor(self._threads, exchange, wire)
         self._active[wire] = job
         try:
-            await asyncio.shield(job)
+            result = await asyncio.shield(job)
         except BaseException:
             wire.abort()
             await finished(job)
@@ -92,14 +136,15 @@ class TcpReceiver:
             raise
         finally:
             del self._active[wire]
-        self._keep(source.data_address, wire)
+        self._keep(address, wire)
+        return result
 
     def _transfer(
         self, wire: Wire, memory: KvMemory, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds
     ) -> None:
         """The whole exchange, on a thread of its own."""
         size = memory.block_bytes
-        request = frames.encode_request(
+        request = frames.encode_pull(
             source.transfer_id,
             source.epoch,
             source_blocks,
@@ -119,6 +164,55 @@ class TcpReceiver:
         trailer = wire.recv(len(frames.TRAILER))
         if trailer != frames.TRAILER:
             raise MalformedFrame(f"ended with {bytes(trailer)!r}")
+
+    def _transfer_along(
+        self,
+        wire: Wire,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        on_bytes: Callable[[int], None],
+    ) -> float:
+        """The whole exchange, on a thread of its own; returns the seconds in which bytes moved."""
+        memory = self._memory()
+        num_layers = layers_apart(memory)
+        request = frames.encode_along(
+            source.transfer_id,
+            source.epoch,
+            first_block,
+            len(target_blocks),
+            num_layers,
+            block_bytes=memory.block_bytes,
+            digest=self._digest,
+            timeout_s=wire.deadline_s - time.monotonic(),
+        )
+        wire.send([request])
+        self._expect_accepted(wire)
+        layers_here, seconds = np.zeros(len(target_blocks), dtype=np.int32), 0.0
+        while True:
+            kind, segment = frames.decode_segment(wire.recv(frames.SEGMENT.size))
+            if kind == frames.SEGMENT_DONE:
+                break
+            if kind == frames.SEGMENT_FAILED:
+                self._expect_accepted(wire)
+            if kind == frames.SEGMENT_DATA:
+                began_s = time.monotonic()
+                here = _next_layers(layers_here, segment, first_block, num_layers)
+                with memory.writing(target_blocks[here]) as (region, ids):
+                    into = views(region, ids, segment, num_layers)
+                    self._take_segment(wire, source, segment, into)
+                on_bytes(sum(map(len, into)))
+                seconds += time.monotonic() - began_s
+                failpoints.hit("receiver.pulling")
+        if (layers_here != num_layers).any():
+            raise MalformedFrame("ended before all blocks were sent")
+        return seconds
+
+    def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Sequence[memoryview]) -> None:
+        digest = bytearray(DIGEST_BYTES if self._digest else 0)
+        wire.recv_into([*([digest] if self._digest else []), *into])
+        if self._digest:
+            verify_segment(segment, into, digest, source.transfer_id)
 
     def _expect_accepted(self, wire: Wire) -> None:
         accepted, reason_bytes, message_bytes = frames.decode_answer(wire.recv(frames.ANSWER.size))
@@ -154,6 +248,17 @@ class TcpReceiver:
                 wire.close()
             if not wires:
                 del self._idle[address]
+
+
+def _next_layers(layers_here: IntArray, segment: Segment, first_block: int, num_layers: int) -> slice:
+    """Which of the blocks asked for the segment is of; counts it. Raises MalformedFrame unless it is what was missing
+    next in each of them: then nothing is written outside them, or twice."""
+    here = slice(segment.first_block - first_block, segment.end_block - first_block)
+    inside = 0 <= here.start < here.stop <= len(layers_here) and segment.end_layer <= num_layers
+    if not inside or segment.num_layers < 1 or (layers_here[here] != segment.first_layer).any():
+        raise MalformedFrame(f"sent {segment} out of turn")
+    layers_here[here] = segment.end_layer
+    return here
 
 
 async def _connect(loop: asyncio.AbstractEventLoop, address: str, timeout_s: float) -> socket.socket:

@@ -11,21 +11,28 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
-from sagellm_common.comm_backend.integrity import block_digests
+from sagellm_common.comm_backend.integrity import block_digests, segment_digest
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory
+from sagellm_common.comm_backend.segments import Segment, SegmentCutter, layers_apart, split, views
 from sagellm_common.comm_backend.wire import Buffer, Wire
 from sagellm_common.core import failpoints
-from sagellm_common.core.errors import ConfigError, LayoutMismatch, SageError
-from sagellm_common.core.kv import KvMemory
+from sagellm_common.core.errors import ConfigError, InvalidRequest, LayoutMismatch, SageError
+from sagellm_common.core.kv import Allocation, KvMemory
+from sagellm_common.core.kv_progress import KvProgress, Watermark
 from sagellm_common.core.types import BlockIds
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 300.0
 """A connection that asks for nothing this long is closed; the receiver makes a new one when it needs it."""
+WAIT_S = 0.5
+"""A receiver that waits for the computation hears this often that its source is alive."""
+MIN_SEGMENT_BYTES = 256 << 10
+"""Within a chunk layers are gathered up to this size: a segment costs some ten microseconds on either side."""
 
 
 class TcpSource:
@@ -115,6 +122,11 @@ class TcpSource:
             transfer_id = wire.recv(header.transfer_id_bytes).decode()
         except UnicodeDecodeError:
             raise MalformedFrame("has a transfer id that is not UTF-8") from None
+        if header.op == frames.OP_ALONG:
+            first_block, num_layers = frames.ALONG.unpack(wire.recv(frames.ALONG.size))
+            wire.deadline_s = time.monotonic() + header.timeout_ms / 1000
+            self._answer_along(wire, header, transfer_id, first_block, num_layers)
+            return True
         block_ids = frames.unpack_ids(wire.recv(4 * header.num_blocks))
         wire.deadline_s = time.monotonic() + header.timeout_ms / 1000
         self._answer(wire, header, transfer_id, block_ids)
@@ -147,6 +159,67 @@ class TcpSource:
                 head = []
                 failpoints.hit("source.sending")
             wire.send([frames.TRAILER])
+
+    # ---- along the computation ----
+
+    def _answer_along(
+        self, wire: Wire, header: PullHeader, transfer_id: str, first_block: int, num_layers: int
+    ) -> None:
+        """`num_layers` can be told apart in the receiver's blocks. If not in ours, each block is sent as a whole."""
+        memory = self._memory()
+        try:
+            _check_layout(memory, header, transfer_id)
+            allocation, progress = self._leases.progress(transfer_id, header.epoch)
+            _check_along(allocation, first_block, header.num_blocks, num_layers)
+        except SageError as err:
+            wire.send([frames.encode_refusal(err.reason, err.message)])
+            return
+        wire.send([frames.encode_accepted()])
+        layer_bytes = memory.block_bytes // num_layers
+        cutter = SegmentCutter(
+            first_block,
+            progress.num_tokens,
+            progress.block_size_tokens,
+            num_layers,
+            min_block_layers=-(-MIN_SEGMENT_BYTES // layer_bytes),
+        )
+        try:
+            for segment in self._ready(wire, progress, cutter, by_layer=num_layers == layers_apart(memory)):
+                for part in split(segment, layer_bytes, frames.MAX_GROUP_BYTES):
+                    block_ids = allocation.block_ids[part.first_block : part.end_block]
+                    num_bytes = part.num_blocks * memory.block_bytes * part.num_layers // num_layers
+                    with (
+                        self._leases.reading(transfer_id, header.epoch, block_ids, num_bytes),
+                        memory.reading(block_ids) as (region, ids),
+                    ):
+                        found = views(region, ids, part, num_layers)
+                        digest = [segment_digest(found)] if header.digest else []
+                        wire.send([frames.encode_segment(frames.SEGMENT_DATA, part), *digest, *found])
+                    failpoints.hit("source.sending")
+        except SageError as err:
+            failed = frames.encode_segment(frames.SEGMENT_FAILED)
+            wire.send([failed, frames.encode_refusal(err.reason, err.message)])
+            return
+        wire.send([frames.encode_segment(frames.SEGMENT_DONE)])
+
+    def _ready(self, wire: Wire, progress: KvProgress, cutter: SegmentCutter, *, by_layer: bool) -> Iterator[Segment]:
+        """Segments as they become ready, to the last one. Raises what the computation failed with."""
+        patience_s, mark = min(WAIT_S, self._silence_s / 3), None
+        while not cutter.finished:
+            seen, mark = mark, progress.wait(mark, patience_s)
+            if mark == seen:
+                wire.send([frames.encode_segment(frames.SEGMENT_WAIT)])
+            else:
+                yield from cutter.cut(mark if by_layer else Watermark(mark.tokens))
+
+
+def _check_along(allocation: Allocation, first_block: int, num_blocks: int, num_layers: int) -> None:
+    if num_layers < 1:
+        raise InvalidRequest(f"num_layers is {num_layers}, but must be at least 1")
+    if first_block < 0 or first_block + num_blocks != len(allocation.block_ids):
+        raise InvalidRequest(
+            f"{num_blocks} blocks from {first_block} on are not the rest of the {len(allocation.block_ids)} leased ones"
+        )
 
 
 def _check_layout(memory: KvMemory, header: PullHeader, transfer_id: str) -> None:

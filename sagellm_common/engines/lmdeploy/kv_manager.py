@@ -214,6 +214,15 @@ class LmdeployKvPool:
             logical = np.concatenate([shared, self._allocator.allocate(missing)])
             return self._hold(logical, len(shared) * self.layout.block_size_tokens, len(shared), hashes)
 
+    def share(self, allocation: Allocation) -> EngineAllocation:
+        assert isinstance(allocation, EngineAllocation)
+        with self.lock:
+            if not allocation.live:
+                raise ValueError("the allocation was freed or handed over before")
+            self._allocator.add_ref_count(allocation.logical, 1)
+            cached, shared = allocation.num_cached_tokens, allocation.num_shared_blocks
+            return self._hold(allocation.logical, cached, shared, allocation.hashes)
+
     def free(self, allocation: Allocation) -> None:
         assert isinstance(allocation, EngineAllocation)
         with self.lock:

@@ -144,6 +144,16 @@ class HostKvPool:
                 raise
             return self._hand_out([*self._blocks_of(hits), *fresh], len(hits))
 
+    def share(self, allocation: Allocation) -> Allocation:
+        """See `KVBackendProtocol.share`."""
+        with self._lock:
+            if id(allocation) not in self._held:
+                raise ValueError("the allocation was freed before: its blocks may be somebody else's")
+            self._refs[allocation.block_ids] += 1
+            shared = self._hand_out(allocation.block_ids.tolist(), allocation.num_shared_blocks)
+            shared.num_cached_tokens = allocation.num_cached_tokens
+            return shared
+
     def free(self, allocation: Allocation) -> None:
         """Drops the references. Idempotent."""
         with self._lock:

@@ -7,6 +7,7 @@ from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import Draining, LeaseExpired
 from sagellm_common.core.kv import Allocation
+from sagellm_common.core.kv_progress import KvProgress
 
 TTL_S = 10.0
 
@@ -169,6 +170,87 @@ def test_close_frees_all_and_refuses_more(it: Fixture, side: str) -> None:
     with pytest.raises(Draining):
         add("late", mine)
     assert it.freed == held, "what was refused still belongs to the caller"
+
+
+# ---- source, while it is computed ----
+
+
+def progress() -> KvProgress:
+    return KvProgress(32, 0, 16)
+
+
+def test_computing_then_pinned_keeps_the_first_allocation(it: Fixture) -> None:
+    early, late, growing = blocks(1, 2), blocks(1, 2), progress()
+    with it.source.computing("t", 1, early, growing) as held:
+        assert held is early
+        assert it.source.progress("t", 1) == (early, growing)
+        it.clock.advance(10 * TTL_S)
+        assert it.source.expire() == 0, "it has no time while it is computed"
+        assert it.source.renew("t", 1) == TTL_S
+        it.clock.advance(10 * TTL_S)
+        with it.source.reading("t", 1, early.block_ids[:1]):
+            assert it.source.pin("t", 1, late, 32) is early
+        growing.complete()
+    assert it.freed == [late]
+    assert it.source.get("t", 1) == (early, 32)
+    it.clock.advance(TTL_S)
+    assert it.source.expire() == 1
+    assert it.freed == [late, early]
+
+
+def test_computed_in_other_blocks_after_all(it: Fixture) -> None:
+    early, late, growing = blocks(1, 2), blocks(3, 4), progress()
+    with it.source.computing("t", 1, early, growing):
+        assert it.source.pin("t", 1, late, 32) is late
+    assert it.freed == [early]
+    assert growing.failed
+    with pytest.raises(LeaseExpired, match="not announced"):
+        it.source.progress("t", 1)
+
+
+def test_left_without_a_pin_it_ends_and_says_so(it: Fixture) -> None:
+    early, growing = blocks(1, 2), progress()
+    with pytest.raises(ZeroDivisionError), it.source.computing("t", 1, early, growing):
+        raise ZeroDivisionError
+    assert it.freed == [early]
+    assert len(it.source) == 0
+    with pytest.raises(LeaseExpired, match="without KV"):
+        growing.wait(None, 0)
+
+
+@pytest.mark.parametrize("end", ["release", "replace", "close"])
+def test_ended_by_others_it_is_freed_once_and_a_successor_stays(it: Fixture, end: str) -> None:
+    early, next_one, growing = blocks(1), blocks(2), progress()
+    with it.source.computing("t", 1, early, growing):
+        if end == "release":
+            it.source.release("t", 1, committed=False)
+            it.source.pin("t", 1, next_one, 16)
+        elif end == "replace":
+            it.source.pin("t", 2, next_one, 16)
+        else:
+            it.source.close()
+        assert it.freed == [early]
+    assert it.freed == [early]
+    assert len(it.source) == (0 if end == "close" else 1)
+    assert growing.failed
+
+
+def test_blocks_that_are_read_outlive_the_computation(it: Fixture) -> None:
+    early = blocks(1, 2)
+    with it.source.computing("t", 1, early, progress()):
+        reading = it.source.reading("t", 1, early.block_ids)
+        reading.__enter__()
+    assert it.freed == []
+    assert len(it.source) == 1
+    reading.__exit__(None, None, None)
+    assert it.freed == [early]
+
+
+def test_after_close_nothing_is_computed_for_others(it: Fixture) -> None:
+    it.source.close()
+    with pytest.raises(Draining), it.source.computing("t", 1, blocks(1), progress()):
+        pass
+    assert it.freed == [], "the caller still owns it"
 
 
 # ---- target ----

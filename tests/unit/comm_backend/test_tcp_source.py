@@ -25,7 +25,7 @@ IDS = np.array([1, 2], dtype=np.int32)
 def a_request(num_blocks: int = 2, **changes: object) -> bytes:
     block_ids = np.arange(1, 1 + num_blocks, dtype=np.int32)
     parameters = {"block_bytes": 64, "digest": False, "timeout_s": 5.0} | changes
-    return frames.encode_request("t", 1, block_ids, **parameters)  # type: ignore[arg-type]
+    return frames.encode_pull("t", 1, block_ids, **parameters)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ async def test_a_receiver_that_takes_nothing_holds_the_lease_no_longer_than_its_
     side.pin("t", pinned)
     try:
         with connect(side) as sock:
-            sock.sendall(frames.encode_request("t", 1, pinned, block_bytes=1 << 20, digest=False, timeout_s=60))
+            sock.sendall(frames.encode_pull("t", 1, pinned, block_bytes=1 << 20, digest=False, timeout_s=60))
             assert side.watched.quiet.wait(20)
             side.leases.release("t", 1, committed=False)
             assert len(side.freed) == 1
@@ -151,7 +151,7 @@ async def test_a_receiver_that_dies_gives_the_lease_back() -> None:
     side.pin("t", pinned)
     try:
         with connect(side) as sock:
-            sock.sendall(frames.encode_request("t", 1, pinned, block_bytes=1 << 20, digest=False, timeout_s=60))
+            sock.sendall(frames.encode_pull("t", 1, pinned, block_bytes=1 << 20, digest=False, timeout_s=60))
             assert sock.recv(1000)
             # Closed with bytes unread: a reset, as from a process that was killed.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

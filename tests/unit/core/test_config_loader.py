@@ -136,10 +136,16 @@ def test_the_schema_describes_each_section() -> None:
     assert set(schema["properties"]) == set(yaml.safe_load(dump_config(Config())))
 
 
-def test_a_bare_off_is_what_it_says_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "key", "known"),
+    [("engine", "patches", "'auto', 'off' or 'required'"), ("transport", "overlap", "'auto' or 'off'")],
+)
+def test_a_bare_off_is_what_it_says_though_yaml_reads_it_as_false(
+    tmp_path: Path, section: str, key: str, known: str
+) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("engine: {patches: off}")
-    assert load_config(file, {}).engine.patches == "off"
-    assert load_config(None, {}, ["engine.patches=off"]).engine.patches == "off"
-    with pytest.raises(ConfigError, match=r"engine\.patches .* must be 'auto', 'off' or 'required'"):
-        load_config(None, {}, ["engine.patches=maybe"])
+    file.write_text(f"{section}: {{{key}: off}}")
+    for config in (load_config(file, {}), load_config(None, {}, [f"{section}.{key}=off"])):
+        assert getattr(getattr(config, section), key) == "off"
+    with pytest.raises(ConfigError, match=rf"{section}\.{key} .* must be {known}"):
+        load_config(None, {}, [f"{section}.{key}=maybe"])
