@@ -9,6 +9,7 @@ from typing import Protocol
 
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import FinishReason, ModelInfo, SamplingParams, TokenIds, TokenLogprob
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 
@@ -21,6 +22,9 @@ class EngineRequest:
     generated. `sampling.max_new_tokens` counts the emitted ones too. `allocation` holds KV of its first
     num_cached_tokens tokens (fewer than all); the engine computes the rest. With `submit` the engine owns it.
     With `hold_blocks` the blocks come back in the last output and the caller frees them.
+
+    `progress` is kept up to date while the prompt's KV is computed into `allocation`'s blocks: by layer, by chunk or
+    not at all, as the engine can. It fails when the engine computes into other blocks after all.
     """
 
     request_id: str
@@ -30,6 +34,7 @@ class EngineRequest:
     allocation: Allocation | None = None
     cache_salt: str = ""
     hold_blocks: bool = False
+    progress: KvProgress | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,13 @@ import torch
 from lmdeploy.pytorch.engine.engine import Engine as LmdeployEngineBase
 from lmdeploy.pytorch.messages import MessageStatus
 
-from sagellm_common.core.errors import EngineFailed, KvExhausted, SageError
-from sagellm_common.core.kv import KvMemory
+from sagellm_common.core.errors import EngineFailed, KvExhausted, LeaseExpired, SageError
+from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
 from sagellm_common.engines.lmdeploy.kv_manager import EngineAllocation, LmdeployKvPool, SequencePrefix
+from sagellm_common.engines.lmdeploy.progress import StepProgress
 from sagellm_common.engines.lmdeploy.sampling import RowwiseSampling, lmdeploy_sampling, stopped
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,16 @@ class Running:
     stop_token_ids: frozenset[int]
     cancelled: bool = False
 
+    def keeps_its_blocks(self) -> bool:
+        """Whether it is computed in the blocks it came with; if not, its progress fails: others look at those."""
+        given, progress = self.request.allocation, self.request.progress
+        if not isinstance(given, EngineAllocation) or progress is None:
+            return False
+        blocks = self.seq.logical_blocks.get_real_blocks()[: len(given.logical)]
+        if not np.array_equal(blocks, given.logical):
+            progress.fail(LeaseExpired("the engine took this sequence's blocks back before it was computed"))
+        return not progress.failed
+
 
 class EngineCore(LmdeployEngineBase):
     """Lives on the engine's own thread and event loop; `add`, `cancel` and the pool are called from any thread."""
@@ -57,6 +69,11 @@ class EngineCore(LmdeployEngineBase):
         """Puts our KV manager in charge. Once, before `run`."""
         self.kv = LmdeployKvPool(self.scheduler, layout, memory, prefix_caching)
         self.kv.on_free(self.wake)
+        agent = self.executor.model_agent
+        self.progress = agent.progress = StepProgress()
+        # Where layers are not apart in a block nobody asks for them; a device's may be told before they are written.
+        apart = isinstance(memory, KvRegion) and bool(memory.layer_parts)
+        self.tells_layers = apart and self.progress.follow_layers(agent.cache_engine.local_gpu_cache)
         self.sampling_strategy = RowwiseSampling(pad_token_id=0)
         self.steps = 0
         self._eos = eos_token_ids
@@ -129,6 +146,7 @@ class EngineCore(LmdeployEngineBase):
             with self.kv.lock:
                 self._ended = True
                 self._emit_all([self._end(run.seq, reason, error=error) for run in list(self._running.values())])
+            self.progress.unfollow()
             self.executor.stop()
             self.executor.release()
 
@@ -148,14 +166,25 @@ class EngineCore(LmdeployEngineBase):
                 run.cancelled for run in step
             )
             try:
+                self.progress.begin_step(self._followed(running))
                 output = await self._forward(step)
                 with self.kv.lock:
                     outputs = self._collect(output, running, step["inputs"].is_decoding)
             except SageError as error:
                 with self.kv.lock:
                     outputs = [self._end(seq, FinishReason.ERROR, error=error) for seq in running]
+            self.progress.end_step()
             self.steps += 1
             self._emit_all(outputs)
+
+    def _followed(self, running: list[Any]) -> list[KvProgress | None]:
+        """What is to be told of each sequence's KV while it is computed; None: nothing."""
+        by_session = {run.seq.session_id: run for run in self._running.values() if run.request.progress is not None}
+        found: list[KvProgress | None] = []
+        for seq in running if by_session else ():
+            run = by_session.get(seq.session_id)
+            found.append(run.request.progress if run is not None and run.keeps_its_blocks() else None)
+        return found
 
     async def _idle(self) -> None:
         """Waits for work; when sequences wait for blocks, only a little."""

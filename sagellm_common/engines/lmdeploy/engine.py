@@ -250,6 +250,7 @@ class LmdeployEngine:
             eos_token_ids=eos_token_ids(self._path, self._hf),
             emit=emit,
         )
+        log.info("KV can be pulled %s", "layer by layer" if core.tells_layers else "by whole chunks of a prompt only")
         self._model = ModelInfo(
             name=self._name,
             path=str(self._path.resolve()),

@@ -25,4 +25,5 @@ class CpuDevice:
     def kv_memory(self, cache_engine: Any) -> KvMemory:
         """In place: the pool is host memory, block after block."""
         num_blocks, block_bytes = cache_engine.pool.shape
-        return KvRegion(memoryview(cache_engine.pool.numpy()).cast("B"), block_bytes, num_blocks)
+        view = memoryview(cache_engine.pool.numpy()).cast("B")
+        return KvRegion(view, block_bytes, num_blocks, cache_engine.layer_parts)

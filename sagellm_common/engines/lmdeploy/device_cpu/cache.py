@@ -17,12 +17,16 @@ import torch
 from lmdeploy.pytorch.engine.cache_engine import CacheEngine, StateCacheEngine
 from torch import Tensor
 
+from sagellm_common.core.kv import LayerPart
+
 
 class CpuCacheEngine(CacheEngine):
     """LMDeploy's CacheEngine over the flat pool. Its constructor is replaced: the original opens CUDA streams."""
 
     pool: Tensor
     """uint8 [num_blocks, block_bytes]"""
+    layer_parts: tuple[LayerPart, ...]
+    """Where in a block each layer is; empty when several ranks fill it, each in its own time."""
 
     def __init__(
         self,
@@ -70,12 +74,15 @@ class CpuCacheEngine(CacheEngine):
         return [(keys, dtype), (values, dtype), *scales]
 
     def allocate_gpu_cache(self) -> list[tuple[Tensor, ...]]:
-        views, start = [], 0
+        views, layer_parts, start = [], [], 0
         for shape, dtype in self._parts(self.cache_config, self.model_config, self.world_size):
             size = self.num_layers * math.prod(shape) * dtype.itemsize
             part = self._part[:, start : start + size].view(dtype).view(self.num_gpu_blocks, self.num_layers, *shape)
             views.append(part.transpose(0, 1))
+            layer_parts.append(LayerPart(start, size // self.num_layers))
             start += size
+        # Rank 0 knows that a layer is written by itself; that all are done with it only at the end of a forward.
+        self.layer_parts = tuple(layer_parts) if self.world_size == 1 else ()
         self.full_gpu_cache = tuple(views)
         return list(zip(*views, strict=True))
 

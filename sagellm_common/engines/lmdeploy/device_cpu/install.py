@@ -26,6 +26,7 @@ from lmdeploy.messages import PytorchEngineConfig
 
 from sagellm_common.engines.lmdeploy.device_cpu.backend import CpuOpsBackend
 from sagellm_common.engines.lmdeploy.device_cpu.cache import CpuCacheEngine, CpuStateCacheEngine
+from sagellm_common.engines.lmdeploy.progress import StepProgress
 from sagellm_common.engines.lmdeploy.sampling import RowwiseLogitsProcessor
 
 
@@ -97,6 +98,7 @@ class CpuModelAgent(model_agent.BaseModelAgent):
         self.device = "cpu"
         self.abandoned = lambda: False
         self._last_chunk: dict[str, Any] | None = None
+        self.progress = StepProgress()
 
     async def async_forward(self, inputs: Any) -> Any:
         """One chunk of a step: a prompt longer than engine.max_prefill_tokens has many, with no other step between.
@@ -109,6 +111,11 @@ class CpuModelAgent(model_agent.BaseModelAgent):
         output = await super().async_forward(inputs)
         self._last_chunk = dict(output)
         return output
+
+    def _forward_impl(self, inputs: Any) -> Any:
+        """On a CPU the chunk is computed when this returns."""
+        with self.progress.forward(inputs.history_lengths, inputs.seq_length):
+            return super()._forward_impl(inputs)
 
     def get_free_mem(self) -> int:
         return int(psutil.virtual_memory().available)
