@@ -34,6 +34,9 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[RunningCluster]:
-    """1 prefill, 1 decode and a store with the tiny Llama. Shared: kill nothing in it."""
-    with RunningCluster() as running:
+    """1 prefill, 1 decode and a store with the tiny Llama. Shared: kill nothing in it.
+
+    80 kB are 160 tokens: KV of longer prompts is pulled while their chunks are computed, of others afterwards.
+    """
+    with RunningCluster("transport.overlap_min_bytes=80000", "engine.max_prefill_tokens=64") as running:
         yield running

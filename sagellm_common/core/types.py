@@ -197,6 +197,8 @@ class GenerationSummary:
     ttft_ms: float = 0.0
     tpot_ms: float = 0.0
     attempts: int = 1
+    kv_bytes_ahead: int = 0
+    transfer_exposed_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -350,6 +350,8 @@ def encode_summary(
         attempts=summary.attempts,
         prefill_compute_ms=summary.prefill_compute_ms,
         store_fetch_ms=summary.store_fetch_ms,
+        kv_bytes_ahead=summary.kv_bytes_ahead,
+        transfer_exposed_ms=summary.transfer_exposed_ms,
         plan=plan,
     )
 
@@ -374,6 +376,8 @@ def decode_summary(message: inference_pb2.GenerationSummary) -> GenerationSummar
         attempts=message.attempts,
         prefill_compute_ms=message.prefill_compute_ms,
         store_fetch_ms=message.store_fetch_ms,
+        kv_bytes_ahead=message.kv_bytes_ahead,
+        transfer_exposed_ms=message.transfer_exposed_ms,
     )
 
 

@@ -14,8 +14,12 @@ def describe_source(
     block_ids: BlockIds,
     num_tokens: int,
     lease_ttl_s: float,
+    tokens_ready: int | None = None,
 ) -> KvSource:
-    """A source whose first `num_tokens` tokens are ready in all layers; `block_ids` may be longer than they need."""
+    """A source of the first `num_tokens` tokens; `block_ids` may be longer than they need.
+
+    `tokens_ready` of them are ready in all layers; None: all of them.
+    """
     return KvSource(
         transfer_id=transfer_id,
         epoch=epoch,
@@ -28,5 +32,5 @@ def describe_source(
         num_tokens=num_tokens,
         lease_expires_in_ms=round(lease_ttl_s * 1e3),
         layers_ready=layout.num_layers,
-        tokens_ready=num_tokens,
+        tokens_ready=num_tokens if tokens_ready is None else tokens_ready,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,16 @@ class PrefillOutcome:
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """What the decode worker pulled."""
+    """What the decode worker pulled; see the proto."""
 
     bytes: int
     transfer_ms: float
     blocks: int
     blocks_reused: int
     backend: str
+    bytes_ahead: int = 0
+    exposed_ms: float = 0.0
+    began_ahead_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,18 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
         super().__init__(open_call, *_describe(worker_id, address))
 
     async def prefill(
-        self, request: GenerationRequest, attempt: int, ticket: HandoffTicket, *, timeout_s: float
+        self,
+        request: GenerationRequest,
+        attempt: int,
+        ticket: HandoffTicket,
+        *,
+        timeout_s: float,
+        on_started: Callable[[KvSource], None] | None = None,
     ) -> PrefillOutcome:
-        """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled."""
+        """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled.
+
+        `on_started` hears where the KV can be pulled while it is computed, if the worker finds that worth it.
+        """
         message = worker_pb2.PrefillRequest(
             request_id=request.request_id,
             attempt=attempt,
@@ -85,10 +97,15 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             cache_salt=request.cache_salt,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
+            announce=on_started is not None,
         )
         key = ("prefill", request.request_id, attempt)
         async with self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key)) as replies:
             result = await replies.get()
+            while result.HasField("started"):
+                if on_started is not None:
+                    on_started(codec.decode_kv_source(result.started.source, "started.source"))
+                result = await replies.get()
         if result.HasField("error"):
             raise from_status(result.error)
         return _decode_prefill(result.response)
@@ -170,6 +187,20 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
                     else EngineFailed(f"worker {self._worker_id} failed without saying why")
                 )
 
+    def pull_ahead(self, request_id: str, attempt: int, source: KvSource, *, timeout_s: float) -> None:
+        """Lets the worker fill the blocks it has reserved while `source` computes them. Never waits.
+
+        Nobody answers: `decode` finds what is there, and `release` and `cancel` end it.
+        """
+        message = worker_pb2.PullAheadRequest(
+            request_id=request_id,
+            attempt=attempt,
+            source=codec.encode_kv_source(source),
+            timeout_ms=to_ms(timeout_s),
+            trace_context=current_carrier(),
+        )
+        self._send_soon(worker_pb2.DecodeSessionRequest(pull_ahead=message))
+
     def cancel(self, request_id: str, attempt: int) -> None:
         """Tells the worker to stop generating. A no-op for what it does not know."""
         self._abandon(("decode", request_id, attempt), f"request {request_id}")
@@ -226,7 +257,14 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
         logprobs=codec.decode_logprobs(response.logprobs),
         finish_reason=codec.decode_finish_reason(response.finish_reason),
         transfer=TransferReport(
-            transfer.bytes, transfer.transfer_ms, transfer.blocks, transfer.blocks_reused, transfer.backend
+            bytes=transfer.bytes,
+            transfer_ms=transfer.transfer_ms,
+            blocks=transfer.blocks,
+            blocks_reused=transfer.blocks_reused,
+            backend=transfer.backend,
+            bytes_ahead=transfer.bytes_ahead,
+            exposed_ms=transfer.exposed_ms,
+            began_ahead_ms=transfer.began_ahead_ms,
         )
         if transfer
         else None,

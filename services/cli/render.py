@@ -201,6 +201,7 @@ def summary_rows(summary: GenerationSummary) -> list[SummaryRow]:
         ("prefill on", summary.prefill_worker_id or "–"),
         ("decode on", summary.decode_worker_id or "–"),
         ("KV moved", size(summary.kv_bytes_transferred)),
+        ("  during prefill", size(summary.kv_bytes_ahead)),
         ("  over", summary.transport or "–"),
         ("  in", f"{summary.transfer_ms:.1f} ms"),
         ("TTFT", f"{summary.ttft_ms:.1f} ms"),

@@ -19,6 +19,7 @@ from sagellm_common.rpc.server import Registrar
 from sagellm_common.rpc.store_client import StoreClient
 from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
+from services.decode.ahead import PullsAhead
 from services.decode.loop import DecodeLoop
 from services.decode.offload import Offloader
 from services.decode.pull import KvPuller
@@ -65,7 +66,9 @@ async def compose(args: WorkerArgs) -> None:
         if config.kv_store.enabled:
             store = StoreClient(channels, topology, layout, channel.name, clock)
             offload = Offloader(store, leases, runtime, layout, background, engine.kv.regions().num_blocks)
-        loop = DecodeLoop(engine, reservations, leases, runtime, puller, offload)
+        aheads = PullsAhead(engine.kv, reservations, puller)
+        stack.callback(aheads.close)
+        loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload)
         servicer = DecodeServicer(ObservedDecode(loop), config.router.request_timeout_s)
         service = Registrar("sagellm.v1.DecodeService", worker_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
         await runtime.run([service], loop.load)

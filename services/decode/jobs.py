@@ -45,15 +45,33 @@ class DecodeJob:
     trace_context: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PullAheadJob:
+    """Reserved blocks to fill from `source` while it computes them."""
+
+    request_id: str
+    attempt: int
+    source: KvSource
+    timeout_s: float
+    trace_context: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What one pull moved. `blocks_reused` were here already."""
+    """What was moved for one Decode call. `blocks_reused` were here already.
+
+    `transfer_ms` is the time in which bytes moved, `exposed_ms` that from the call until all of them were here. The
+    pull began `began_ahead_ms` before the call and had brought `bytes_ahead` by then.
+    """
 
     bytes: int
     transfer_ms: float
     blocks: int
     blocks_reused: int
     backend: str
+    bytes_ahead: int = 0
+    exposed_ms: float = 0.0
+    began_ahead_ms: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +96,11 @@ class Decode(Protocol):
         """Takes blocks under a lease. Raises SageError."""
 
     def release(self, request_id: str, attempt: int) -> None:
-        """Gives reserved blocks back; running requests are left alone. A no-op for unknown ones."""
+        """Gives reserved blocks back and ends a pull into them; running requests are left alone. A no-op for unknown
+        ones."""
+
+    def pull_ahead(self, job: PullAheadJob) -> None:
+        """Begins to fill the reserved blocks. Raises nothing: the Decode call that follows tells how it went."""
 
     def renew(self, request_id: str, attempt: int) -> float:
         """Starts a reservation's time anew; returns the seconds it now has. Raises LeaseExpired."""

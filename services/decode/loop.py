@@ -1,29 +1,33 @@
-"""The heart of the decode service: reserve → pull → commit → submit → stream → offload → free.
+"""The heart of the decode service: reserve → pull (ahead of the call, or in it) → commit → submit → stream → offload.
 
 Who owns the blocks on the way, and so who frees them when the request ends there:
 
     reserve ── the reservations ── claim ── this request ── submit ── the engine ── last output ── this request
-                                                                          offload ── the lease table ◄──┘
+                    └ pull_ahead ── the pulls ahead ── take ┘             offload ── the lease table ◄──┘
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, LeaseExpired
-from sagellm_common.core.types import FinishReason, HandoffTicket, TokenIds
+from sagellm_common.core.telemetry import span
+from sagellm_common.core.types import FinishReason, HandoffTicket, KvSource, TokenIds
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.worker_service import Load, WorkerView
-from services.decode.jobs import DecodeChunk, DecodeJob, Emit, ReserveJob, Transfer
+from services.decode.ahead import PullsAhead
+from services.decode.jobs import DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob, Transfer
 from services.decode.offload import Offloader
 from services.decode.pull import KvPuller
 from services.decode.running import RunningRequests
@@ -58,6 +62,7 @@ class DecodeLoop:
         leases: HandoffSource,
         worker: WorkerView,
         puller: KvPuller,
+        aheads: PullsAhead,
         offload: Offloader | None,
     ) -> None:
         self._engine = engine
@@ -66,6 +71,7 @@ class DecodeLoop:
         self._leases = leases
         self._worker = worker
         self._puller = puller
+        self._aheads = aheads
         self._offload = offload
         self._running = RunningRequests()
         self._sequences = Sequences(engine)
@@ -77,7 +83,7 @@ class DecodeLoop:
         self._worker.check_accepting()
         check_fits(self._engine, job.prompt)
         # A repeated call replaces what the first one took: the request id may have come back with another prompt.
-        self._reservations.release(job.request_id, job.attempt)
+        self.release(job.request_id, job.attempt)
         with OwnedBlocks(self._pool, self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt)) as blocks:
             reserved = self._reservations.reserve(job.request_id, job.attempt, blocks.allocation)
             blocks.hand_over()
@@ -93,14 +99,18 @@ class DecodeLoop:
             expires_in_ms=round(self._reservations.ttl_s * 1e3),
         )
 
+    def pull_ahead(self, job: PullAheadJob) -> None:
+        self._aheads.start(job)
+
     def release(self, request_id: str, attempt: int) -> None:
         self._reservations.release(request_id, attempt)
+        self._aheads.drop(request_id, attempt)
 
     def renew(self, request_id: str, attempt: int) -> float:
         return self._reservations.renew(request_id, attempt)
 
     def cancel(self, request_id: str, attempt: int) -> None:
-        self._reservations.release(request_id, attempt)
+        self.release(request_id, attempt)
         self._running.cancel(request_id, attempt)
 
     # ---- the rest of it ----
@@ -122,16 +132,34 @@ class DecodeLoop:
         with OwnedBlocks(self._pool) as blocks:
             transfer = None
             with self._puller.lease(job.source) if job.source else nullcontext():
-                self._claim(job, blocks)
-                if job.source is not None:
-                    transfer = await self._puller.pull(job, job.source, blocks.allocation)
+                if job.source is None:
+                    self._claim(job, blocks)
+                else:
+                    transfer = await self._receive(job, job.source, blocks)
                     failpoints.hit("decode.pulled")
             token_ids = await self._generate(job, blocks, transfer, emit)
             if self._offload is not None and blocks.held:
                 self._offload.offer(job.request_id, job.attempt, token_ids, job.cache_salt, blocks)
 
+    async def _receive(self, job: DecodeJob, source: KvSource, blocks: OwnedBlocks) -> Transfer:
+        """Has the prompt's KV in `blocks`: pulled ahead of this call, if that went well, or else by a pull now."""
+        with span("transfer", request_id=job.request_id, source=source.worker_id, backend=source.backend) as current:
+            began_s = time.monotonic()
+            ahead = self._aheads.find(job.request_id, job.attempt)
+            if ahead is not None:
+                async with self._puller.renewed(source):
+                    blocks.take(await self._aheads.take(ahead))
+            self._claim(job, blocks)
+            transfer = ahead.transfer(source, len(job.prompt)) if ahead is not None else None
+            if transfer is None:
+                transfer = await self._puller.pull(job, source, blocks.allocation)
+            transfer = replace(transfer, exposed_ms=(time.monotonic() - began_s) * 1e3)
+            current.set_attributes(asdict(transfer))
+            return transfer
+
     def _claim(self, job: DecodeJob, blocks: OwnedBlocks) -> None:
-        """Takes the reserved blocks. Without a source they are optional, for the engine allocates what is missing."""
+        """Takes the reserved blocks, unless they were pulled ahead and are ours already. Without a source they are
+        optional, for the engine allocates what is missing."""
         # With what was generated elsewhere: a sequence that outgrew this pool would be tried again until its deadline.
         check_fits(self._engine, _known_tokens(job))
         if len(job.emitted) >= job.sampling.max_new_tokens:
@@ -139,6 +167,8 @@ class DecodeLoop:
                 f"emitted_token_ids has {len(job.emitted)} tokens, which leaves nothing to generate of "
                 f"sampling.max_new_tokens {job.sampling.max_new_tokens}"
             )
+        if blocks.held:
+            return
         try:
             blocks.take(self._reservations.claim(job.request_id, job.attempt))
         except LeaseExpired:
@@ -169,7 +199,7 @@ class DecodeLoop:
         return Load(
             running_requests=running,
             waiting_requests=max(0, len(self._running) - running),
-            reservations=len(self._reservations),
+            reservations=len(self._reservations) + len(self._aheads),
             pinned_transfers=len(self._leases),
         )
 

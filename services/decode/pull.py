@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.protocol import KVTransferChannel, TransferResult
 from sagellm_common.comm_backend.token_pull import TokenPuller
-from sagellm_common.core.errors import SageError
+from sagellm_common.core.errors import LayoutMismatch, SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.telemetry import span
-from sagellm_common.core.types import KvSource
+from sagellm_common.core.types import KvLayout, KvSource
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.worker_service import WorkerView
-from services.decode.jobs import DecodeJob, Transfer
+from services.decode.jobs import DecodeJob, PullAheadJob, Transfer
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class KvPuller:
         pool: KVBackendProtocol,
     ) -> None:
         self._tokens = TokenPuller(channel, pool.regions(), pool.layout)
-        self._backend = channel.name
+        self._channel = channel
         self._transfers = transfers
         self._releaser = releaser
         self._worker = worker
@@ -53,31 +53,61 @@ class KvPuller:
 
         Raises LayoutMismatch, ConfigError (another byte path), PeerLost, LeaseExpired, KvCorrupt.
         """
-        with span("transfer", request_id=job.request_id, source=source.worker_id, backend=source.backend) as current:
-            me = self._worker.record
-            theirs = await self._transfers.handshake(
-                source, worker_id=me.worker_id, incarnation=me.incarnation, layout=self._layout
+        theirs = await self._handshake(source)
+        size = self._layout.block_size_tokens
+        ready = min(self._ready_tokens(source), len(job.prompt))
+        begin = self._first_missing(allocation)
+        end = -(-ready // size)
+        if begin >= end:
+            return Transfer(0, 0.0, 0, end, self._channel.name)
+        async with self.renewed(source):
+            result = await self._tokens.pull(
+                source, theirs, allocation.block_ids, begin * size, ready, timeout_s=job.timeout_s
             )
-            size = self._layout.block_size_tokens
-            ready = min(self._ready_tokens(source), len(job.prompt))
-            begin = max(allocation.num_cached_tokens // size, allocation.num_shared_blocks)
-            end = -(-ready // size)
-            if begin >= end:
-                return Transfer(0, 0.0, 0, end, self._backend)
-            async with self._renewed(source):
-                result = await self._tokens.pull(
-                    source, theirs, allocation.block_ids, begin * size, ready, timeout_s=job.timeout_s
+        allocation.num_cached_tokens = ready
+        return Transfer(result.bytes, result.seconds * 1e3, result.blocks, begin, self._channel.name)
+
+    async def pull_ahead(
+        self, job: PullAheadJob, allocation: Allocation, on_bytes: Callable[[int], None]
+    ) -> TransferResult:
+        """As `pull`, of blocks that the source is still computing: returns when all of them are here.
+
+        `allocation.num_cached_tokens` stays: what is here counts once the Decode call says it is from this source.
+        Raises LayoutMismatch for a layout that `pull` transcodes, too: that takes whole prompts.
+        """
+        source = job.source
+        with span(
+            "pull_ahead", job.trace_context, request_id=job.request_id, source=source.worker_id, backend=source.backend
+        ) as current:
+            theirs = await self._handshake(source)
+            if differences := self._layout.differences(theirs):
+                raise LayoutMismatch(
+                    f"blocks of {source.worker_id!r} differ in {', '.join(differences)}: they are transcoded when all "
+                    "of them are computed"
                 )
-            allocation.num_cached_tokens = ready
-            current.set_attributes({"bytes": result.bytes, "blocks": result.blocks, "blocks_reused": begin})
-            return Transfer(result.bytes, result.seconds * 1e3, result.blocks, begin, self._backend)
+            begin = self._first_missing(allocation)
+            missing = allocation.block_ids[begin : len(source.block_table)]
+            result = await self._channel.pull_along(source, begin, missing, timeout_s=job.timeout_s, on_bytes=on_bytes)
+            moved = {"bytes": result.bytes, "blocks": result.blocks, "moving_ms": result.seconds * 1e3}
+            current.set_attributes({**moved, "blocks_reused": begin})
+            return result
+
+    async def _handshake(self, source: KvSource) -> KvLayout:
+        me = self._worker.record
+        return await self._transfers.handshake(
+            source, worker_id=me.worker_id, incarnation=me.incarnation, layout=self._layout
+        )
+
+    def _first_missing(self, allocation: Allocation) -> int:
+        """The first block that is to be filled."""
+        return max(allocation.num_cached_tokens // self._layout.block_size_tokens, allocation.num_shared_blocks)
 
     def _ready_tokens(self, source: KvSource) -> int:
         """Below the watermark all layers are there; above it nothing may be read."""
         return min(source.tokens_ready, source.num_tokens) if source.layers_ready >= self._layout.num_layers else 0
 
     @asynccontextmanager
-    async def _renewed(self, source: KvSource) -> AsyncIterator[None]:
+    async def renewed(self, source: KvSource) -> AsyncIterator[None]:
         """Keeps the source's lease alive for the time of the block."""
         renewing = asyncio.create_task(self._renew(source), name=f"renew-{source.transfer_id}")
         try:

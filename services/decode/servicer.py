@@ -15,7 +15,7 @@ from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.session_writer import SessionWriter
 from sagellm_common.rpc.status import to_status
-from services.decode.jobs import Decode, DecodeChunk, DecodeJob, ReserveJob
+from services.decode.jobs import Decode, DecodeChunk, DecodeJob, PullAheadJob, ReserveJob
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                 match message.WhichOneof("op"):
                     case "reserve":
                         writer.message.reservations.append(self._reserve_result(message.reserve))
+                    case "pull_ahead":
+                        self._pull_ahead(message.pull_ahead)
                     case "decode":
                         running.create_task(self._generate(message.decode, writer))
                     case "cancel":
@@ -121,16 +123,34 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             request_id=request.request_id, attempt=request.attempt, ticket=codec.encode_ticket(ticket)
         )
 
+    def _pull_ahead(self, request: worker_pb2.PullAheadRequest) -> None:
+        """Nobody waits for an answer: what is wrong with it is logged, and the Decode call pulls for itself."""
+        try:
+            job = PullAheadJob(
+                request_id=_request_id(request.request_id),
+                attempt=request.attempt,
+                source=codec.decode_kv_source(request.source),
+                timeout_s=self._timeout_s(request.timeout_ms),
+                trace_context=dict(request.trace_context),
+            )
+        except SageError as err:
+            log.warning("a pull ahead of request %r is refused: %s", request.request_id, err.message)
+        else:
+            self._decode.pull_ahead(job)
+
+    def _timeout_s(self, timeout_ms: int) -> float:
+        if timeout_ms < 0:
+            raise InvalidRequest(f"timeout_ms is {timeout_ms}, but must be at least 0")
+        return timeout_ms / 1000 or self._default_timeout_s
+
     def _job(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
-        if request.timeout_ms < 0:
-            raise InvalidRequest(f"timeout_ms is {request.timeout_ms}, but must be at least 0")
         return DecodeJob(
             request_id=_request_id(request.request_id),
             attempt=request.attempt,
             prompt=codec.decode_token_ids(request.prompt_token_ids, "prompt_token_ids"),
             emitted=codec.decode_token_ids(request.emitted_token_ids, "emitted_token_ids"),
             sampling=codec.decode_sampling(request.sampling),
-            timeout_s=request.timeout_ms / 1000 or self._default_timeout_s,
+            timeout_s=self._timeout_s(request.timeout_ms),
             source=codec.decode_kv_source(request.source) if request.HasField("source") else None,
             cache_salt=request.cache_salt,
             trace_context=dict(request.trace_context),
@@ -159,3 +179,6 @@ def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: Dec
         response.transfer.blocks = chunk.transfer.blocks
         response.transfer.blocks_reused = chunk.transfer.blocks_reused
         response.transfer.backend = chunk.transfer.backend
+        response.transfer.bytes_ahead = chunk.transfer.bytes_ahead
+        response.transfer.exposed_ms = chunk.transfer.exposed_ms
+        response.transfer.began_ahead_ms = chunk.transfer.began_ahead_ms

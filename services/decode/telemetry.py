@@ -9,7 +9,7 @@ from prometheus_client import Counter, Histogram
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.telemetry import span
 from sagellm_common.core.types import HandoffTicket
-from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, ReserveJob
+from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob
 
 _TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 
@@ -17,6 +17,12 @@ RESERVATIONS = Counter("sagellm_decode_reservations", "Reservations: done or the
 REQUESTS = Counter("sagellm_decode_requests", "Generations by finish reason or the error's reason.", ["outcome"])
 TOKENS = Counter("sagellm_decode_tokens", "Tokens generated.")
 TPOT_SECONDS = Histogram("sagellm_decode_tpot_seconds", "Time per token after the first here.", buckets=_TPOT_SECONDS)
+EXPOSED_SECONDS = Histogram(
+    "sagellm_decode_exposed_transfer_seconds",
+    "From the Decode call until the prompt's KV was here: what overlap did not hide.",
+    buckets=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+)
+BYTES = Counter("sagellm_decode_handoff_bytes", "KV bytes handed over: ahead of the Decode call, or in it.", ["when"])
 BLOCKS = Counter("sagellm_decode_handoff_blocks", "Prompt blocks handed over: pulled, or reused.", ["origin"])
 
 _RESERVED = RESERVATIONS.labels("done")
@@ -51,6 +57,9 @@ class ObservedDecode:
 
     def renew(self, request_id: str, attempt: int) -> float:
         return self._inner.renew(request_id, attempt)
+
+    def pull_ahead(self, job: PullAheadJob) -> None:
+        self._inner.pull_ahead(job)
 
     async def decode(self, job: DecodeJob, emit: Emit) -> None:
         meter = _Meter(emit)
@@ -102,6 +111,9 @@ class _Meter:
         if chunk.transfer is not None:
             BLOCKS.labels("pulled").inc(chunk.transfer.blocks)
             BLOCKS.labels("reused").inc(chunk.transfer.blocks_reused)
+            BYTES.labels("ahead").inc(chunk.transfer.bytes_ahead)
+            BYTES.labels("in_call").inc(chunk.transfer.bytes - chunk.transfer.bytes_ahead)
+            EXPOSED_SECONDS.observe(chunk.transfer.exposed_ms / 1e3)
 
     def report(self) -> None:
         TOKENS.inc(self.num_tokens)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from sagellm_common.core.types import FinishReason, KvSource, SamplingParams, TokenIds, TokenLogprob
 
+Announce = Callable[[KvSource], None]
+"""Takes where a prompt's KV can be pulled while it is computed; on the event loop, it must not wait."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillJob:
-    """One prompt to compute. `sampling.max_new_tokens` is the request's; prefill makes the first of them."""
+    """One prompt to compute. `sampling.max_new_tokens` is the request's; prefill makes the first of them.
+
+    The receiver holds KV of the first `receiver_cached_tokens`. `announce` None: it does not pull before the answer.
+    """
 
     request_id: str
     attempt: int
@@ -20,6 +26,8 @@ class PrefillJob:
     timeout_s: float
     cache_salt: str = ""
     trace_context: Mapping[str, str] = field(default_factory=dict)
+    receiver_cached_tokens: int = 0
+    announce: Announce | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

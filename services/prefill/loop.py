@@ -1,20 +1,24 @@
-"""The heart of the prefill service: allocate → fetch what the store holds → submit → pin → answer.
+"""The heart of the prefill service: allocate → fetch what the store holds → announce → submit → pin → answer.
 
 Who owns the blocks on the way, and so who frees them when the request ends there:
 
     allocate ── this request ── submit ── the engine ── last output ── this request ── pin ── the lease table
+                    └ share ── the lease table, from the announcement on: decode pulls while the engine computes
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core import failpoints
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import DeadlineExceeded
+from sagellm_common.core.kv import Allocation
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import FinishReason, KvSource
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
@@ -27,7 +31,10 @@ from services.prefill.store_fetch import StoreFetch
 
 
 class PrefillLoop:
-    """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store."""
+    """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store.
+
+    Prompts with at least `overlap_min_bytes` of KV to hand over are announced before they are computed; None: none.
+    """
 
     def __init__(
         self,
@@ -36,6 +43,7 @@ class PrefillLoop:
         worker: WorkerView,
         store: StoreFetch | None,
         clock: Clock,
+        overlap_min_bytes: int | None = None,
     ) -> None:
         self._engine = engine
         self._pool = engine.kv
@@ -43,6 +51,7 @@ class PrefillLoop:
         self._worker = worker
         self._store = store
         self._clock = clock
+        self._overlap_min_bytes = overlap_min_bytes
         self._sequences = Sequences(engine)
         self._in_flight = 0
 
@@ -74,21 +83,50 @@ class PrefillLoop:
                 queue_ms=(allocated - began) * 1e3,
                 store_fetch_ms=(fetched - allocated) * 1e3,
             )
-            failpoints.hit("prefill.computing")
-            outputs, finish_reason = await self._compute(job, blocks)
-            done = replace(
-                done,
-                token_ids=tuple(token for output in outputs for token in output.token_ids),
-                logprobs=tuple(logprob for output in outputs for logprob in output.logprobs),
-                compute_ms=(self._clock.now() - fetched) * 1e3,
-            )
-            if finish_reason is not None:
-                return replace(done, finish_reason=finish_reason)
-            done = replace(done, source=self._pin(job, blocks))
+            with self._announced(job, blocks.allocation) as progress:
+                failpoints.hit("prefill.computing")
+                outputs, finish_reason = await self._compute(job, blocks, progress)
+                done = replace(
+                    done,
+                    token_ids=tuple(token for output in outputs for token in output.token_ids),
+                    logprobs=tuple(logprob for output in outputs for logprob in output.logprobs),
+                    compute_ms=(self._clock.now() - fetched) * 1e3,
+                )
+                if finish_reason is not None:
+                    return replace(done, finish_reason=finish_reason)
+                done = replace(done, source=self._pin(job, blocks))
+                if progress is not None:
+                    progress.complete()
             failpoints.hit("prefill.pinned")
             return done
 
-    async def _compute(self, job: PrefillJob, blocks: OwnedBlocks) -> tuple[list[SequenceOutput], FinishReason | None]:
+    @contextmanager
+    def _announced(self, job: PrefillJob, allocation: Allocation) -> Iterator[KvProgress | None]:
+        """For the time of the block the prompt's KV can be pulled as far as it is computed; None: not worth it."""
+        if job.announce is None or not self._worth_pulling_ahead(job):
+            yield None
+            return
+        size, num_tokens = self._pool.layout.block_size_tokens, len(job.prompt)
+        progress = KvProgress(num_tokens, allocation.num_cached_tokens, size)
+        with ExitStack() as lease:
+            with OwnedBlocks(self._pool, self._pool.share(allocation)) as shared:
+                computing = self._leases.computing(job.request_id, job.attempt, shared.allocation, progress)
+                pinned = lease.enter_context(computing)
+                shared.hand_over()
+            job.announce(self._describe(job, pinned, num_tokens, tokens_ready=allocation.num_cached_tokens))
+            yield progress
+
+    def _worth_pulling_ahead(self, job: PrefillJob) -> bool:
+        if self._overlap_min_bytes is None or not self._more_to_decode(job):
+            return False
+        layout = self._pool.layout
+        num_blocks = -(-len(job.prompt) // layout.block_size_tokens)
+        missing = num_blocks - job.receiver_cached_tokens // layout.block_size_tokens
+        return missing > 0 and missing * layout.block_bytes >= self._overlap_min_bytes
+
+    async def _compute(
+        self, job: PrefillJob, blocks: OwnedBlocks, progress: KvProgress | None
+    ) -> tuple[list[SequenceOutput], FinishReason | None]:
         """Runs the prompt through the engine and takes its blocks back; None when there is more to decode."""
         sampling = job.sampling
         request = EngineRequest(
@@ -97,6 +135,7 @@ class PrefillLoop:
             sampling=replace(sampling, max_new_tokens=1, min_new_tokens=min(1, sampling.min_new_tokens)),
             cache_salt=job.cache_salt,
             hold_blocks=True,
+            progress=progress,
         )
         outputs: list[SequenceOutput] = []
         last = await self._sequences.run(request, blocks, outputs.append)
@@ -114,6 +153,11 @@ class PrefillLoop:
         num_tokens = blocks.allocation.num_cached_tokens
         pinned = self._leases.pin(job.request_id, job.attempt, blocks.allocation, num_tokens)
         blocks.hand_over()
+        return self._describe(job, pinned, num_tokens)
+
+    def _describe(
+        self, job: PrefillJob, pinned: Allocation, num_tokens: int, tokens_ready: int | None = None
+    ) -> KvSource:
         return describe_source(
             self._worker.record,
             self._pool.layout,
@@ -122,6 +166,7 @@ class PrefillLoop:
             block_ids=pinned.block_ids,
             num_tokens=num_tokens,
             lease_ttl_s=self._leases.ttl_s,
+            tokens_ready=tokens_ready,
         )
 
     def cancel(self, request_id: str, attempt: int) -> None:

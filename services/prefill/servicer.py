@@ -10,12 +10,12 @@ import grpc
 from google.rpc import status_pb2
 
 from sagellm_common.core.errors import InvalidRequest, SageError
-from sagellm_common.core.types import pack_int32
+from sagellm_common.core.types import KvSource, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.session_writer import SessionWriter
 from sagellm_common.rpc.status import to_status
-from services.prefill.jobs import Prefill, PrefillDone, PrefillJob
+from services.prefill.jobs import Announce, Prefill, PrefillDone, PrefillJob
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,14 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
     async def _answer(self, request: worker_pb2.PrefillRequest, writer: Writer) -> None:
         response: worker_pb2.PrefillResponse | None = None
         error: status_pb2.Status | None = None
+
+        def announce(source: KvSource) -> None:
+            started = worker_pb2.PrefillStarted(source=codec.encode_kv_source(source))
+            writer.message.results.add(request_id=request.request_id, attempt=request.attempt, started=started)
+
         try:
-            response = encode_done(request, await self._prefill.prefill(self._job(request)))
+            job = self._job(request, announce if request.announce else None)
+            response = encode_done(request, await self._prefill.prefill(job))
         except SageError as err:
             error = to_status(err)
         except Exception as err:
@@ -61,7 +67,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             request_id=request.request_id, attempt=request.attempt, response=response, error=error
         )
 
-    def _job(self, request: worker_pb2.PrefillRequest) -> PrefillJob:
+    def _job(self, request: worker_pb2.PrefillRequest, announce: Announce | None = None) -> PrefillJob:
         if not request.request_id:
             raise InvalidRequest("request_id is empty, but must be set")
         if request.timeout_ms < 0:
@@ -74,6 +80,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             timeout_s=request.timeout_ms / 1000 or self._default_timeout_s,
             cache_salt=request.cache_salt,
             trace_context=dict(request.trace_context),
+            receiver_cached_tokens=request.ticket.num_cached_tokens,
+            announce=announce,
         )
 
 

@@ -13,6 +13,7 @@ from sagellm_common.core.types import (
     GenerationOutput,
     GenerationRequest,
     GenerationSummary,
+    KvSource,
     TokenLogprob,
 )
 from sagellm_common.rpc.sessions import DecodeStep, PrefillOutcome, TransferReport
@@ -76,6 +77,11 @@ class Generation:
         finally:
             self._record(name, begin_s, (self._clock.now() - begin_s) * 1e3, detail)
 
+    def pulling_ahead(self, link: WorkerLink, source: KvSource) -> None:
+        """The decode worker begins to pull while the prefill worker computes."""
+        blocks = f"{len(source.block_table)} blocks of {source.worker_id}"
+        self._record("pull ahead", self._clock.now(), 0.0, f"{link.worker_id}: {blocks}, as they are computed")
+
     def take_prefill(self, prefilled: Prefilled) -> GenerationOutput:
         """The first token, or the end."""
         outcome = prefilled.outcome
@@ -123,6 +129,8 @@ class Generation:
             prefill_compute_ms=prefill.compute_ms if prefill else 0.0,
             store_fetch_ms=prefill.store_fetch_ms if prefill else 0.0,
             transfer_ms=transfer.transfer_ms if transfer else 0.0,
+            kv_bytes_ahead=transfer.bytes_ahead if transfer else 0,
+            transfer_exposed_ms=transfer.exposed_ms if transfer else 0.0,
             ttft_ms=(first_s - self._began_s) * 1e3,
             tpot_ms=(self._last_token_s - first_s) * 1e3 / max(1, num_tokens - 1),
             attempts=self.attempts - self.rejections,
@@ -152,7 +160,11 @@ class Generation:
         self.unpin()
         blocks = f"{transfer.blocks} blocks, {transfer.blocks_reused} reused"
         detail = f"{transfer.bytes} bytes, {blocks}, {transfer.backend}"
-        self._record("transfer", self._clock.now() - transfer.transfer_ms / 1e3, transfer.transfer_ms, detail)
+        if transfer.began_ahead_ms:
+            detail += f"; {transfer.bytes_ahead} of them before the first token, {transfer.exposed_ms:.1f} ms after it"
+        # From when the pull began, as far as the worker's times tell.
+        began_s = self._clock.now() - (transfer.began_ahead_ms + transfer.exposed_ms) / 1e3
+        self._record("transfer", began_s, transfer.transfer_ms, detail)
 
     def _record(self, stage: str, begin_s: float, duration_ms: float, detail: str) -> None:
         self._stage_ms[stage] = self._stage_ms.get(stage, 0.0) + duration_ms

@@ -20,7 +20,14 @@ from typing import TypeVar
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import RouterConfig
 from sagellm_common.core.errors import Cancelled, Draining, EngineFailed, NoWorker, PeerLost, SageError, UnknownModel
-from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, HandoffTicket, ModelInfo
+from sagellm_common.core.types import (
+    FinishReason,
+    GenerationOutput,
+    GenerationRequest,
+    HandoffTicket,
+    KvSource,
+    ModelInfo,
+)
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.scheduler_ir.strategies import Strategy
@@ -177,12 +184,20 @@ class Pipeline:
         generation: Generation,
         slot: Slot,
     ) -> Prefilled:
+        """Meanwhile the decode worker pulls what is computed, where the prefill worker says that it is worth it."""
         timeout_s = admitted.deadline.budget_s()
         slot.calls.prefilling(worker, generation.attempts)
+
+        def pull_ahead(source: KvSource) -> None:
+            generation.pulling_ahead(routed.decode, source)
+            routed.decode.decode.pull_ahead(
+                admitted.request.request_id, generation.attempts, source, timeout_s=timeout_s
+            )
+
         with worker.engaged(), generation.stage("prefill", worker):
             with _renewed(routed.decode, reserved.ticket):
                 outcome = await worker.prefill.prefill(
-                    admitted.request, generation.attempts, reserved.ticket, timeout_s=timeout_s
+                    admitted.request, generation.attempts, reserved.ticket, timeout_s=timeout_s, on_started=pull_ahead
                 )
             return Prefilled(outcome, worker, generation.attempts)
 

@@ -24,7 +24,9 @@ def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="package")
 def faulty_cluster(failpoints: Path) -> Iterator[RunningCluster]:
     settings = ("transport.lease_ttl_s=2", "transport.timeout_s=2", "topology.lease_ttl_s=1", "engine.num_blocks=256")
-    with RunningCluster(*settings, num_prefill=2, num_decode=2, restart=True) as cluster:
+    # 80 kB are 160 tokens of the tiny Llama: longer prompts are pulled while their chunks are computed, others after.
+    overlap = ("transport.overlap_min_bytes=80000", "engine.max_prefill_tokens=64")
+    with RunningCluster(*settings, *overlap, num_prefill=2, num_decode=2, restart=True) as cluster:
         yield cluster
 
 

@@ -54,6 +54,21 @@ async def test_a_kill_during_the_handoff_is_not_seen_by_the_client(
     assert done.summary.attempts > 1
 
 
+@pytest.mark.parametrize("stage", ["source.sending", "receiver.pulling"])
+async def test_a_kill_while_decode_pulls_what_is_being_computed(
+    healthy: RunningCluster, arm: Arm, tiny_llama: Path, stage: str
+) -> None:
+    """The first chunk is on its way, later ones are not computed yet."""
+    prompt = fresh_prompt(400)
+    arm(stage)
+    done = await complete(healthy, prompt)
+    assert list(done.token_ids) == greedy(tiny_llama, prompt, NEW_TOKENS)
+    assert done.summary.attempts > 1
+    async with AsyncClient(healthy.router_address) as client:
+        events = (await client.explain(done.request_id)).events
+    assert "pull ahead" in [event.stage for event in events]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 async def test_others_under_way_are_served_too(healthy: RunningCluster, arm: Arm, tiny_llama: Path, stage: str) -> None:
     prompts = [fresh_prompt(n) for n in (5, 16, 33, 64, 120, 7)]

@@ -92,3 +92,21 @@ async def test_the_tiny_llama(tiny_llama: Path, prefill: int, decode: int, trans
 async def test_the_tiny_qwen2(tiny_qwen2: Path) -> None:
     with RunningCluster(model=tiny_qwen2, num_prefill=2, num_decode=2) as cluster:
         await check(cluster, tiny_qwen2, 16, 400, "tcp")
+
+
+async def test_tokens_are_the_same_when_kv_is_pulled_while_it_is_computed(
+    cluster: RunningCluster, tiny_llama: Path
+) -> None:
+    """Chunk by chunk and layer by layer; the last two again, with a prefix that both sides hold."""
+    rng = random.Random(11)
+    prompts = [[rng.randrange(3, 259) for _ in range(n)] for n in (161, 192, 260, 500)]
+    prompts += [prompts[2] + prompts[0], prompts[3] + prompts[1]]
+    done = [await complete_all(cluster, part, 16) for part in (prompts[:4], prompts[4:])]
+    found = [one for part in done for one in part]
+    assert [list(one.token_ids) for one in found] == [greedy(tiny_llama, prompt, 16) for prompt in prompts]
+    async with AsyncClient(cluster.router_address) as client:
+        for one in done[0]:
+            events = {event.stage: event for event in (await client.explain(one.request_id)).events}
+            assert "pull ahead" in events
+            assert "before the first token" in events["transfer"].detail
+    await assert_nothing_leaked(cluster)

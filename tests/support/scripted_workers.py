@@ -255,6 +255,8 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
         self.pins: set[Attempt] = set()
         self.running: set[Attempt] = set()
         self.requests: list[worker_pb2.PrefillRequest] = []
+        self.announces = False
+        """Whether it says where the KV is before it has computed it."""
 
     @property
     def used_blocks(self) -> int:
@@ -280,6 +282,12 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
             jobs[attempt] = asyncio.current_task()  # type: ignore[assignment]
             self.running.add(attempt)
             result = worker_pb2.PrefillResult(request_id=request.request_id, attempt=request.attempt)
+            if self.announces and request.announce:
+                started = worker_pb2.PrefillStarted(source=self._source(request))
+                announced = worker_pb2.PrefillResult(
+                    request_id=request.request_id, attempt=request.attempt, started=started
+                )
+                await write(worker_pb2.PrefillSessionResponse(results=[announced]))
             try:
                 result.response.CopyFrom(await self._prefill(request))
             except SageError as err:
@@ -307,6 +315,12 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
             response.finish_reason = common_pb2.FINISH_REASON_LENGTH
             return response
         self.pins.add((request.request_id, request.attempt))
+        response.source.CopyFrom(self._source(request))
+        await self.reach("prefilled")
+        return response
+
+    def _source(self, request: worker_pb2.PrefillRequest) -> common_pb2.KvSource:
+        num_tokens = len(request.prompt_token_ids) // 4
         source = KvSource(
             transfer_id=request.request_id,
             epoch=request.attempt,
@@ -315,13 +329,11 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
             control_address=self.record.address,
             data_address=self.record.data_address,
             backend="tcp",
-            block_table=as_token_ids(range(-(-len(prompt) // LAYOUT.block_size_tokens))),
-            num_tokens=len(prompt),
+            block_table=as_token_ids(range(-(-num_tokens // LAYOUT.block_size_tokens))),
+            num_tokens=num_tokens,
             lease_expires_in_ms=30_000,
         )
-        response.source.CopyFrom(codec.encode_kv_source(source))
-        await self.reach("prefilled")
-        return response
+        return codec.encode_kv_source(source)
 
 
 class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
@@ -339,6 +351,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
         self.reservations: set[Attempt] = set()
         self.released: list[Attempt] = []
         self.renewed: list[Attempt] = []
+        self.pulling_ahead: list[common_pb2.KvSource] = []
         self.lease_ttl_ms = 30_000
         self.running: set[Attempt] = set()
         self.requests: list[worker_pb2.DecodeRequest] = []
@@ -366,6 +379,8 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
                 self.reservations.discard(attempt)
             elif operation == "renew":
                 self.renewed.append(attempt)
+            elif operation == "pull_ahead":
+                self.pulling_ahead.append(request.source)
             elif operation == "cancel":
                 self.cancelled.append(attempt)
                 if attempt in jobs:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
 
 from sagellm_common.core.errors import ContextTooLong, EngineFailed, InvalidRequest, KvExhausted, SageError
-from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
+from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion, LayerPart
 from sagellm_common.core.types import (
     BlockHash,
     FinishReason,
@@ -68,12 +68,20 @@ class _Blocks(Allocation):
     live: bool = True
 
 
+def _layer_parts(layout: KvLayout) -> tuple[LayerPart, ...]:
+    """Keys of all layers, then values of all layers: half of each slot, and of that each layer has its share."""
+    half = layout.block_bytes // 2
+    return (LayerPart(0, half // layout.num_layers), LayerPart(half, half // layout.num_layers))
+
+
 class SimulatedPool:
     """A KVBackendProtocol: reference counts, and a prefix cache whose blocks are reused least recently used first."""
 
     def __init__(self, layout: KvLayout, num_blocks: int) -> None:
         self.layout = layout
-        self._region = KvRegion(memoryview(bytearray(num_blocks * layout.block_bytes)), layout.block_bytes, num_blocks)
+        memory = memoryview(bytearray(num_blocks * layout.block_bytes))
+        self._region = KvRegion(memory, layout.block_bytes, num_blocks, _layer_parts(layout))
+        self._share_bytes = HALF_BYTES // layout.num_layers
         self._lock = threading.RLock()
         self._refs = [0] * num_blocks
         self._free = list(range(num_blocks))
@@ -100,6 +108,14 @@ class SimulatedPool:
             if missing > 0:
                 more = np.array(self._take(missing), dtype=np.int32)
                 allocation.block_ids = np.concatenate([allocation.block_ids, more])
+
+    def share(self, allocation: Allocation) -> Allocation:
+        assert isinstance(allocation, _Blocks)
+        assert allocation.live, "freed before"
+        with self._lock:
+            for block in allocation.block_ids.tolist():
+                self._refs[block] += 1
+            return replace(allocation)
 
     def free(self, allocation: Allocation) -> None:
         assert isinstance(allocation, _Blocks)
@@ -148,16 +164,23 @@ class SimulatedPool:
     def read(self, allocation: Allocation, num_tokens: int) -> bytes:
         """The KV of the first tokens, as it stands in the blocks."""
         region = self._region
-        blocks = np.frombuffer(region.view, np.uint8).reshape(region.num_blocks, 2, -1, HALF_BYTES)
+        shape = (region.num_blocks, 2 * self.layout.num_layers, -1, self._share_bytes)
+        blocks = np.frombuffer(region.view, np.uint8).reshape(shape)
         return blocks[allocation.block_ids].transpose(0, 2, 1, 3).tobytes()[: num_tokens * SLOT_BYTES]
 
-    def write(self, allocation: Allocation, position: int, slot: bytes) -> None:
+    def write(self, allocation: Allocation, position: int, slot: bytes, layers: Iterable[int] | None = None) -> None:
+        """Layers `layers` of a slot; None: all."""
         index, offset = divmod(position, self.layout.block_size_tokens)
         assert index >= allocation.num_shared_blocks, "would write to a shared block"
-        block = self._region.block(int(allocation.block_ids[index]))
-        keys, values = block[: len(block) // 2], block[len(block) // 2 :]
-        for part, half in ((keys, slot[:HALF_BYTES]), (values, slot[HALF_BYTES:])):
-            part[offset * HALF_BYTES : (offset + 1) * HALF_BYTES] = half
+        block, size, num_layers = (
+            self._region.block(int(allocation.block_ids[index])),
+            self._share_bytes,
+            self.layout.num_layers,
+        )
+        for layer in range(num_layers) if layers is None else layers:
+            for plane in (layer, num_layers + layer):
+                at = (plane * self.layout.block_size_tokens + offset) * size
+                block[at : at + size] = slot[plane * size : (plane + 1) * size]
 
     def _lookup(self, token_ids: TokenIds, cache_salt: str) -> list[int]:
         size, blocks = self.layout.block_size_tokens, []
@@ -209,10 +232,15 @@ class _Sequence:
     allocation: Allocation | None
     cancelled: bool = False
     computed: int = field(default=0)
+    layers: int = 0
+    """Written of the chunk under way."""
 
 
 class SimulatedEngine:
-    """Steps on the event loop, one pass of it per step. `pause` holds it before its next step, `resume` lets it go."""
+    """Steps on the event loop, one pass of it per step. `pause` holds it before its next step, `resume` lets it go.
+
+    A sequence with `progress` advances by one layer of a chunk per step, others by a chunk.
+    """
 
     def __init__(
         self,
@@ -222,8 +250,10 @@ class SimulatedEngine:
         context_length_tokens: int = 128,
         max_prefill_tokens: int = 8,
         model: str = "simulated",
+        num_layers: int = 2,
     ) -> None:
-        layout = KvLayout(model, "float32", block_size_tokens, 1, 1, 2, block_size_tokens * SLOT_BYTES)
+        dim = HALF_BYTES // 4 // num_layers
+        layout = KvLayout(model, "float32", block_size_tokens, num_layers, 1, dim, block_size_tokens * SLOT_BYTES)
         self.model = ModelInfo(model, f"/models/{model}", context_length_tokens, VOCAB_SIZE, layout)
         self.description = "simulated"
         self.kv = SimulatedPool(layout, num_blocks)
@@ -322,11 +352,14 @@ class SimulatedEngine:
         blocks = sequence.allocation
         self.kv.grow(blocks, len(tokens))
         kv = self.kv.read(blocks, sequence.computed)
-        for token in tokens[sequence.computed :][: self._max_prefill_tokens]:
+        layers = self._next_layers(sequence)
+        chunk = tokens[sequence.computed :][: self._max_prefill_tokens]
+        for position, token in enumerate(chunk, sequence.computed):
             slot = _slot(kv, token)
-            self.kv.write(blocks, sequence.computed, slot)
+            self.kv.write(blocks, position, slot, layers)
             kv += slot
-            sequence.computed += 1
+        if not self._chunk_done(sequence, len(chunk), layers):
+            return None
         blocks.num_cached_tokens = sequence.computed
         self.kv.publish(as_token_ids(tokens), blocks, sequence.request.cache_salt)
         if sequence.computed < len(tokens):
@@ -340,6 +373,26 @@ class SimulatedEngine:
         if sequence.num_generated >= sampling.max_new_tokens:
             return self._finish(sequence, FinishReason.LENGTH, (token,), logprobs)
         return SequenceOutput(sequence.request.request_id, (token,), logprobs)
+
+    def _next_layers(self, sequence: _Sequence) -> range:
+        num_layers = self.kv.layout.num_layers
+        followed = sequence.request.progress is not None
+        return range(sequence.layers, sequence.layers + 1 if followed else num_layers)
+
+    def _chunk_done(self, sequence: _Sequence, num_tokens: int, layers: range) -> bool:
+        """Says how far it is; whether all layers of the chunk are written."""
+        progress, sequence.layers = sequence.request.progress, layers.stop
+        if progress is not None:
+            if layers.start == 0:
+                progress.chunk_begins(sequence.computed + num_tokens)
+            progress.layer_done(layers.start)
+        if sequence.layers < self.kv.layout.num_layers:
+            return False
+        if progress is not None:
+            progress.chunk_done()
+        sequence.layers = 0
+        sequence.computed += num_tokens
+        return True
 
     def _finish(
         self,

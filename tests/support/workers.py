@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry
 
-from sagellm_common.comm_backend import make_channel
+from sagellm_common.comm_backend import make_channel, overlap_min_bytes
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.core.clock import Clock, SystemClock
 from sagellm_common.core.config import Config
@@ -35,6 +35,8 @@ from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcom
 from sagellm_common.rpc.store_client import StoreClient
 from sagellm_common.rpc.topology_client import RemoteTopology
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
+from sagellm_common.rpc.worker_service import Load
+from services.decode.ahead import PullsAhead
 from services.decode.loop import DecodeLoop
 from services.decode.offload import Offloader
 from services.decode.pull import KvPuller
@@ -63,6 +65,7 @@ class Worker:
     channels: ChannelPool
     channel: grpc.aio.Channel
     prefill: IdempotentPrefill | None = None
+    aheads: PullsAhead | None = None
     extras: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -78,6 +81,17 @@ class Worker:
         self.extras["session"] = session
         assert isinstance(session, DecodeSession)
         return session
+
+    @property
+    def load(self) -> Load:
+        return self.runtime.load()
+
+    def break_connections(self) -> None:
+        """Ends the connections of the byte path to those who pull from here; it goes on listening."""
+        source = self.extras["channel"]._inner._source  # type: ignore[attr-defined]
+        with source._lock:
+            for wire in source._wires:
+                wire.abort()
 
     @property
     def _id(self) -> str:
@@ -144,10 +158,11 @@ async def worker(
         layout = engine.kv.layout
         client = StoreClient(channels, topology, layout, channel.name, SystemClock())
         releaser = LeaseReleaser(transfers, background)
-        prefill = None
+        prefill = aheads = None
         if role is WorkerRole.PREFILL:
             fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
-            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock())
+            overlap = overlap_min_bytes(config.transport, channel)
+            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), overlap)
             prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
             stack.push_async_callback(prefill.close)
             service = Registrar(
@@ -157,12 +172,14 @@ async def worker(
             )
         else:
             puller = KvPuller(channel, transfers, releaser, runtime, engine.kv)
+            aheads = PullsAhead(engine.kv, reservations, puller)
             offload = (
                 Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)
                 if store
                 else None
             )
-            loop = DecodeLoop(engine, reservations, leases, runtime, puller, offload)
+            stack.callback(aheads.close)
+            loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload)
             service = Registrar(
                 "sagellm.v1.DecodeService",
                 worker_pb2_grpc.add_DecodeServiceServicer_to_server,
@@ -181,6 +198,8 @@ async def worker(
             channels=channels,
             channel=client_channels.get(runtime.record.address),
             prefill=prefill,
+            aheads=aheads,
+            extras={"channel": channel},
         )
         try:
             yield made

@@ -46,6 +46,23 @@ async def test_tokens_come_from_prefill_and_decode_and_nothing_is_kept(router: R
     assert router.metric("sagellm_router_requests_total", code="OK") == 1
 
 
+async def test_decode_hears_where_to_pull_before_prefill_is_done(router: RouterHarness) -> None:
+    prefill, decode = await router.pair()
+    prefill.announces, go_on = True, asyncio.Event()
+    prefill.on("prefill", prefill.wait_for(go_on))
+    generating = asyncio.create_task(router.generate())
+    await eventually(lambda: decode.pulling_ahead)
+    assert not decode.requests and not prefill.pins
+    go_on.set()
+    generated = await generating
+    assert generated.tokens == oracle(PROMPT, GREEDY_6)
+    (early,), (request,) = decode.pulling_ahead, decode.requests
+    assert early == request.source
+    stages = [event.stage for event in (await router.explain()).events]
+    assert stages.index("pull ahead") < stages.index("prefill") < stages.index("transfer")
+    await router.assert_nothing_held()
+
+
 async def test_one_new_token_needs_no_decode_and_the_reservation_is_released(router: RouterHarness) -> None:
     _, decode = await router.pair()
     generated = await router.generate(max_new_tokens=1)

@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class PrefillRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -34,7 +35,8 @@ class PrefillRequest(_message.Message):
     cache_salt: str
     timeout_ms: int
     trace_context: _containers.ScalarMap[str, str]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    announce: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms")
@@ -77,16 +79,24 @@ class PrefillSessionResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[PrefillResult, _Mapping]]] = ...) -> None: ...
 
 class PrefillResult(_message.Message):
-    __slots__ = ("request_id", "attempt", "response", "error")
+    __slots__ = ("request_id", "attempt", "response", "error", "started")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     response: PrefillResponse
     error: _status_pb2.Status
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., response: _Optional[_Union[PrefillResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    started: PrefillStarted
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., response: _Optional[_Union[PrefillResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ...) -> None: ...
+
+class PrefillStarted(_message.Message):
+    __slots__ = ("source",)
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    source: _common_pb2.KvSource
+    def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -211,32 +221,61 @@ class DecodeResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ...) -> None: ...
 
 class TransferReport(_message.Message):
-    __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend")
+    __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms")
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_REUSED_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
+    BYTES_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_AHEAD_MS_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     transfer_ms: float
     blocks: int
     blocks_reused: int
     backend: str
-    def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ...) -> None: ...
+    bytes_ahead: int
+    exposed_ms: float
+    began_ahead_ms: float
+    def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ..., bytes_ahead: _Optional[int] = ..., exposed_ms: _Optional[float] = ..., began_ahead_ms: _Optional[float] = ...) -> None: ...
 
 class DecodeSessionRequest(_message.Message):
-    __slots__ = ("reserve", "decode", "cancel", "release", "renew")
+    __slots__ = ("reserve", "decode", "cancel", "release", "renew", "pull_ahead")
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
+    PULL_AHEAD_FIELD_NUMBER: _ClassVar[int]
     reserve: ReserveRequest
     decode: DecodeRequest
     cancel: CancelRequest
     release: ReleaseReservationRequest
     renew: RenewReservationRequest
-    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ...) -> None: ...
+    pull_ahead: PullAheadRequest
+    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ..., pull_ahead: _Optional[_Union[PullAheadRequest, _Mapping]] = ...) -> None: ...
+
+class PullAheadRequest(_message.Message):
+    __slots__ = ("request_id", "attempt", "source", "timeout_ms", "trace_context")
+    class TraceContextEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    source: _common_pb2.KvSource
+    timeout_ms: int
+    trace_context: _containers.ScalarMap[str, str]
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ReserveResult(_message.Message):
     __slots__ = ("request_id", "attempt", "response", "error")
