@@ -246,7 +246,7 @@ def hops(samples: list[Sample]) -> list[list[str]]:
             for x in samples
             if x.summary
         ],
-        "KV transfer (after the first token)": [s.transfer_ms for s in summaries],
+        "KV transfer (after the first token)": [s.transfer_exposed_ms for s in summaries],
     }
     for name, values in parts.items():
         middle = statistics.median(values)
