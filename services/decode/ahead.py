@@ -15,7 +15,7 @@ import numpy as np
 
 from sagellm_common.comm_backend.handoff import HandoffTarget
 from sagellm_common.comm_backend.protocol import TransferResult
-from sagellm_common.core.errors import KvCorrupt, LeaseExpired, SageError
+from sagellm_common.core.errors import KvCorrupt, LayoutMismatch, LeaseExpired, SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.types import KvSource
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
@@ -51,7 +51,9 @@ class Ahead:
             raise error
         if error is not None or self.task.cancelled() or not self._serves(source):
             why = error or "its source has computed it in other blocks"
-            log.warning("request %s: KV pulled ahead is of no use, pulling it again: %s", self.job.request_id, why)
+            # Another layout is no mishap: it is so for each request between the two.
+            level = logging.DEBUG if isinstance(error, LayoutMismatch) else logging.WARNING
+            log.log(level, "request %s: KV pulled ahead is of no use, pulling it again: %s", self.job.request_id, why)
             return None
         result, num_blocks = self.task.result(), len(source.block_table)
         self.allocation.num_cached_tokens = min(source.num_tokens, num_tokens)

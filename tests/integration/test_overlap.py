@@ -466,6 +466,17 @@ async def test_a_source_of_another_epoch_is_not_taken_for_the_pulled_one(prefill
     await decode.idle()
 
 
+async def test_blocks_of_another_size_are_transcoded_when_all_are_computed(router: str, prefill: Worker) -> None:
+    async with worker(WorkerRole.DECODE, router, engine=SimulatedEngine(block_size_tokens=8)) as decode:
+        running = await begin(prefill, decode, request(PROMPT))
+        prefill.engine.resume()
+        assert await running.rest() == reference(PROMPT, running.wanted.sampling)[0]
+        assert running.first_step.transfer is not None
+        assert running.first_step.transfer.bytes_ahead == 0
+        await prefill.idle()
+        await decode.idle()
+
+
 async def test_another_layout_is_refused(router: str, prefill: Worker) -> None:
     async with worker(WorkerRole.DECODE, router, engine=SimulatedEngine(model="other")) as decode:
         running = await begin(prefill, decode, request(PROMPT))
