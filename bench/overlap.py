@@ -159,7 +159,10 @@ def draw(found: Sequence[Mapping[str, float]], picture: Path) -> None:
     panels = {
         "exposed transfer (ms)": {"overlap": by_length("exposed_ms"), "pull at the end": by_length("exposed_off_ms")},
         "first to second token (ms)": {"overlap": by_length("gap_ms"), "pull at the end": by_length("gap_off_ms")},
-        "KV (MB)": {"before the first token": by_length("mb_before_first_token"), "all of it": by_length("kv_mb")},
+        "MB here with the first token": {
+            "overlap": by_length("mb_before_first_token"),
+            "pull at the end": {f"{row['prompt_tokens']:.0f}": 0.0 for row in found},
+        },
     }
     grouped_bars(panels, "prompt tokens; SmolLM2-135M fp32, 1P1D, tcp, digest on", picture)
 
