@@ -250,7 +250,9 @@ class LmdeployEngine:
             eos_token_ids=eos_token_ids(self._path, self._hf),
             emit=emit,
         )
-        log.info("KV can be pulled %s", "layer by layer" if core.tells_layers else "by whole chunks of a prompt only")
+        # Quantised weights run all layers in one call, past LMDeploy's attention and the hook in it.
+        by_layer = core.tells_layers and cfg.weights == "dtype"
+        log.info("KV can be pulled %s", "layer by layer" if by_layer else "by whole chunks of a prompt only")
         self._model = ModelInfo(
             name=self._name,
             path=str(self._path.resolve()),
