@@ -1,12 +1,12 @@
-"""Our engine on a CPU in each `engine.weights` mode, beside llama.cpp on the same weights, in alternating runs; and accuracy.
+"""Our engine on a CPU with each kind of `engine.weights`, alternating with llama.cpp; and accuracy.
 
-    python -m bench.kernels [--quick] [--threads 1] [--cells 1x128,8x1024] [--llama-python PATH] [--out …/kernels.json]
+    python -m bench.kernels [--quick] [--threads 1] [--cells 1x128,8x1024] [--llama-python PATH]
 
-SmolLM2-135M from its Q4_1 file: the engine's float32 and int8 weights are that file's values, llama.cpp reads the file.
-Prefill is the time to the first token of all sequences of a cell, decode the rest. Rates are per CPU second, which other
-load on the machine hardly moves (with one thread on an idle machine it is the time on the wall, which is kept, too;
-threads that spin while they wait make it worse). Accuracy is against transformers in
-float32 on passages of this repository. `--llama-python` is a Python with `pip install xllamacpp`; without, it is left out.
+SmolLM2-135M from its Q4_1 file: the engine computes with that file's values, llama.cpp with the file.
+Prefill is the time to the first token of all sequences of a cell, decode the rest. Rates are per CPU second, which
+other load on the machine hardly moves (one thread on an idle machine: the time on the wall, which is kept, too).
+Accuracy is against transformers in float32 on passages of this repository.
+`--llama-python` is a Python with xllamacpp; without, llama.cpp is left out.
 """
 
 from __future__ import annotations
@@ -298,11 +298,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if ratios:
         print(f"\n{table(ratios)}")
     else:
-        print(
-            "\nllama.cpp was left out: python3 -m venv V && V/bin/pip install xllamacpp, then --llama-python V/bin/python"
-        )
+        print("\nllama.cpp was left out: python3 -m venv V; V/bin/pip install xllamacpp;  --llama-python V/bin/python")
+    shown = {name: value for name, value in vars(args).items() if name != "llama_python"}
     return {
-        "conditions": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **vars(args)},
+        "conditions": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **shown},
         "tokens_per_cpu_s": by_clock["cpu"],
         "tokens_per_s": by_clock["wall"],
         "accuracy": quality,

@@ -14,9 +14,8 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.engines import make_engine
 from sagellm_common.engines.lmdeploy.kernels import native
+from tests.support.engines import Driver, copied, handed_over, prompts, running_engine
 from tests.support.kernels import native as built
-from tests.unit.engines.conftest import Driver, running_engine
-from tests.unit.engines.test_lmdeploy_engine import copied, handed_over, prompts
 
 Greedy = Callable[[Path, list[int], int], list[int]]
 LENGTHS = (2, 17, 100, 33, 64, 15, 41, 80)
@@ -118,7 +117,7 @@ async def test_without_compiled_kernels_torch_computes_the_same_and_says_so(
 
 async def test_compiled_kernels_are_named(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama, weights="int8") as driver:
-        assert f"int8 weights on {native.supported_isas()[0]} kernels" in driver.engine.description
+        assert f"int8 weights, {native.supported_isas()[0]} kernels" in driver.engine.description
 
 
 @pytest.mark.parametrize(

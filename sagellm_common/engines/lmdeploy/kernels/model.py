@@ -41,7 +41,8 @@ def architecture(weights: str, architectures: list[str]) -> str:
         raise ConfigError(
             f"engine.weights: {weights!r} serves {' and '.join(FAMILIES)}, not {', '.join(architectures)}; use 'dtype'"
         )
-    return {"int8": Int8CausalLM, "int8x2": Int8x2CausalLM}[weights].__name__
+    model: type[QuantizedCausalLM] = {"int8": Int8CausalLM, "int8x2": Int8x2CausalLM}[weights]
+    return str(model.__name__)
 
 
 def register() -> None:
@@ -179,7 +180,10 @@ class QuantizedCausalLM(nn.Module, CudaGraphMixin):  # the mixin: what LMDeploy 
         return self._head(hidden_states[0])[None]
 
     def get_input_embeddings(self) -> Any:
-        return lambda ids: F.embedding(ids, self._embedding)
+        """A function from ids to embeddings, as LMDeploy uses it."""
+        assert self._embedding is not None, "the weights were not loaded"
+        table = self._embedding
+        return lambda ids: F.embedding(ids, table)
 
     def prepare_inputs_for_generation(
         self, past_key_values: list[Any], inputs_embeds: Tensor | None = None, context: Any = None

@@ -20,36 +20,29 @@ from sagellm_common.engines.lmdeploy.kernels.ops import HEAD_DIMS
 class PrefixAwareAttention(CpuAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        one_size = self.v_head_size in (None, self.head_size) and self.head_size in HEAD_DIMS
         window = self.sliding_window[0] if isinstance(self.sliding_window, (tuple, list)) else self.sliding_window
-        plain = not self.alibi and (window or -1) < 0
-        self._ops = native_ops() if one_size and plain else None
+        plain = not self.alibi and not self.logit_softcapping and (window or -1) < 0
+        self._ops = native_ops() if self.head_size in HEAD_DIMS and plain else None
 
     def forward(
         self,
         query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
+        key: Tensor,
+        value: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         attn_metadata: CpuAttentionMetadata,
-        *args: Any,
+        k_scales_zeros: Tensor | None = None,
+        v_scales_zeros: Tensor | None = None,
         learnable_sink: Tensor | None = None,
-        **kwargs: Any,
+        inplace: bool = False,
     ) -> Tensor:
         """See CpuAttentionImpl."""
         meta = attn_metadata
-        compiled = (
-            self._ops is not None
-            and meta.batch is not None
-            and not meta.quant_policy
-            and query.dtype == k_cache.dtype == torch.float32
-            and learnable_sink is None
-            and not self.logit_softcapping
-        )
-        if not compiled:
+        served = not meta.quant_policy and query.dtype == k_cache.dtype == torch.float32 and learnable_sink is None
+        if self._ops is None or meta.batch is None or not served:
             return super().forward(
-                query, key, value, k_cache, v_cache, meta, *args, learnable_sink=learnable_sink, **kwargs
+                query, key, value, k_cache, v_cache, meta, k_scales_zeros, v_scales_zeros, learnable_sink, inplace
             )
         return self._ops.paged_attention(query, key, value, (k_cache, v_cache), meta.batch, self.scale)
 
@@ -68,6 +61,8 @@ class PrefixAwareAttentionBuilder(AttentionBuilder[CpuAttentionMetadata]):
         causal: bool = True,
         **_: Any,
     ) -> PrefixAwareAttention:
+        if v_head_size not in (None, head_size):
+            raise ValueError(f"the CPU attention needs keys and values of one size, not {head_size} and {v_head_size}")
         return PrefixAwareAttention(
             num_heads,
             head_size,

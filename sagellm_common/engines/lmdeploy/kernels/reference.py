@@ -32,6 +32,10 @@ def _as_half(x: Tensor) -> Tensor:
     return x.half().float()
 
 
+def _grouped(x: Tensor) -> Tensor:
+    return x.view(*x.shape[:-1], -1, GROUP)
+
+
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c rounded once, near enough: the product of two float32 is exact in float64."""
     return (a.double() * b.double() + c.double()).float()
@@ -39,7 +43,7 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 def quantize_activations(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, K] → codes [planes, T, groups, 32] (integers in float32), scale and scaled sum [T, groups]."""
-    groups = x.unflatten(-1, (-1, GROUP))
+    groups = _grouped(x)
     largest = groups.abs().amax(-1)
     steps = groups * torch.where(largest > 0, CODE_MAX / largest, 0.0)[..., None]
     high = steps.round()
@@ -62,7 +66,7 @@ class QuantizedWeight:
 
 def quantize_weight(weight: Tensor, planes: Planes) -> QuantizedWeight:
     """The smallest format that keeps the weights; see csrc/linear.h."""
-    w = weight.unflatten(-1, (-1, GROUP))
+    w = _grouped(weight)
     low, high = w.amin(-1), w.amax(-1)
     largest = w.abs().amax(-1)
     exact = torch.zeros_like(low, dtype=torch.bool)
@@ -131,14 +135,14 @@ class ReferenceDecoder:
 
     def __call__(self, hidden: Tensor, caches: Sequence[KvLayer], batch: Batch, watermark: int = 0) -> Tensor:
         shape, tokens = self._shape, hidden.size(0)
-        widths = (shape.heads, shape.kv_heads, shape.kv_heads)
+        widths = [shape.heads, shape.kv_heads, shape.kv_heads]
         positions = torch.cat([torch.arange(end - count, end) for _, count, end in _sequences(batch)])
         cos, sin = self._cosines[positions][:, None], self._sines[positions][:, None]
         ready = _counter(watermark)
         x = hidden
         for layer, cache in zip(self._layers, caches, strict=True):
             qkv = layer.qkv(self._normalised(x, layer.attention_norm)).view(tokens, -1, shape.head_dim)
-            query, key, value = qkv.split(widths, dim=1)
+            query, key, value = torch.split(qkv, widths, dim=1)
             query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
             attended = self._ops.paged_attention(query, key, value, cache, batch, shape.head_dim**-0.5)
             if ready is not None:
