@@ -192,7 +192,12 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"{'stable' if found_out['stable'] else 'GROWS'} ({found_out['growth_mib']:+.1f} MiB)"
         )
     return {
-        "conditions": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **vars(args)},
+        "conditions": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg(),
+            **vars(args),
+        },
         "table": rows,
         "windows": windows,
         "memory_mib": memory,
