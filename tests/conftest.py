@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sagellm_common.core.config_loader import load_config
 from sagellm_common.engines.lmdeploy import overlay
 from services.cli.models import prepare_smollm2
 from tests.support.cluster import RunningCluster
 from tests.support.models import tiny_model
 
-overlay.use("auto")  # before any test imports LMDeploy
+# Before any test imports LMDeploy. SAGELLM_ENGINE__PATCHES=off runs the suite on pip's, without our patches.
+overlay.use(load_config(None, os.environ).engine.patches)
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,12 @@ class EngineConfig(Section):
     max_prefill_tokens: int = Field(512, ge=16, description="tokens of one prefill chunk")
     context_length_tokens: int = Field(0, ge=0, description="0: the model's")
     prefix_caching: bool = True
+    policy: Literal["fifo", "priority", "deadline"] = Field(
+        "priority", description="who starts first and loses memory last; deadline: the earlier of equal priority"
+    )
+    prefill_tokens_per_decode_step: int = Field(
+        0, ge=0, description="bounds how long prompts hold up who decodes on the same worker; 0: no bound"
+    )
     threads: int = Field(1, ge=1, description="torch threads; one per process is best on two cores")
     tensor_parallel: int = Field(1, ge=1, le=64, description="ranks that share each layer, a process each")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,7 @@ class EngineRequest:
 
     `progress` is kept up to date while the prompt's KV is computed into `allocation`'s blocks: by layer, by chunk or
     not at all, as the engine can. It fails when the engine computes into other blocks after all.
+    The larger `priority` goes first where the engine can choose; after `timeout_s` nobody wants the answer.
     """
 
     request_id: str
@@ -35,6 +37,8 @@ class EngineRequest:
     cache_salt: str = ""
     hold_blocks: bool = False
     progress: KvProgress | None = None
+    priority: int = 0
+    timeout_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

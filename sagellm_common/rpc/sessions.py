@@ -95,6 +95,7 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             sampling=codec.encode_sampling(request.sampling),
             ticket=codec.encode_ticket(ticket),
             cache_salt=request.cache_salt,
+            priority=request.priority,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
             announce=on_started is not None,
@@ -166,6 +167,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             sampling=codec.encode_sampling(request.sampling),
             source=codec.encode_kv_source(source) if source else None,
             cache_salt=request.cache_salt,
+            priority=request.priority,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
         )

@@ -42,6 +42,7 @@ class DecodeJob:
     timeout_s: float
     source: KvSource | None = None
     cache_salt: str = ""
+    priority: int = 0
     trace_context: Mapping[str, str] = field(default_factory=dict)
 
 

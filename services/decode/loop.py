@@ -185,6 +185,8 @@ class DecodeLoop:
             sampling=job.sampling,
             num_emitted_tokens=len(job.emitted),
             cache_salt=job.cache_salt,
+            priority=job.priority,
+            timeout_s=job.timeout_s,
             hold_blocks=self._offload is not None,
         )
         await self._sequences.run(request, blocks, tokens.take)

@@ -153,6 +153,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             timeout_s=self._timeout_s(request.timeout_ms),
             source=codec.decode_kv_source(request.source) if request.HasField("source") else None,
             cache_salt=request.cache_salt,
+            priority=request.priority,
             trace_context=dict(request.trace_context),
         )
 

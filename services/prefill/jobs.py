@@ -25,6 +25,7 @@ class PrefillJob:
     sampling: SamplingParams
     timeout_s: float
     cache_salt: str = ""
+    priority: int = 0
     trace_context: Mapping[str, str] = field(default_factory=dict)
     receiver_cached_tokens: int = 0
     announce: Announce | None = None

@@ -134,6 +134,8 @@ class PrefillLoop:
             token_ids=job.prompt,
             sampling=replace(sampling, max_new_tokens=1, min_new_tokens=min(1, sampling.min_new_tokens)),
             cache_salt=job.cache_salt,
+            priority=job.priority,
+            timeout_s=job.timeout_s,
             hold_blocks=True,
             progress=progress,
         )

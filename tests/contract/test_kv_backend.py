@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import KvExhausted
 from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
 from sagellm_common.core.types import KvStats, TokenIds
+from sagellm_common.engines.lmdeploy import hooks
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
@@ -40,9 +42,25 @@ def make_host() -> Pool:
 
 
 def make_lmdeploy() -> Pool:
+    """Through the hooks, where LMDeploy is patched."""
+    hooks.enable()
+    return _over_a_scheduler()
+
+
+def make_lmdeploy_without_hooks() -> Pool:
+    if not hooks.available():
+        return _over_a_scheduler()
+    from lmdeploy.pytorch.extension import EXT
+
+    with mock.patch.multiple(EXT, **dict.fromkeys(hooks.HOOKS)):
+        return _over_a_scheduler()
+
+
+def _over_a_scheduler() -> Pool:
     from lmdeploy.pytorch.config import CacheConfig, SchedulerConfig
     from lmdeploy.pytorch.paging.scheduler import Scheduler
 
+    from sagellm_common.engines.lmdeploy.block_manager import manager_of
     from sagellm_common.engines.lmdeploy.kv_manager import LmdeployKvPool, SequencePrefix
 
     scheduler = Scheduler(
@@ -50,7 +68,7 @@ def make_lmdeploy() -> Pool:
         CacheConfig(4, BLOCK_TOKENS, 0, NUM_BLOCKS, device_type="cpu", num_state_caches=0),
     )
     memory = KvRegion(memoryview(bytearray(NUM_BLOCKS * BLOCK_BYTES)), BLOCK_BYTES, NUM_BLOCKS)
-    pool = LmdeployKvPool(scheduler, LAYOUT, memory, True)
+    pool = LmdeployKvPool(manager_of(scheduler), scheduler, LAYOUT, memory, True)
 
     def cache(token_ids: TokenIds) -> None:
         allocation = pool.allocate(token_ids, len(token_ids))
@@ -73,7 +91,7 @@ def make_vllm() -> Pool:
     return Pool(pool, cache)
 
 
-POOLS = [make_host, make_lmdeploy, make_vllm]
+POOLS = [make_host, make_lmdeploy, make_lmdeploy_without_hooks, make_vllm]
 
 
 @pytest.fixture(params=POOLS, ids=lambda make: make.__name__.removeprefix("make_"))

@@ -218,6 +218,14 @@ async def test_cancelled_while_transcoding_nothing_is_written_afterwards(
     await prefill.idle()
 
 
+async def test_priority_and_time_left_reach_both_engines(prefill: Worker, decode: Worker) -> None:
+    await generate(prefill, decode, replace(request(PROMPT), priority=-3))
+    for engine in (prefill.engine, decode.engine):
+        (submitted,) = engine.submitted
+        assert submitted.priority == -3
+        assert 0 < submitted.timeout_s <= TIMEOUT_S
+
+
 # ---- where it ends ----
 
 

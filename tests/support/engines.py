@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -62,10 +63,15 @@ class Driver:
         return found, last
 
 
+def engine_config(model: Path, **engine: Any) -> Config:
+    """For the LMDeploy of this process unless `patches` says otherwise."""
+    engine = {"num_blocks": 128, "patches": os.environ.get("SAGELLM_ENGINE__PATCHES", "auto")} | engine
+    return Config.model_validate({"model": {"path": str(model)}, "engine": engine})
+
+
 @asynccontextmanager
 async def running_engine(model: Path, **engine: Any) -> AsyncIterator[Driver]:
-    config = Config.model_validate({"model": {"path": str(model)}, "engine": {"num_blocks": 128, **engine}})
-    driver = Driver(make_engine(config))
+    driver = Driver(make_engine(engine_config(model, **engine)))
     await driver.engine.start(driver.on_step)
     try:
         yield driver

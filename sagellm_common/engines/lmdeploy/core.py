@@ -1,7 +1,8 @@
 """LMDeploy's engine with our loop: *admit → schedule → run → collect*, once per step.
 
-Scheduler, cache, executor and model are LMDeploy's. Its own loop answers through per-request events which, on a CPU,
-fire only once a sequence is done; ours hands over the outputs of all sequences after each step.
+Scheduler, executor and model are LMDeploy's; blocks, prefix cache, eviction and order are ours, inside that scheduler.
+Its own loop answers through per-request events which, on a CPU, fire only once a sequence is done; ours hands over the
+outputs of all sequences after each step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +21,22 @@ import torch
 from lmdeploy.pytorch.engine.engine import Engine as LmdeployEngineBase
 from lmdeploy.pytorch.messages import MessageStatus
 
-from sagellm_common.core.errors import EngineFailed, KvExhausted, LeaseExpired, SageError
+from sagellm_common.core.errors import ConfigError, EngineFailed, KvExhausted, LeaseExpired, SageError
 from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
+from sagellm_common.engines.lmdeploy import hooks
+from sagellm_common.engines.lmdeploy.block_manager import manager_of
 from sagellm_common.engines.lmdeploy.kv_manager import EngineAllocation, LmdeployKvPool, SequencePrefix
 from sagellm_common.engines.lmdeploy.progress import StepProgress
 from sagellm_common.engines.lmdeploy.sampling import RowwiseSampling, lmdeploy_sampling, stopped
+from sagellm_common.engines.lmdeploy.scheduler import POLICY, Steering
+from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, StepPlan
 
 log = logging.getLogger(__name__)
 
+FAILED = "the engine failed on this request; see the worker's log"
 BLOCKED_POLL_S = 0.02
 """How often a step is tried again while waiting sequences find no free blocks."""
 
@@ -63,17 +70,20 @@ class EngineCore(LmdeployEngineBase):
         memory: KvMemory,
         *,
         prefix_caching: bool,
+        policy: EnginePolicy,
         eos_token_ids: frozenset[int],
         emit: Callable[[Sequence[SequenceOutput]], None],
     ) -> LmdeployKvPool:
-        """Puts our KV manager in charge. Once, before `run`."""
-        self.kv = LmdeployKvPool(self.scheduler, layout, memory, prefix_caching)
+        """Puts our KV manager and policy in charge. Once, before `run`."""
+        self.kv = LmdeployKvPool(manager_of(self.scheduler), self.scheduler, layout, memory, prefix_caching)
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent
         self.progress = agent.progress = StepProgress()
         # Where layers are not apart in a block nobody asks for them; a device's may be told before they are written.
         apart = isinstance(memory, KvRegion) and bool(memory.layer_parts)
         self.tells_layers = apart and self.progress.follow_layers(agent.cache_engine.local_gpu_cache)
+        self.steering = Steering(policy)
+        POLICY.steer(self.scheduler, self.steering)
         self.sampling_strategy = RowwiseSampling(pad_token_id=0)
         self.steps = 0
         self._eos = eos_token_ids
@@ -97,17 +107,26 @@ class EngineCore(LmdeployEngineBase):
             if self._ended:
                 raise EngineFailed("the engine was stopped; try another worker")
             session = self.scheduler.add_session(next(self._session_ids))
-            prefix = SequencePrefix(self.kv.cache.root(request.cache_salt))
+            prefix = SequencePrefix(self.kv.root(request.cache_salt))
             self.kv.cache.prefixes[session.session_id] = prefix
             seq = session.add_sequence(
                 request.token_ids.astype(np.int64), lmdeploy_sampling(request.sampling, emitted, stop)
             )
             self.scheduler.add_sequence(seq)
+            handed_over = False
             if isinstance(request.allocation, EngineAllocation):
+                handed_over = request.allocation.was_filled(self.kv.layout.block_size_tokens)
                 prefix.hashes = list(request.allocation.hashes)
                 cached = request.allocation.num_cached_tokens
                 seq.logical_blocks.append(self.kv.take(request.allocation))
                 seq.set_step(cached)
+            self.steering.enter(
+                session.session_id,
+                request.request_id,
+                priority=request.priority,
+                deadline_s=time.monotonic() + request.timeout_s,
+                handed_over=handed_over,
+            )
             self._running[request.request_id] = Running(request, seq, stop)
         self.wake()
 
@@ -119,6 +138,14 @@ class EngineCore(LmdeployEngineBase):
             run = self._running.get(request_id)
             if run is not None:
                 run.cancelled = True
+        self.wake()
+
+    def inject(self, plan: StepPlan | None) -> None:
+        """Raises ConfigError without the hook."""
+        if "policy" not in hooks.available():
+            raise ConfigError("this LMDeploy takes no plans: patch 0003 is missing; run `make setup`")
+        with self.kv.lock:
+            self.scheduler.execution_plan = None if plan is None else self.steering.planned(plan)
         self.wake()
 
     def counts(self) -> tuple[int, int]:
@@ -151,31 +178,49 @@ class EngineCore(LmdeployEngineBase):
             self.executor.release()
 
     async def _step_until(self, stop: asyncio.Event) -> None:
-        """A step that fails ends its own sequences with ENGINE_FAILED, not the engine."""
         while not stop.is_set():
             self._wake.clear()
             with self.kv.lock:
                 self._emit_all(self._admit())
-                step = self._schedule()
-            if step is None:
+                batch, is_prefill = self._schedule()
+            if batch:
+                await self._run_batch(batch, is_prefill)
+            else:
                 await self._idle()
-                continue
-            running = step.pop("running")
-            runs = self._runs()
-            self.executor.model_agent.abandoned = lambda step=[runs[seq.session_id] for seq in running]: all(
-                run.cancelled for run in step
-            )
+
+    async def _run_batch(self, batch: list[Any], is_prefill: bool, failed_before: bool = False) -> None:
+        """One step of these sequences. A batch that fails is run again in halves, one sequence as it is; who fails
+        again and alone ends with ENGINE_FAILED. A step that failed has changed nothing but unwritten slots.
+        """
+        try:
+            with self.kv.lock:
+                step = self._inputs(batch, is_prefill)
+                runs = [self._runs()[seq.session_id] for seq in batch]
+            self.executor.model_agent.abandoned = lambda: all(run.cancelled for run in runs)
+            self.progress.begin_step(self._followed(batch))
+            output = await self._forward(step)
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(batch))
+            if len(batch) == 1 and failed_before:
+                with self.kv.lock:
+                    self._emit_all([self._end(batch[0], FinishReason.ERROR, error=_as_engine_failed(error))])
+                return
+            half = len(batch) // 2
+            for part in filter(None, (batch[:half], batch[half:])):
+                await self._run_batch(part, is_prefill, failed_before=True)
+            return
+        self.progress.end_step()
+        with self.kv.lock:
+            self.steering.stepped(sum(seq.num_token_ids for seq in batch) if is_prefill else 0)
             try:
-                self.progress.begin_step(self._followed(running))
-                output = await self._forward(step)
-                with self.kv.lock:
-                    outputs = self._collect(output, running, step["inputs"].is_decoding)
-            except SageError as error:
-                with self.kv.lock:
-                    outputs = [self._end(seq, FinishReason.ERROR, error=error) for seq in running]
-            self.progress.end_step()
-            self.steps += 1
-            self._emit_all(outputs)
+                outputs = self._collect(output, batch, not is_prefill)
+            except Exception as error:
+                # Some have their new token and some have not: there is no going back.
+                log.exception("the results of a step of %d sequences are lost", len(batch))
+                failure = _as_engine_failed(error)
+                outputs = [self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)]
+        self.steps += 1
+        self._emit_all(outputs)
 
     def _followed(self, running: list[Any]) -> list[KvProgress | None]:
         """What is to be told of each sequence's KV while it is computed; None: nothing."""
@@ -200,19 +245,56 @@ class EngineCore(LmdeployEngineBase):
         full = KvExhausted("the sequence outgrew the KV cache; raise engine.num_blocks", retry_after_s=1.0)
         return ended + [self._end(seq, FinishReason.ERROR, error=full) for seq in aborted]
 
-    def _schedule(self) -> dict[str, Any] | None:
-        """A batch of new sequences as soon as there is room for one, else of running ones; None when nothing can run.
+    def _schedule(self) -> tuple[list[Any], bool]:
+        """The next batch, with its blocks, and whether it is one of new sequences; empty when nothing can run.
 
-        LMDeploy's own rule lets up to three new ones wait for as long as half of the slots are taken.
+        New ones go as soon as there is room for one, unless the policy lets the running ones decode first. (LMDeploy's
+        own rule lets up to three new ones wait for as long as half of the slots are taken.)
         """
-        step: dict[str, Any] | None = None
-        if self.scheduler.has_waiting() and self.scheduler.num_running() < self.scheduler_config.max_batches:
-            step = self._make_forward_inputs(True, enable_empty=True)
-        if step is None and self.scheduler.has_running():
-            step = self._make_forward_inputs(False)
-        if step is not None:
-            self.scheduler.lock_running(step["running"])
-        return step
+        scheduler = self.scheduler
+        has_slot = scheduler.has_waiting() and scheduler.num_running() < self.scheduler_config.max_batches
+        if hooks.ask("should_prefill", scheduler, has_slot, self.steering.should_prefill) and (
+            batch := self._batch(is_prefill=True)
+        ):
+            return batch, True
+        return (self._batch(is_prefill=False) if scheduler.has_running() else []), False
+
+    def _batch(self, is_prefill: bool) -> list[Any]:
+        """What LMDeploy's scheduler chooses, locked. It may fail on one sequence: that one ends, the others stay."""
+        running = set(self.scheduler.seq_manager.get_sequences(MessageStatus.RUNNING))
+        self.kv.cache.at_work = None
+        try:
+            prealloc = self.engine_strategy.get_prealloc_size(not is_prefill)
+            batch: list[Any] = self.scheduler.schedule(is_prefill=is_prefill, prealloc_size=prealloc).running
+        except Exception as error:
+            culprit = self.kv.cache.at_work
+            if culprit is None or not self._is_known(culprit):
+                raise
+            log.exception("scheduling failed on a sequence; it ends")
+            for seq in self.scheduler.running:
+                if seq.seq_id not in running:
+                    self.scheduler._set_message_status(seq, MessageStatus.WAITING)
+            self._emit_all([self._end(culprit, FinishReason.ERROR, error=_as_engine_failed(error))])
+            return []
+        self.scheduler.lock_running(batch)
+        return batch
+
+    def _inputs(self, batch: list[Any], is_prefill: bool) -> dict[str, Any]:
+        """LMDeploy's inputs of a step for sequences that have their blocks."""
+        inputs = self.create_model_inputs(batch, is_prefill)
+        return {
+            "inputs": inputs,
+            "swap_in_map": {},
+            "swap_out_map": {},
+            "loop_count": self.engine_strategy.get_num_loops(not is_prefill),
+            "sampling_inputs": self.sampling_strategy.make_sampling_inputs(batch),
+            "stopping_criteria": self.model_agent_strategy.make_stopping_criteria(batch),
+            "return_logits": self.specdecode_config is not None,
+            "is_dummy": False,
+            "sync_long_context": inputs.input_ids.numel() > self.cache_config.max_prefill_token_num,
+            "extra_inputs": self.model_agent_strategy.make_extra_inputs(batch),
+            "return_routed_experts": False,
+        }
 
     async def _start_executor(self) -> None:
         """In a task of its own: on a failure LMDeploy's model agent cancels the task that started it."""
@@ -233,28 +315,21 @@ class EngineCore(LmdeployEngineBase):
         if output.done():
             return output.result()
         output.cancel()
-        log.error("an engine step failed; its %d sequences end", len(step["inputs"].seq_length))
         self.executor.stop()
         await self._start_executor()
-        raise EngineFailed("the engine failed on this batch; see the worker's log")
+        raise EngineFailed(FAILED)
 
     def _collect(self, output: Any, running: list[Any], is_decoding: bool) -> list[SequenceOutput]:
-        """Publishes computed blocks, appends the new tokens, ends what is finished."""
+        """Appends the new tokens, publishes computed blocks, ends what is finished."""
         rows = list(zip(running, output.next_token_ids.tolist(), self._logprobs(output, running), strict=True))
         output.stopped = torch.tensor([stopped(seq, token) for seq, token, _ in rows])
         rows = [row for row in rows if row[0].status == MessageStatus.LOCKED]
-        runs = self._runs()
-        for seq, _, _ in rows:
-            if runs[seq.session_id].cancelled:
-                continue  # its step may have been abandoned half-way
-            self.kv.cache.publish(
-                self.kv.cache.prefixes[seq.session_id],
-                seq.all_ids,
-                seq.logical_blocks.get_real_blocks(),
-                seq.num_valid_ids,
-            )
         self.seq_strategy.update_running(running=running, batched_outputs=output, is_decoding=is_decoding)
         self.scheduler.unlock_running(running)
+        runs = self._runs()
+        for seq, _, _ in rows:
+            if not runs[seq.session_id].cancelled:  # else its step may have been abandoned half-way
+                self.kv.cache.allocate(seq)
         outputs = []
         for seq, token, logprobs in rows:
             run = runs[seq.session_id]
@@ -300,9 +375,17 @@ class EngineCore(LmdeployEngineBase):
         if run.request.hold_blocks and reason in (FinishReason.STOP, FinishReason.LENGTH):
             held = self.kv.hold(seq.logical_blocks.get_real_blocks(), seq.num_history_ids)
         self.kv.cache.prefixes.pop(seq.session_id)
+        self.steering.leave(seq.session_id)
         self.end_session(seq.session_id)
         return SequenceOutput(run.request.request_id, token_ids, logprobs, reason, error, held)
+
+    def _is_known(self, seq: Any) -> bool:
+        return any(run.seq is seq for run in self._running.values())
 
     def _emit_all(self, outputs: list[SequenceOutput]) -> None:
         if outputs:
             self._emit(outputs)
+
+
+def _as_engine_failed(error: Exception) -> SageError:
+    return error if isinstance(error, SageError) else EngineFailed(FAILED)

@@ -6,7 +6,6 @@ engine.device ──► probe ──► resolve: what is missing is said here �
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sagellm_common.comm_backend.hardware import select_device
@@ -69,8 +68,6 @@ def _check(found: CapabilityDescriptor, engine: EngineConfig, dtype: str, transp
 
 def prepare(engine: EngineConfig, found: CapabilityDescriptor) -> Device:
     """Sets this process up for the device. Before anything of LMDeploy's engine is imported."""
-    # LMDeploy's own check starts a process to look for CUDA, and exits; `resolve` has checked what it checks.
-    os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
     from sagellm_common.engines.lmdeploy import transformers5
 
     transformers5.install()

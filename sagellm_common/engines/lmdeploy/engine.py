@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from sagellm_common.engines.limits import check_request
 from sagellm_common.engines.lmdeploy import device, hooks, overlay
 from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, StepPlan
 
 if TYPE_CHECKING:
     from sagellm_common.engines.lmdeploy.core import EngineCore
@@ -106,6 +106,12 @@ class LmdeployEngine:
     def cancel(self, request_id: str) -> None:
         self._started().cancel(request_id)
 
+    def inject(self, plan: StepPlan | None) -> None:
+        """Puts a plan over the policy, from the next step on; None takes it away. Raises ConfigError when LMDeploy
+        lacks the hook.
+        """
+        self._started().inject(plan)
+
     def stats(self) -> EngineStats:
         core = self._started()
         running, waiting = core.counts()
@@ -165,7 +171,6 @@ class LmdeployEngine:
 
     def _check_hooks(self) -> None:
         """Says what the engine has to do without. Raises ConfigError when engine.patches wants everything."""
-        os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"  # read when LMDeploy is first imported; it insists on CUDA
         missing = hooks.missing()
         if not missing:
             log.info("%s", hooks.describe())
@@ -203,6 +208,7 @@ class LmdeployEngine:
         from lmdeploy.utils import get_logger as lmdeploy_logger
 
         lmdeploy_logger("lmdeploy").setLevel(logging.WARNING)
+        hooks.enable()  # before there is a scheduler
         from sagellm_common.engines.lmdeploy.core import EngineCore
 
         cfg = self._config
@@ -247,6 +253,11 @@ class LmdeployEngine:
             layout,
             memory,
             prefix_caching=cfg.prefix_caching,
+            policy=RankedPolicy(
+                order=cfg.policy,
+                cheap_recompute_tokens=cfg.max_prefill_tokens,
+                prefill_tokens_per_decode_step=cfg.prefill_tokens_per_decode_step,
+            ),
             eos_token_ids=eos_token_ids(self._path, self._hf),
             emit=emit,
         )

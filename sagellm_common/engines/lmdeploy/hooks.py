@@ -1,9 +1,12 @@
-"""The hooks our patches add to LMDeploy (third_party/patches/lmdeploy): which of them are there.
-
-`overlay.use` comes first: asking imports LMDeploy.
+"""The hooks our patches add to LMDeploy (third_party/patches/lmdeploy): which of them are there, and what we hang on
+them. `overlay.use` comes first: asking imports LMDeploy.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
 
 from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
 
@@ -17,6 +20,48 @@ HOOKS: dict[str, str] = {
     "on_collective": "0004",
 }
 """Name → the patch that brings it. Arguments: `lmdeploy/pytorch/extension.py` of a patched tree."""
+
+
+PLUGIN = f"{__name__}:register"
+VARIABLE = "LMDEPLOY_EXTENSIONS"
+
+
+def register(ext: Any) -> None:
+    """The plug-in, in the form LMDeploy's registry wants it: each scheduler of this process gets KV management of ours
+    and asks our policy. `on_evict` is for those who keep LMDeploy's prefix store. Idempotent.
+    """
+    from sagellm_common.engines.lmdeploy.block_manager import KvBlockManager, KvEviction
+    from sagellm_common.engines.lmdeploy.scheduler import POLICY
+
+    ours: dict[str, Any] = {
+        "block_manager": lambda cache_config, default: KvBlockManager(cache_config),
+        "prefix_store": lambda cache_config, manager, default: manager.cache,
+        "eviction_helper": lambda scheduler, kind: KvEviction(scheduler),
+        "policy": POLICY,
+    }
+    for name in available() & ours.keys():
+        setattr(ext, name, ours[name])
+
+
+def enable() -> None:
+    """Registers the plug-in, in this process and for those LMDeploy spawns. Without hooks there is nothing to do."""
+    if not available():
+        return
+    named = os.environ.get(VARIABLE, "").split(",")
+    if PLUGIN not in named:
+        os.environ[VARIABLE] = ",".join([*filter(None, named), PLUGIN])
+    from lmdeploy.pytorch.extension import EXT
+
+    register(EXT)
+
+
+def ask(name: str, scheduler: Any, value: Any, otherwise: Callable[[Any, Any], Any]) -> Any:
+    """What LMDeploy's own loop asks through hook `policy`: plan first, then policy. `otherwise` without the hook."""
+    if "policy" not in available():
+        return otherwise(scheduler, value)
+    from lmdeploy.pytorch.extension import EXT
+
+    return EXT.ask(name, scheduler, value)
 
 
 def available() -> frozenset[str]:

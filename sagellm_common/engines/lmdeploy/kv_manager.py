@@ -1,18 +1,17 @@
 """LMDeploy's KV blocks under our rule: a prefix cache over chained hashes, and the pool as KVBackendProtocol.
 
-`PrefixCache` stands where LMDeploy has its BlockTrie: the scheduler calls `match` before it allocates, the eviction
-helper calls `evict`. Blocks become shareable through `publish`, after their KV was computed, never before: a failed
-step publishes nothing.
+`PrefixCache` stands where LMDeploy has its BlockTrie: `SequenceManager.fetch` calls `match` before it allocates,
+`SequenceManager.store` calls `allocate`, the eviction helper calls `evict`. Blocks become shareable through `publish`,
+after their KV was computed, never before: a failed step publishes nothing.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,9 @@ from sagellm_common.core.errors import KvExhausted
 from sagellm_common.core.kv import Allocation, BlockEvent, KvMemory
 from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds, pack_int32
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+
+if TYPE_CHECKING:
+    from sagellm_common.engines.lmdeploy.block_manager import KvBlockManager
 
 BlockArray = NDArray[np.int64]
 
@@ -47,21 +49,19 @@ class SequencePrefix:
 
 
 class PrefixCache:
-    """Block hash → block, with one reference on each block it holds. Guarded by the pool's lock."""
+    """Block hash → block, with one reference on each block it holds. Guarded by the block manager's lock."""
 
-    def __init__(self, allocator: Any, layout: KvLayout, enabled: bool) -> None:
+    def __init__(self, allocator: Any, block_size_tokens: int, enabled: bool = True) -> None:
         self._allocator = allocator
-        self._block_size = layout.block_size_tokens
-        self._layout = layout
-        self._enabled = enabled
+        self._block_size = block_size_tokens
+        self.enabled = enabled
         self._entries: dict[BlockHash, CachedBlock] = {}
         self._clock = itertools.count()
         self._watchers: list[Callable[[BlockEvent], None]] = []
         self.prefixes: dict[int, SequencePrefix] = {}
         """session id → prefix, for the sequences LMDeploy schedules."""
-
-    def root(self, cache_salt: str) -> BlockHash:
-        return root_hash(self._layout, cache_salt)
+        self.at_work: Any = None
+        """The sequence that LMDeploy asked for last; whose fault it is when it fails in the middle."""
 
     def watch(self, callback: Callable[[BlockEvent], None]) -> None:
         self._watchers.append(callback)
@@ -77,7 +77,7 @@ class PrefixCache:
         """The longest cached prefix that leaves at least one token to compute. Takes a reference on each block."""
         found: list[BlockHash] = []
         blocks: list[int] = []
-        usable = (len(token_ids) - 1) // self._block_size * self._block_size if self._enabled else 0
+        usable = (len(token_ids) - 1) // self._block_size * self._block_size if self.enabled else 0
         packed, step = pack_int32(token_ids[:usable]), 4 * self._block_size
         for i, key in enumerate(block_hashes(token_ids[:usable], self._block_size, root)):
             entry = self._entries.get(key)
@@ -97,7 +97,7 @@ class PrefixCache:
         So does one whose parent is not cached (any more): nobody would find it.
         """
         full = num_computed // self._block_size
-        if not self._enabled or full <= len(prefix.hashes):
+        if not self.enabled or full <= len(prefix.hashes):
             return
         start = len(prefix.hashes)
         fresh = token_ids[start * self._block_size : full * self._block_size].astype("<i4", copy=False)
@@ -122,6 +122,7 @@ class PrefixCache:
 
     def match(self, seq: Any) -> None:
         """Attaches the cached prefix to a sequence that has no blocks yet (new, or evicted and to be recomputed)."""
+        self.at_work = seq
         prefix = self.prefixes[seq.session_id]
         if len(seq.logical_blocks):
             return
@@ -131,7 +132,11 @@ class PrefixCache:
             seq.set_step(len(blocks) * self._block_size)
 
     def allocate(self, seq: Any) -> None:
-        """LMDeploy's publish hook runs before the blocks are computed; see `publish`."""
+        """Publishes what is computed. LMDeploy calls it when a sequence got the blocks of its next step, which hold
+        nothing yet; the engine calls it after the step."""
+        prefix = self.prefixes[seq.session_id]
+        if seq.num_history_ids // self._block_size > len(prefix.hashes):
+            self.publish(prefix, seq.all_ids, seq.logical_blocks.get_real_blocks(), seq.num_history_ids)
 
     def evict(self, max_num_blocks: int) -> int:
         """Frees up to max_num_blocks blocks that nobody but the cache holds, least recently used leaves first."""
@@ -174,30 +179,38 @@ class EngineAllocation(Allocation):
     hashes: list[BlockHash] = field(default_factory=list)
     live: bool = True
 
+    def was_filled(self, block_size_tokens: int) -> bool:
+        """Whether its holder brought KV from elsewhere, beyond what the cache had."""
+        return self.num_cached_tokens > self.num_shared_blocks * block_size_tokens
+
 
 class LmdeployKvPool:
-    """LMDeploy's block manager and cache engine as a KVBackendProtocol.
+    """Block manager and cache engine as a KVBackendProtocol.
 
     `lock` guards LMDeploy's scheduler, its block manager and the prefix cache. The engine holds it while it schedules
     and while it collects results, not while it computes: allocate and free wait microseconds, not a step.
     """
 
-    def __init__(self, scheduler: Any, layout: KvLayout, memory: KvMemory, prefix_caching: bool) -> None:
-        self.lock = threading.RLock()
+    def __init__(
+        self, manager: KvBlockManager, scheduler: Any, layout: KvLayout, memory: KvMemory, prefix_caching: bool
+    ) -> None:
+        self.lock = manager.lock
         self.layout = layout
+        self.cache = manager.cache
+        self.cache.enabled = prefix_caching
         self._scheduler = scheduler
-        self._manager = scheduler.block_manager
-        self._allocator = scheduler.block_manager.allocator
+        self._manager = manager
+        self._allocator = manager.allocator
         self._memory = memory
         self._live: set[EngineAllocation] = set()
         self._on_free: Callable[[], None] = lambda: None
-        self.cache = PrefixCache(self._allocator, layout, prefix_caching)
-        scheduler.block_trie = self.cache
-        scheduler.eviction_helper.block_trie = self.cache
+
+    def root(self, cache_salt: str) -> BlockHash:
+        return root_hash(self.layout, cache_salt)
 
     def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "") -> EngineAllocation:
         with self.lock:
-            hashes, shared = self.cache.lookup(token_ids, self.cache.root(cache_salt))
+            hashes, shared = self.cache.lookup(token_ids, self.root(cache_salt))
             missing = -(-num_tokens // self.layout.block_size_tokens) - len(shared)
             # Running sequences must be able to grow into their next block, or they would preempt each other.
             headroom = self._scheduler.num_running() + self._scheduler.num_locked()

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError, EngineFailed
 from sagellm_common.core.types import FinishReason
 from sagellm_common.engines import make_engine
 from sagellm_common.engines.lmdeploy import hooks
-from tests.support.engines import copied, handed_over, prompts, running_engine
+from tests.support.engines import copied, engine_config, handed_over, prompts, running_engine
 
 Greedy = Callable[[Path, list[int], int], list[int]]
 
@@ -128,19 +127,18 @@ async def test_an_engine_that_stops_says_so_to_everybody(tiny_llama: Path, monke
 async def test_a_model_whose_kv_is_not_kept_whole_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
     path = copied(tiny_llama, tmp_path, **mistral)
-    engine = make_engine(Config.model_validate({"model": {"path": str(path)}}))
+    engine = make_engine(engine_config(path))
     with pytest.raises(ConfigError, match="window of 64 tokens needs engine.context_length_tokens"):
         await engine.start(lambda _: None)
     await engine.close()
 
 
+@pytest.mark.usefixtures("hooked")
 async def test_the_patched_copy_is_what_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if hooks.missing():
-        pytest.skip("LMDeploy is not patched; `make setup` does it (it needs the patch command)")
     async with running_engine(tiny_llama, patches="required") as driver:
         assert driver.engine.description.startswith("LMDeploy 0.11.0, all 7 hooks; on cpu: ")
     monkeypatch.setattr(hooks, "available", lambda: frozenset(hooks.HOOKS) - {"policy", "on_evict"})
-    engine = make_engine(Config.model_validate({"model": {"path": str(tiny_llama)}, "engine": {"patches": "required"}}))
+    engine = make_engine(engine_config(tiny_llama, patches="required"))
     with pytest.raises(ConfigError, match="'required', but LMDeploy lacks on_evict, policy; `sagellm engine patches"):
         await engine.start(lambda _: None)
     await engine.close()
@@ -149,4 +147,4 @@ async def test_the_patched_copy_is_what_runs(tiny_llama: Path, monkeypatch: pyte
 def test_another_lmdeploy_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.12.0")
     with pytest.raises(ConfigError, match=r"lmdeploy 0\.12\.0 is installed, 0\.11\.0 is wanted"):
-        make_engine(Config.model_validate({"model": {"path": str(tiny_llama)}}))
+        make_engine(engine_config(tiny_llama))

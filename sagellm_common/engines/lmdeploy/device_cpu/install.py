@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import psutil
-import torch
-
-# LMDeploy's environment check insists on an accelerator; it is read when lmdeploy is first imported.
-os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
 
 import lmdeploy.pytorch.backends.selector as selector
 import lmdeploy.pytorch.engine.engine as engine
@@ -22,6 +15,8 @@ import lmdeploy.pytorch.engine.executor as executor
 import lmdeploy.pytorch.engine.model_agent as model_agent
 import lmdeploy.pytorch.strategies.ar.sampling as sampling_strategy
 import lmdeploy.pytorch.weight_loader.model_weight_loader as weight_loader
+import psutil
+import torch
 from lmdeploy.messages import PytorchEngineConfig
 
 from sagellm_common.engines.lmdeploy.device_cpu.backend import CpuOpsBackend

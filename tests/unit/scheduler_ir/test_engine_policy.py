@@ -1,0 +1,69 @@
+"""Order, victims, prefill or decode; plans over policies."""
+
+from __future__ import annotations
+
+import pytest
+
+from sagellm_common.scheduler_ir.engine_policy import (
+    EngineLoad,
+    EnginePolicy,
+    Order,
+    PlannedPolicy,
+    RankedPolicy,
+    SequenceView,
+    StepPlan,
+)
+
+FIRST = SequenceView("first", arrival=0, priority=0, deadline_s=9.0)
+URGENT = SequenceView("urgent", arrival=1, priority=2, deadline_s=8.0)
+SOON = SequenceView("soon", arrival=2, priority=0, deadline_s=1.0)
+ALL = [URGENT, SOON, FIRST]
+
+
+def ids(views: list[SequenceView]) -> list[str]:
+    return [view.request_id for view in views]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("fifo", ["first", "urgent", "soon"]),
+        ("priority", ["urgent", "first", "soon"]),
+        ("deadline", ["urgent", "soon", "first"]),
+    ],
+)
+def test_the_last_to_start_is_the_first_victim(order: Order, expected: list[str]) -> None:
+    policy = RankedPolicy(order)
+    assert ids(policy.order_waiting(ALL)) == expected
+    assert ids(policy.order_victims(ALL)) == expected[::-1]
+
+
+def test_handed_over_kv_that_is_dear_to_recompute_goes_last() -> None:
+    policy = RankedPolicy(cheap_recompute_tokens=100)
+    cheap = SequenceView("cheap", arrival=3, computed_tokens=100, handed_over=True)
+    dear = SequenceView("dear", arrival=4, priority=-1, computed_tokens=101, handed_over=True)
+    own = SequenceView("own", arrival=5, computed_tokens=1000)
+    assert ids(policy.order_victims([dear, cheap, own, URGENT])) == ["own", "cheap", "urgent", "dear"]
+
+
+def test_a_budget_lets_who_runs_decode_between_prompts() -> None:
+    def load(decode_steps: int, num_running: int = 1) -> EngineLoad:
+        return EngineLoad(3, num_running, last_prefill_tokens=100, decode_steps=decode_steps)
+
+    bounded = RankedPolicy(prefill_tokens_per_decode_step=30)
+    assert [bounded.prefill_next(load(steps)) for steps in (0, 3, 4)] == [False, False, True]
+    assert bounded.prefill_next(load(0, num_running=0))
+    assert RankedPolicy().prefill_next(load(0))
+
+
+def test_a_plan_goes_first_and_leaves_the_rest_to_the_policy() -> None:
+    def planned(**plan: object) -> EnginePolicy:
+        return PlannedPolicy(StepPlan(**plan), RankedPolicy())  # type: ignore[arg-type]
+
+    assert ids(planned(start=("soon", "gone")).order_waiting(ALL)) == ["soon", "urgent", "first"]
+    assert ids(planned(start=("soon",)).order_victims(ALL)) == ["soon", "first", "urgent"]
+    assert ids(planned(give_way=("urgent",)).order_victims(ALL)) == ["urgent", "soon", "first"]
+    load = EngineLoad(1, 0)
+    assert [planned(prefill=choice).prefill_next(load) for choice in (True, False, None)] == [True, False, True]
+    with pytest.raises(ValueError, match=r"StepPlan\.start names a request twice"):
+        StepPlan(start=("a", "a"))
