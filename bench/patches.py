@@ -132,7 +132,7 @@ def measure(
             assert isinstance(turn, Turn)
             if pair >= 0:
                 turns[tree].append(turn)
-        if pair % 10 == 9:
+        if pair > 0 and pair % 10 == 9:
             print(f"{concurrency} at once: {pair + 1} of {pairs} pairs", file=sys.stderr, flush=True)
     return turns
 

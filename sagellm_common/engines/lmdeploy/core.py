@@ -98,34 +98,34 @@ class EngineCore(LmdeployEngineBase):
     # ---- from any thread ----
 
     def add(self, request: EngineRequest) -> None:
-        """Queues a request; takes over its allocation. Raises EngineFailed once the loop has ended."""
+        """Queues a request; takes over its allocation. Raises EngineFailed once the loop has ended, ValueError for an
+        allocation that is not the caller's any more; then nothing is queued.
+        """
         emitted = request.num_emitted_tokens
         stop = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             stop |= self._eos
+        sampling = lmdeploy_sampling(request.sampling, emitted, stop)
+        allocation = request.allocation if isinstance(request.allocation, EngineAllocation) else None
         with self.kv.lock:
             if self._ended:
                 raise EngineFailed("the engine was stopped; try another worker")
+            blocks = self.kv.take(allocation) if allocation else None
             session = self.scheduler.add_session(next(self._session_ids))
             prefix = SequencePrefix(self.kv.root(request.cache_salt))
             self.kv.cache.prefixes[session.session_id] = prefix
-            seq = session.add_sequence(
-                request.token_ids.astype(np.int64), lmdeploy_sampling(request.sampling, emitted, stop)
-            )
+            seq = session.add_sequence(request.token_ids.astype(np.int64), sampling)
             self.scheduler.add_sequence(seq)
-            handed_over = False
-            if isinstance(request.allocation, EngineAllocation):
-                handed_over = request.allocation.was_filled(self.kv.layout.block_size_tokens)
-                prefix.hashes = list(request.allocation.hashes)
-                cached = request.allocation.num_cached_tokens
-                seq.logical_blocks.append(self.kv.take(request.allocation))
-                seq.set_step(cached)
+            if allocation is not None:
+                prefix.hashes = list(allocation.hashes)
+                seq.logical_blocks.append(blocks)
+                seq.set_step(allocation.num_cached_tokens)
             self.steering.enter(
                 session.session_id,
                 request.request_id,
                 priority=request.priority,
                 deadline_s=time.monotonic() + request.timeout_s,
-                handed_over=handed_over,
+                handed_over=allocation is not None and allocation.was_filled(self.kv.layout.block_size_tokens),
             )
             self._running[request.request_id] = Running(request, seq, stop)
         self.wake()
@@ -190,7 +190,8 @@ class EngineCore(LmdeployEngineBase):
 
     async def _run_batch(self, batch: list[Any], is_prefill: bool, failed_before: bool = False) -> None:
         """One step of these sequences. A batch that fails is run again in halves, one sequence as it is; who fails
-        again and alone ends with ENGINE_FAILED. A step that failed has changed nothing but unwritten slots.
+        again and alone ends with ENGINE_FAILED. A step that failed has changed nothing but unwritten slots. Anything
+        but EngineFailed ends the engine: an executor that cannot be started again, a rank that is gone.
         """
         try:
             with self.kv.lock:
@@ -199,11 +200,11 @@ class EngineCore(LmdeployEngineBase):
             self.executor.model_agent.abandoned = lambda: all(run.cancelled for run in runs)
             self.progress.begin_step(self._followed(batch))
             output = await self._forward(step)
-        except Exception as error:
+        except EngineFailed as error:
             log.exception("a step of %d sequences failed", len(batch))
             if len(batch) == 1 and failed_before:
                 with self.kv.lock:
-                    self._emit_all([self._end(batch[0], FinishReason.ERROR, error=_as_engine_failed(error))])
+                    self._emit_all([self._end(batch[0], FinishReason.ERROR, error=error)])
                 return
             half = len(batch) // 2
             for part in filter(None, (batch[:half], batch[half:])):
@@ -214,10 +215,10 @@ class EngineCore(LmdeployEngineBase):
             self.steering.stepped(sum(seq.num_token_ids for seq in batch) if is_prefill else 0)
             try:
                 outputs = self._collect(output, batch, not is_prefill)
-            except Exception as error:
+            except Exception:
                 # Some have their new token and some have not: there is no going back.
                 log.exception("the results of a step of %d sequences are lost", len(batch))
-                failure = _as_engine_failed(error)
+                failure = EngineFailed(FAILED)
                 outputs = [self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)]
         self.steps += 1
         self._emit_all(outputs)
@@ -266,7 +267,7 @@ class EngineCore(LmdeployEngineBase):
         try:
             prealloc = self.engine_strategy.get_prealloc_size(not is_prefill)
             batch: list[Any] = self.scheduler.schedule(is_prefill=is_prefill, prealloc_size=prealloc).running
-        except Exception as error:
+        except Exception:
             culprit = self.kv.cache.at_work
             if culprit is None or not self._is_known(culprit):
                 raise
@@ -274,27 +275,30 @@ class EngineCore(LmdeployEngineBase):
             for seq in self.scheduler.running:
                 if seq.seq_id not in running:
                     self.scheduler._set_message_status(seq, MessageStatus.WAITING)
-            self._emit_all([self._end(culprit, FinishReason.ERROR, error=_as_engine_failed(error))])
+            self._emit_all([self._end(culprit, FinishReason.ERROR, error=EngineFailed(FAILED))])
             return []
         self.scheduler.lock_running(batch)
         return batch
 
     def _inputs(self, batch: list[Any], is_prefill: bool) -> dict[str, Any]:
-        """LMDeploy's inputs of a step for sequences that have their blocks."""
-        inputs = self.create_model_inputs(batch, is_prefill)
-        return {
-            "inputs": inputs,
-            "swap_in_map": {},
-            "swap_out_map": {},
-            "loop_count": self.engine_strategy.get_num_loops(not is_prefill),
-            "sampling_inputs": self.sampling_strategy.make_sampling_inputs(batch),
-            "stopping_criteria": self.model_agent_strategy.make_stopping_criteria(batch),
-            "return_logits": self.specdecode_config is not None,
-            "is_dummy": False,
-            "sync_long_context": inputs.input_ids.numel() > self.cache_config.max_prefill_token_num,
-            "extra_inputs": self.model_agent_strategy.make_extra_inputs(batch),
-            "return_routed_experts": False,
-        }
+        """LMDeploy's inputs of a step for sequences that have their blocks. Raises EngineFailed."""
+        try:
+            inputs = self.create_model_inputs(batch, is_prefill)
+            return {
+                "inputs": inputs,
+                "swap_in_map": {},
+                "swap_out_map": {},
+                "loop_count": self.engine_strategy.get_num_loops(not is_prefill),
+                "sampling_inputs": self.sampling_strategy.make_sampling_inputs(batch),
+                "stopping_criteria": self.model_agent_strategy.make_stopping_criteria(batch),
+                "return_logits": self.specdecode_config is not None,
+                "is_dummy": False,
+                "sync_long_context": inputs.input_ids.numel() > self.cache_config.max_prefill_token_num,
+                "extra_inputs": self.model_agent_strategy.make_extra_inputs(batch),
+                "return_routed_experts": False,
+            }
+        except Exception as error:
+            raise EngineFailed(FAILED) from error
 
     async def _start_executor(self) -> None:
         """In a task of its own: on a failure LMDeploy's model agent cancels the task that started it."""
@@ -385,7 +389,3 @@ class EngineCore(LmdeployEngineBase):
     def _emit_all(self, outputs: list[SequenceOutput]) -> None:
         if outputs:
             self._emit(outputs)
-
-
-def _as_engine_failed(error: Exception) -> SageError:
-    return error if isinstance(error, SageError) else EngineFailed(FAILED)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sagellm_common.core.errors import EngineFailed
-from sagellm_common.core.types import FinishReason
+from sagellm_common.core.types import FinishReason, as_token_ids
 from tests.support.engines import Driver, running_engine
 
 Greedy = Callable[[Path, list[int], int], list[int]]
@@ -117,6 +117,32 @@ async def test_a_failure_that_does_not_come_again_ends_nobody(
     async with running_engine(tiny_llama) as driver:
         found = await asyncio.gather(*(driver.run(prompt, NEW_TOKENS) for prompt in PROMPTS))
         assert [tokens for tokens, _ in found] == [hf_greedy(tiny_llama, prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+async def test_an_executor_that_cannot_be_started_again_ends_the_engine_and_everybody_hears_it(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sagellm_common.engines.lmdeploy.core import EngineCore
+
+    async with running_engine(tiny_llama) as driver:
+        await driver.run(PROMPTS[0], 1)  # it has started
+        with monkeypatch.context() as patch:
+            in_the_model(patch)
+            when(patch, EngineCore, "_start_executor", lambda _: True)
+            outcomes = await asyncio.gather(*(driver.run(prompt, NEW_TOKENS) for prompt in PROMPTS))
+        assert {type(last.error) for _, last in outcomes} == {EngineFailed}
+        with pytest.raises(EngineFailed, match="the engine stopped"):
+            driver.submit(PROMPTS[0], 1)
+
+
+async def test_blocks_that_were_given_back_are_refused_and_nothing_is_queued(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as driver:
+        allocation = driver.engine.kv.allocate(as_token_ids(PROMPTS[1]), len(PROMPTS[1]))
+        driver.engine.kv.free(allocation)
+        with pytest.raises(ValueError, match="freed or handed over"):
+            driver.submit(PROMPTS[1], 2, {"allocation": allocation})
+        assert driver.engine.stats().waiting == 0
+        assert len((await driver.run(PROMPTS[1], 2))[0]) == 2
 
 
 async def test_lost_results_end_their_batch_and_not_the_engine(
