@@ -99,10 +99,10 @@ def interpreted(answers: Callable[[str], str]) -> dict[str, list[dict[str, Any]]
     return dict(zip(KV_BITS, torch.load(answers("interpret")), strict=True))
 
 
-def ours(sequence: dict[str, Any]) -> list[dict[str, Any]]:
+def ours(sequence: dict[str, Any], builder: Any) -> list[dict[str, Any]]:
     """The same steps through our backend, from the step's context on."""
     caches = new_caches(KV_HEADS, HEAD_DIM, sequence["bits"])
-    impl = CpuOpsBackend.get_layer_impl_builder(OpType.PagedAttention).build(HEADS, HEAD_DIM, num_kv_heads=KV_HEADS)
+    impl = builder.build(HEADS, HEAD_DIM, num_kv_heads=KV_HEADS)
     after = []
     for step in sequence["steps"]:
         context = types.SimpleNamespace(
@@ -123,14 +123,21 @@ def ours(sequence: dict[str, Any]) -> list[dict[str, Any]]:
     return after
 
 
-@pytest.mark.parametrize("tile_tokens", [16, 32, attention.TILE_TOKENS])
+@pytest.mark.parametrize("tile_tokens", [16, 32, attention.TILE_TOKENS, None], ids=str)
 @pytest.mark.parametrize("kv", KV_BITS)
 def test_attention_equals_lmdeploys_kernels(
-    interpreted: dict[str, list[dict[str, Any]]], kv: str, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
+    interpreted: dict[str, list[dict[str, Any]]], kv: str, tile_tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cache bytes are equal, outputs within rounding: fresh prompts, chunks after them, and decoding."""
-    monkeypatch.setattr(attention, "TILE_TOKENS", tile_tokens)
-    for step, (mine, theirs) in enumerate(zip(ours(make_sequence(KV_BITS[kv])), interpreted[kv], strict=True)):
+    """Cache bytes are equal, outputs within rounding: fresh prompts, chunks after them, and decoding.
+
+    In torch, tile by tile; and, with None, whatever the backend takes here: the compiled kernels where there are any.
+    """
+    if tile_tokens is None:
+        builder = CpuOpsBackend.get_layer_impl_builder(OpType.PagedAttention)
+    else:
+        builder = attention.CpuAttentionBuilder
+        monkeypatch.setattr(attention, "TILE_TOKENS", tile_tokens)
+    for step, (mine, theirs) in enumerate(zip(ours(make_sequence(KV_BITS[kv]), builder), interpreted[kv], strict=True)):
         for name in theirs.keys() - {"out"}:
             assert torch.equal(mine[name], theirs[name]), f"step {step}: {name} differs"
         torch.testing.assert_close(mine["out"], theirs["out"], atol=TOLERANCE, rtol=0)
