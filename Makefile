@@ -22,7 +22,7 @@ csrc := sagellm_common/engines/lmdeploy/kernels/csrc
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(stamp) $(triton) $(patched) $(kernels) ## virtual environment in .venv from requirements.lock, patched LMDeploy, CPU kernels
+setup: $(stamp) $(patched) $(kernels) ## virtual environment in .venv from requirements.lock, patched LMDeploy, CPU kernels
 
 # torch first and with its own dependencies: a CUDA build needs them, and pip takes the CPU build where an index offers it.
 # The rest without: see requirements.lock. pip talks on a terminal only.
@@ -87,10 +87,10 @@ lint: setup ## ruff, import rules, proto rules, drift of generated code
 type: setup ## mypy --strict
 	@$(bin)/mypy
 
-test: setup ## everything that runs on two cores without root, GPU or Docker
+test: setup $(triton) ## everything that runs on two cores without root, GPU or Docker
 	@$(bin)/pytest $(PYTEST_ARGS)
 
-test-unit: setup ## unit and contract tests
+test-unit: setup $(triton) ## unit and contract tests
 	@$(bin)/pytest tests/unit tests/contract tests/property $(PYTEST_ARGS)
 
 test-integration: setup ## real processes
@@ -106,7 +106,7 @@ test-vllm: setup setup-vllm ## vLLM: the contract of engines, 1P1D, and with LMD
 	@LMDEPLOY_PYTHON=$(abspath $(bin))/python $(VLLM_VENV)/bin/pytest tests/contract/test_engine.py \
 	  tests/unit/engines/test_vllm.py tests/integration/test_vllm_cluster.py $(PYTEST_ARGS)
 
-cov: setup ## the whole suite; fails below 85 % of sagellm_common
+cov: setup $(triton) ## the whole suite; fails below 85 % of sagellm_common
 	@$(bin)/pytest --cov=sagellm_common --cov-report=term-missing:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
 
 bench: setup ## TTFT, TPOT and tokens/s side by side

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lmdeploy.pytorch.backends.attention import AttentionBuilder, AttentionImpl, AttentionMetadata
@@ -259,8 +259,11 @@ class _Merged:
 
 
 class CpuAttentionBuilder(AttentionBuilder[CpuAttentionMetadata]):
-    @staticmethod
+    impl: ClassVar[type[CpuAttentionImpl]] = CpuAttentionImpl
+
+    @classmethod
     def build(
+        cls,
         num_heads: int,
         head_size: int,
         scale: float | None = None,
@@ -274,7 +277,7 @@ class CpuAttentionBuilder(AttentionBuilder[CpuAttentionMetadata]):
     ) -> CpuAttentionImpl:
         if v_head_size not in (None, head_size):
             raise ValueError(f"the CPU attention needs keys and values of one size, not {head_size} and {v_head_size}")
-        return CpuAttentionImpl(
+        return cls.impl(
             num_heads,
             head_size,
             scale=scale,

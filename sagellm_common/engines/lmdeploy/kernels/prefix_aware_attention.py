@@ -1,18 +1,21 @@
 """The attention of LMDeploy's layers: new tokens over a cached prefix and themselves, straight from the block table.
 
 Compiled where that is possible. Torch, which gathers the blocks first, does the rest: no compiled kernels, KV that is
-quantised, another dtype than float32, sliding windows.
+quantised, another dtype than float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lmdeploy.pytorch.backends.attention import AttentionBuilder
 from torch import Tensor
 
-from sagellm_common.engines.lmdeploy.device_cpu.attention import CpuAttentionImpl, CpuAttentionMetadata
+from sagellm_common.engines.lmdeploy.device_cpu.attention import (
+    CpuAttentionBuilder,
+    CpuAttentionImpl,
+    CpuAttentionMetadata,
+)
 from sagellm_common.engines.lmdeploy.kernels.native import native_ops
 from sagellm_common.engines.lmdeploy.kernels.ops import HEAD_DIMS
 
@@ -47,30 +50,5 @@ class PrefixAwareAttention(CpuAttentionImpl):
         return self._ops.paged_attention(query, key, value, (k_cache, v_cache), meta.batch, self.scale)
 
 
-class PrefixAwareAttentionBuilder(AttentionBuilder[CpuAttentionMetadata]):
-    @staticmethod
-    def build(
-        num_heads: int,
-        head_size: int,
-        scale: float | None = None,
-        num_kv_heads: int | None = None,
-        v_head_size: int | None = None,
-        alibi: bool = False,
-        sliding_window: Any = None,
-        logit_softcapping: float | None = None,
-        causal: bool = True,
-        **_: Any,
-    ) -> PrefixAwareAttention:
-        if v_head_size not in (None, head_size):
-            raise ValueError(f"the CPU attention needs keys and values of one size, not {head_size} and {v_head_size}")
-        return PrefixAwareAttention(
-            num_heads,
-            head_size,
-            scale=scale,
-            num_kv_heads=num_kv_heads,
-            v_head_size=v_head_size,
-            alibi=alibi,
-            sliding_window=sliding_window,
-            logit_softcapping=logit_softcapping,
-            causal=causal,
-        )
+class PrefixAwareAttentionBuilder(CpuAttentionBuilder):
+    impl: ClassVar[type[CpuAttentionImpl]] = PrefixAwareAttention
