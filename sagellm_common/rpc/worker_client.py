@@ -52,14 +52,18 @@ async def watch_status(
     request = worker_pb2.WatchStatusRequest(min_interval_ms=int(min_interval_s * 1000))
     method = worker_pb2_grpc.WorkerServiceStub(channel).WatchStatus
     updates = stream(method, request, timeout_s=None, response=worker_pb2.WorkerStatus)
+    known, record = worker_pb2.WorkerRecord(), None
     async with aclosing(updates):
         async for message in updates:
-            yield decode_status(message), _decode_changes(message.block_events)
+            if record is None or message.record != known:  # it seldom changes, and holds the model's whole description
+                known, record = message.record, codec.decode_worker_record(message.record)
+            yield decode_status(message, record), _decode_changes(message.block_events)
 
 
-def decode_status(message: worker_pb2.WorkerStatus) -> WorkerStatus:
+def decode_status(message: worker_pb2.WorkerStatus, record: WorkerRecord | None = None) -> WorkerStatus:
+    """`record` spares decoding it once more."""
     return WorkerStatus(
-        record=codec.decode_worker_record(message.record),
+        record=record or codec.decode_worker_record(message.record),
         kv=codec.decode_kv_stats(message.kv),
         running_requests=message.running_requests,
         waiting_requests=message.waiting_requests,
