@@ -23,7 +23,6 @@ from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_common.core.errors import ConfigError, EngineFailed, KvExhausted, LeaseExpired, SageError
 from sagellm_common.core.kv import KvMemory, KvRegion
-from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
 from sagellm_common.engines.lmdeploy import hooks
@@ -196,9 +195,10 @@ class EngineCore(LmdeployEngineBase):
         try:
             with self.kv.lock:
                 step = self._inputs(batch, is_prefill)
-                runs = [self._runs()[seq.session_id] for seq in batch]
+                known = self._runs()
+            runs = [known[seq.session_id] for seq in batch]
             self.executor.model_agent.abandoned = lambda: all(run.cancelled for run in runs)
-            self.progress.begin_step(self._followed(batch))
+            self.progress.begin_step([run.request.progress if run.keeps_its_blocks() else None for run in runs])
             output = await self._forward(step)
         except EngineFailed as error:
             log.exception("a step of %d sequences failed", len(batch))
@@ -222,15 +222,6 @@ class EngineCore(LmdeployEngineBase):
                 outputs = [self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)]
         self.steps += 1
         self._emit_all(outputs)
-
-    def _followed(self, running: list[Any]) -> list[KvProgress | None]:
-        """What is to be told of each sequence's KV while it is computed; None: nothing."""
-        by_session = {run.seq.session_id: run for run in self._running.values() if run.request.progress is not None}
-        found: list[KvProgress | None] = []
-        for seq in running if by_session else ():
-            run = by_session.get(seq.session_id)
-            found.append(run.request.progress if run is not None and run.keeps_its_blocks() else None)
-        return found
 
     async def _idle(self) -> None:
         """Waits for work; when sequences wait for blocks, only a little."""

@@ -4,6 +4,7 @@ them. `overlay.use` comes first: asking imports LMDeploy.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -64,8 +65,9 @@ def ask(name: str, scheduler: Any, value: Any, otherwise: Callable[[Any, Any], A
     return EXT.ask(name, scheduler, value)
 
 
+@functools.cache
 def available() -> frozenset[str]:
-    """The hooks of the LMDeploy in this process."""
+    """The hooks of the LMDeploy in this process. Each step asks, and a module that is not there is sought each time."""
     try:
         from lmdeploy.pytorch.extension import EXT
     except ModuleNotFoundError:
