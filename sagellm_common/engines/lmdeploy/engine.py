@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,12 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.config import EngineConfig as EngineSection
 from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest
 from sagellm_common.core.types import KvLayout, ModelInfo
-from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
+from sagellm_common.engines.base import EngineRequest, EngineStats, StepCallback
 from sagellm_common.engines.checkpoint import eos_token_ids, model_fingerprint, read_model_config
 from sagellm_common.engines.limits import check_request
 from sagellm_common.engines.lmdeploy import device, hooks, overlay
 from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
+from sagellm_common.engines.thread import join_thread, start_thread
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, StepPlan
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT_S = 30.0
 FIX = "`sagellm engine patches --build` makes a patched copy, as `make setup` does"
 
 
@@ -82,18 +81,7 @@ class LmdeployEngine:
         return self._started().kv
 
     async def start(self, on_step: StepCallback) -> None:
-        caller = asyncio.get_running_loop()
-
-        def emit(outputs: Sequence[SequenceOutput]) -> None:
-            caller.call_soon_threadsafe(on_step, outputs)
-
-        def end() -> None:
-            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
-                caller.call_soon_threadsafe(self._ended.set)
-
-        ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._main, args=(emit, end, ready), name="lmdeploy", daemon=True)
-        self._thread.start()
+        self._thread, ready = start_thread("lmdeploy", self._main, on_step, self._ended)
         await asyncio.wrap_future(ready)
 
     def submit(self, request: EngineRequest) -> None:
@@ -125,9 +113,7 @@ class LmdeployEngine:
                 self._loop.call_soon_threadsafe(self._stop.set)
         if self._core is not None:
             self._core.wake()
-        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():
-            log.error("the engine thread did not end within %.0f s", CLOSE_TIMEOUT_S)
+        await join_thread(self._thread)
 
     def _started(self) -> EngineCore:
         if self._failed is not None:
@@ -137,7 +123,7 @@ class LmdeployEngine:
 
     # ---- on the engine's thread ----
 
-    def _main(self, emit: StepCallback, end: Callable[[], None], ready: Future[None]) -> None:
+    def _main(self, emit: StepCallback, ready: Future[None]) -> None:
         try:
             asyncio.run(self._run(emit, ready))
         except BaseException as error:
@@ -147,8 +133,6 @@ class LmdeployEngine:
                 log.exception("the engine stopped")
             else:
                 ready.set_exception(error)
-        finally:
-            end()
 
     async def _run(self, emit: StepCallback, ready: Future[None]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

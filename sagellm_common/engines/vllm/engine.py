@@ -6,13 +6,11 @@ The thread's life is `_serve`: *take what came in → step → hand out*. Only i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from sagellm_common.core.types import FinishReason, KvLayout, ModelInfo, TokenLo
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
 from sagellm_common.engines.checkpoint import eos_token_ids, model_fingerprint, read_model_config
 from sagellm_common.engines.limits import check_request
+from sagellm_common.engines.thread import join_thread, start_thread
 from sagellm_common.engines.vllm.sequences import STATES, SharedState, VllmSequence
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.kv_runtime.backends.host import HostKvPool
@@ -35,7 +34,6 @@ log = logging.getLogger(__name__)
 VLLM_VERSION = "0.32.0"
 PAGE_TOKENS = 32
 """vLLM's own block size: its CPU kernels want a multiple of it. The pool's blocks are as the configuration says."""
-CLOSE_TIMEOUT_S = 30.0
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker on our thread, beside the pool
@@ -120,18 +118,7 @@ class VllmEngine:
         return self._state.pool
 
     async def start(self, on_step: StepCallback) -> None:
-        caller = asyncio.get_running_loop()
-
-        def emit(outputs: Sequence[SequenceOutput]) -> None:
-            caller.call_soon_threadsafe(on_step, outputs)
-
-        def end() -> None:
-            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
-                caller.call_soon_threadsafe(self._ended.set)
-
-        ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._main, args=(emit, end, ready), name="vllm", daemon=True)
-        self._thread.start()
+        self._thread, ready = start_thread("vllm", self._main, on_step, self._ended)
         await asyncio.wrap_future(ready)
 
     def submit(self, request: EngineRequest) -> None:
@@ -168,9 +155,7 @@ class VllmEngine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():
-            log.error("the engine thread did not end within %.0f s", CLOSE_TIMEOUT_S)
+        await join_thread(self._thread)
 
     def _stop_tokens(self, request: EngineRequest) -> frozenset[int]:
         return frozenset(request.sampling.stop_token_ids) | (frozenset() if request.sampling.ignore_eos else self._eos)
@@ -189,7 +174,7 @@ class VllmEngine:
 
     # ---- on the engine's thread ----
 
-    def _main(self, emit: StepCallback, end: Callable[[], None], ready: Future[None]) -> None:
+    def _main(self, emit: StepCallback, ready: Future[None]) -> None:
         engine_id = secrets.token_hex(8)
         try:
             self._load(engine_id)
@@ -207,7 +192,6 @@ class VllmEngine:
             STATES.pop(engine_id, None)
             if self._vllm is not None:
                 self._vllm.engine_core.shutdown()
-            end()
 
     def _load(self, engine_id: str) -> None:
         try:
