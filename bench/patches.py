@@ -28,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 
+from bench.paired import estimate
 from bench.serving import burst, single_engine
 from sagellm_common.core.config import Config
 from services.cli.models import prepare_smollm2
@@ -36,7 +37,6 @@ Tree = Literal["stock", "patched"]
 TREES: tuple[Tree, ...] = ("stock", "patched")
 TARGET = 0.03
 TURN_TIMEOUT_S = 600.0
-BOOTSTRAPS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +140,9 @@ def measure(
 def ratio(turns: dict[Tree, list[Turn]], metric: str) -> Ratio:
     stock, patched = (np.array([getattr(turn, metric) for turn in turns[tree]]) for tree in ("stock", "patched"))
     ratios = patched / stock
-    drawn = np.random.default_rng(0).choice(ratios, (BOOTSTRAPS, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    middle = estimate(ratios.tolist())
     first, third = np.quantile(ratios, (0.25, 0.75))
-    return Ratio(float(np.median(ratios)), float(low), float(high), (float(first), float(third)))
+    return Ratio(middle.value, middle.low, middle.high, (float(first), float(third)))
 
 
 def main() -> None:

@@ -130,39 +130,9 @@ class TpExecutor(UniExecutor):
     The pipe carries pickles of LMDeploy's types between a process and its own child; nothing else can write to it.
     """
 
-    def __init__(
-        self,
-        model_path: str,
-        model_config: Any,
-        cache_config: Any,
-        backend_config: Any,
-        dist_config: Any,
-        misc_config: Any,
-        adapters: Any = None,
-        device_type: str = "cpu",
-        specdecode_config: Any = None,
-    ) -> None:
-        ExecutorBase.__init__(
-            self,
-            model_path=model_path,
-            model_config=model_config,
-            cache_config=cache_config,
-            backend_config=backend_config,
-            dist_config=dist_config,
-            misc_config=misc_config,
-            adapters=adapters,
-            specdecode_config=specdecode_config,
-            device_type=device_type,
-        )
-        agent = {
-            "model_path": model_path,
-            "model_config": model_config,
-            "cache_config": cache_config,
-            "backend_config": backend_config,
-            "misc_config": misc_config,
-            "adapters": adapters,
-            "specdecode_config": specdecode_config,
-        }
+    def __init__(self, *, dist_config: Any, device_type: str, **agent: Any) -> None:
+        """`agent`: what LMDeploy's executors take beside these two, which is what it makes a model agent of."""
+        ExecutorBase.__init__(self, dist_config=dist_config, device_type=device_type, **agent)
         self._store = TCPStore(
             LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=START_TIMEOUT_S)
         )
@@ -234,28 +204,17 @@ class TpExecutor(UniExecutor):
 
 def build_executor(
     model_path: str,
-    cache_config: Any,
-    backend_config: Any,
+    *,
     dist_config: Any,
     misc_config: Any,
-    adapters: Any = None,
-    device_type: str = "cpu",
-    distributed_executor_backend: str | None = None,
-    dtype: str = "auto",
-    specdecode_config: Any = None,
+    dtype: str,
+    distributed_executor_backend: str | None,
+    **config: Any,
 ) -> TpExecutor:
-    """LMDeploy's `build_executor` for more than one rank on a CPU."""
+    """LMDeploy's `build_executor` for more than one rank on a CPU, where there is only one kind of executor."""
     model_config = ModelConfig.from_pretrained(
         model_path, trust_remote_code=True, dtype=dtype, hf_overrides=misc_config.hf_overrides, dist_config=dist_config
     )
     return TpExecutor(
-        model_path,
-        model_config,
-        cache_config,
-        backend_config,
-        dist_config,
-        misc_config,
-        adapters,
-        device_type,
-        specdecode_config,
+        model_path=model_path, model_config=model_config, dist_config=dist_config, misc_config=misc_config, **config
     )
