@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
+from sagellm_common.comm_backend.backends import End, load
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, PullRpc
 from sagellm_common.core.config import TransportConfig
-from sagellm_common.core.errors import ConfigError
-from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.kv import KvMemory
 
 log = logging.getLogger(__name__)
 
@@ -22,37 +23,13 @@ def make_channel(
 ) -> KVTransferChannel:
     """The configured byte path between `memory` and peers, measured. It listens on host:port (0: any) once started.
 
-    Raises ConfigError for gloo without `pull_rpc`, for there the source has to act for each pull, and with memory that
-    is not the host's, for it copies in place.
+    Raises ConfigError where the byte path cannot work here.
     """
     from sagellm_common.comm_backend.telemetry import InstrumentedChannel, InstrumentedLeases
 
-    ask: Memory = memory if callable(memory) else lambda: memory
-    leases = InstrumentedLeases(leases, cfg.backend, ask)
-    channel: KVTransferChannel
-    if cfg.backend == "tcp":
-        from sagellm_common.comm_backend.backends.tcp import TcpChannel
-
-        channel = TcpChannel(ask, leases, host, port, digest=cfg.digest, silence_s=cfg.timeout_s)
-    else:
-        # torch.distributed takes a second to import: only where it is used.
-        from sagellm_common.comm_backend.backends.gloo import GlooChannel
-
-        if pull_rpc is None:
-            raise ConfigError("transport.backend=gloo needs a pull_rpc: the source takes part in each pull")
-
-        def in_place() -> KvRegion:
-            region = ask()
-            if not isinstance(region, KvRegion):
-                raise ConfigError(
-                    "transport.backend: 'gloo' moves KV of host memory only; use 'tcp', which stages a device's"
-                )
-            return region
-
-        if not callable(memory):
-            in_place()  # a mistake is told at the start
-        channel = GlooChannel(in_place, leases, host, port, pull_rpc, digest=cfg.digest, silence_s=cfg.timeout_s)
-    return InstrumentedChannel(channel)
+    end = End(cfg, memory, leases, host, port, pull_rpc)
+    measured = replace(end, leases=InstrumentedLeases(leases, cfg.backend, end.ask))
+    return InstrumentedChannel(load(cfg.backend).open_channel(measured))
 
 
 def overlap_min_bytes(cfg: TransportConfig, channel: KVTransferChannel) -> int | None:

@@ -1,0 +1,59 @@
+"""Byte paths by name: modules with `open_channel`, imported when chosen, for some take a second and some a wheel."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, PullRpc, Regions
+from sagellm_common.core.config import TransportConfig
+from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.kv import KvMemory, KvRegion
+
+MODULES = {
+    "gloo": "sagellm_common.comm_backend.backends.gloo",
+    "tcp": "sagellm_common.comm_backend.backends.tcp",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One worker's end of a byte path, before it is opened. It listens on host:port (0: any) once started."""
+
+    config: TransportConfig
+    memory: KvMemory | Memory
+    leases: LeasedBlocks
+    host: str
+    port: int
+    pull_rpc: PullRpc | None = None
+
+    def ask(self) -> KvMemory:
+        """The memory as it is now: a store has none before its first layout."""
+        return self.memory() if callable(self.memory) else self.memory
+
+    def in_place(self) -> Regions:
+        """`ask` for a byte path that works on host memory only; raises ConfigError for any other, as soon as known."""
+
+        def ask() -> KvRegion:
+            region = self.ask()
+            if not isinstance(region, KvRegion):
+                raise ConfigError(
+                    f"transport.backend: {self.config.backend!r} moves KV of host memory only; use 'tcp', which stages "
+                    "a device's"
+                )
+            return region
+
+        if not callable(self.memory):
+            ask()
+        return ask
+
+
+class Backend(Protocol):
+    def open_channel(self, end: End) -> KVTransferChannel:
+        """Raises ConfigError naming what the machine or the configuration lacks."""
+
+
+def load(name: str) -> Backend:
+    """The byte path of this name, a key of MODULES."""
+    return cast(Backend, importlib.import_module(MODULES[name]))

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
 
+from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.gloo_pair import RECEIVER, SOURCE, GlooPair, WriteGate, join
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
@@ -36,6 +37,16 @@ REASON_GRACE_S = 1.0
 
 Peer = tuple[str, str]
 """(data address, incarnation)"""
+
+
+def open_channel(end: End) -> GlooChannel:
+    """Raises ConfigError without `pull_rpc`, for the source has to act for each pull."""
+    if end.pull_rpc is None:
+        raise ConfigError("transport.backend=gloo needs a pull_rpc: the source takes part in each pull")
+    cfg = end.config
+    return GlooChannel(
+        end.in_place(), end.leases, end.host, end.port, end.pull_rpc, digest=cfg.digest, silence_s=cfg.timeout_s
+    )
 
 
 class GlooChannel:

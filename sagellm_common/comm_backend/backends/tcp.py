@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
+
+
+def open_channel(end: End) -> TcpChannel:
+    cfg = end.config
+    return TcpChannel(end.ask, end.leases, end.host, end.port, digest=cfg.digest, silence_s=cfg.timeout_s)
 
 
 class TcpChannel:
