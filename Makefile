@@ -7,6 +7,7 @@ TRITON ?= triton==3.4.0
 LOCK   ?= requirements.lock
 VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
@@ -88,16 +89,16 @@ type: setup ## mypy --strict
 	@$(bin)/mypy
 
 test: setup $(triton) ## everything that runs on two cores without root, GPU or Docker
-	@$(bin)/pytest $(PYTEST_ARGS)
+	@$(bin)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-unit: setup $(triton) ## unit and contract tests
-	@$(bin)/pytest tests/unit tests/contract tests/property $(PYTEST_ARGS)
+	@$(bin)/pytest $(PARALLEL) tests/unit tests/contract tests/property $(PYTEST_ARGS)
 
 test-integration: setup ## real processes
-	@$(bin)/pytest tests/integration $(PYTEST_ARGS)
+	@$(bin)/pytest $(PARALLEL) tests/integration $(PYTEST_ARGS)
 
 test-faults: setup ## kill -9 at every stage
-	@$(bin)/pytest tests/faults $(PYTEST_ARGS)
+	@$(bin)/pytest $(PARALLEL) tests/faults $(PYTEST_ARGS)
 
 test-long: setup ## prompts of 32K, 64K and 128K tokens; minutes each
 	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py $(PYTEST_ARGS)
@@ -107,7 +108,7 @@ test-vllm: setup setup-vllm ## vLLM: the contract of engines, 1P1D, and with LMD
 	  tests/unit/engines/test_vllm.py tests/integration/test_vllm_cluster.py $(PYTEST_ARGS)
 
 cov: setup $(triton) ## the whole suite; fails below 85 % of sagellm_common
-	@$(bin)/pytest --cov=sagellm_common --cov-report=term-missing:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
+	@$(bin)/pytest $(PARALLEL) --cov=sagellm_common --cov-report=term-missing:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
 
 bench: setup ## TTFT, TPOT and tokens/s side by side
 	@$(bin)/python -m bench

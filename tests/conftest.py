@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from sagellm_common.core.config_loader import load_config
@@ -16,6 +17,32 @@ from tests.support.models import tiny_model
 
 # Before any test imports LMDeploy. SAGELLM_ENGINE__PATCHES=off runs the suite on pip's, without our patches.
 overlay.use(load_config(None, os.environ).engine.patches)
+# Nothing is timed in a test: a busy machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+HEAVY_FIRST = ("faults", "integration", "contract", "property", "unit")
+"""Folders in the order in which workers take them: what takes longest begins first, and the rest fills the gaps."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Says what runs in one of the workers of pytest-xdist (`make test` has several): what shares a cluster, else a
+    module."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        for name in ("cluster", "faulty_cluster"):
+            # A module's own fixture of the name is nobody else's.
+            if name in getattr(item, "fixturenames", ()) and not hasattr(getattr(item, "module", None), name):
+                group = name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: _rank(item.path.relative_to(config.rootpath / "tests").parts[0]))
+
+
+def _rank(folder: str) -> int:
+    return HEAVY_FIRST.index(folder) if folder in HEAVY_FIRST else len(HEAVY_FIRST)
 
 
 @pytest.fixture(scope="session")

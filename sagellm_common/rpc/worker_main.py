@@ -15,6 +15,7 @@ from sagellm_common.core import failpoints
 from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import load_config
 from sagellm_common.core.errors import ConfigError, SageError
+from sagellm_common.core.process import no_collections
 from sagellm_common.core.telemetry import setup_logging, setup_tracing, shutdown_tracing
 from sagellm_common.core.topology import TopologyStore
 from sagellm_common.core.types import WorkerRole
@@ -86,7 +87,8 @@ def worker_main(role: WorkerRole, compose: Callable[[WorkerArgs], Awaitable[None
         failpoints.name_process(args.worker_id)
         setup_logging(args.config.telemetry.log_level)
         setup_tracing(f"sagellm-{role}", args.config.telemetry.otlp_endpoint)
-        uvloop.run(_awaited(compose(args)))
+        with no_collections():
+            uvloop.run(_awaited(compose(args)))
     except SageError as err:
         print(f"services.{role}: {err.reason}: {err.message}", file=sys.stderr)
         return EXIT_REFUSED

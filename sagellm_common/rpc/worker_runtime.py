@@ -25,6 +25,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.core import process
 from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, SageError, Unreachable, WorkerIdTaken
 from sagellm_common.core.topology import Registration, TopologyStore
@@ -133,6 +134,7 @@ class WorkerRuntime:
             loop.add_signal_handler(number, self._on_signal)
         try:
             await self.start(services, load)
+            process.started()
             print(json.dumps(self.ready_line()), flush=True)
             await self._until_stopped()
         except Draining as err:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.process import leave
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.engines import make_engine
 from sagellm_common.rpc.background import Background
@@ -75,4 +76,4 @@ async def compose(args: WorkerArgs) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main(WorkerRole.DECODE, compose, sys.argv[1:]))
+    leave(worker_main(WorkerRole.DECODE, compose, sys.argv[1:]))

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.process import leave
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.rpc.channels import ChannelPool
@@ -58,4 +59,4 @@ async def compose(args: WorkerArgs) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main(WorkerRole.KV_STORE, compose, sys.argv[1:]))
+    leave(worker_main(WorkerRole.KV_STORE, compose, sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import socket
@@ -19,6 +20,7 @@ import pytest
 ETCD = shutil.which("etcd")
 
 START_TIMEOUT_S = 30.0
+PORT_ATTEMPTS = 3
 
 
 @dataclass
@@ -127,17 +129,31 @@ def etcd_cluster(directory: Path, size: int = 1) -> Iterator[EtcdCluster]:
     """A running cluster of `size` nodes with their data below `directory`; skips the test where etcd is missing."""
     if ETCD is None:
         pytest.skip("etcd is not installed: apt-get install etcd-server (make system-deps)")
-    ports = _free_ports(2 * size)
-    cluster = EtcdCluster()
-    for index in range(size):
-        data_dir = directory / f"etcd-{index}"
-        data_dir.mkdir(parents=True)
-        cluster.nodes.append(EtcdNode(f"node{index}", data_dir, ports[2 * index], ports[2 * index + 1]))
+    cluster = _started(directory, size)
     try:
-        cluster.start()
         yield cluster
     finally:
         cluster.kill()
+
+
+def _started(directory: Path, size: int) -> EtcdCluster:
+    """On ports that nobody took between our choice and etcd's bind: else on others."""
+    for attempt in itertools.count():
+        ports = _free_ports(2 * size)
+        cluster = EtcdCluster()
+        for index in range(size):
+            data_dir = directory / f"etcd-{index}-{attempt}"
+            data_dir.mkdir(parents=True)
+            cluster.nodes.append(EtcdNode(f"node{index}", data_dir, ports[2 * index], ports[2 * index + 1]))
+        try:
+            cluster.start()
+        except BaseException as err:
+            cluster.kill()
+            if "address already in use" not in str(err) or attempt == PORT_ATTEMPTS:
+                raise
+        else:
+            return cluster
+    raise AssertionError("not reached")
 
 
 def _free_ports(count: int) -> list[int]:
