@@ -18,7 +18,7 @@ csrc := sagellm_common/engines/lmdeploy/kernels/csrc
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm system-deps run demo proto fmt lint type test test-unit test-integration test-faults \
-        test-long test-vllm cov bench clean
+        test-long test-states test-vllm cov bench clean
 
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ test-faults: setup ## kill -9 at every stage
 
 test-long: setup ## prompts of 32K, 64K and 128K tokens; minutes each
 	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py $(PYTEST_ARGS)
+
+test-states: setup ## the handoff in all interleavings, deeper than `make test` goes; minutes
+	@SAGELLM_TEST_DEEP=1 $(bin)/pytest -s tests/property/test_handoff_states.py $(PYTEST_ARGS)
 
 test-vllm: setup setup-vllm ## vLLM: the contract of engines, 1P1D, and with LMDeploy on the other side
 	@LMDEPLOY_PYTHON=$(abspath $(bin))/python $(VLLM_VENV)/bin/pytest tests/contract/test_engine.py \

@@ -2,33 +2,50 @@
 
 Both sides of a handoff hold blocks for a party that may die: the source pins what the receiver will pull, the receiver
 reserves what it will write. Both are leases: keyed by transfer, fenced by epoch, freed at the latest when their time
-is up.
+is up, and never while somebody reads or writes under them.
 
     source:  [computing ──►] pin ──► reading (any number) ──► release | expire | replaced by a higher epoch | close
-                                                          ──► free, once
-    target:  reserve ──► claim (the caller owns the blocks again) | release | expire | replaced | close ──► free, once
+                                                          ──► free, once, after the last reader
+    target:  reserve ──► [writing ──►] claim (the caller owns the blocks again) | release | expire | replaced | close
+                                                          ──► free, once, after the writer
 
 Pure state behind a lock; time is injected. `free` is called outside the lock, so it may take locks of its own.
+`tests/property/test_handoff_states.py` walks through all interleavings of what three parties can do with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 
 from sagellm_common.core.clock import Clock
-from sagellm_common.core.errors import Draining, LeaseExpired
+from sagellm_common.core.errors import Draining, EpochFenced, LeaseExpired
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds
 
 Free = Callable[[Allocation], None]
+
+_NONCE_BITS = 40
+
+
+def attempt_of(epoch: int) -> int:
+    """The attempt an epoch of `HandoffSource.new_epoch` was made for."""
+    return epoch >> _NONCE_BITS
+
+
+def last_epoch(attempt: int) -> int:
+    """The highest epoch of this attempt: a release of it ends whatever the attempt has pinned."""
+    return (attempt << _NONCE_BITS) | ((1 << _NONCE_BITS) - 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +54,9 @@ class _Lease:
     allocation: Allocation
     num_tokens: int
     expires_at_s: float
-    readers: int = 0
+    subject: bytes = b""
+    users: int = 0
+    """Readers of a source, the writer of a target."""
     ended: bool = False
     progress: KvProgress | None = None
     """Of a source that is, or was, pulled while it was computed."""
@@ -54,14 +73,14 @@ class _LeaseTable:
         self._free = free
         self._lock = threading.Lock()
         self._leases: dict[str, _Lease] = {}
-        self._still_read = 0
-        """Leases that ended while they were read: their blocks are held until the readers are done."""
+        self._still_used = 0
+        """Leases that ended while they were used: their blocks are held until the users are done."""
         self._closed = False
 
     def __len__(self) -> int:
         """Leases whose blocks are held."""
         with self._lock:
-            return len(self._leases) + self._still_read
+            return len(self._leases) + self._still_used
 
     def expire(self) -> int:
         """Ends the leases whose time is up; returns how many."""
@@ -79,21 +98,22 @@ class _LeaseTable:
             freed = [self._end(key, "closed") for key in list(self._leases)]
         self._free_all(freed)
 
-    def _enter(self, key: str, epoch: int, allocation: Allocation, num_tokens: int) -> Allocation:
+    def _enter(self, key: str, epoch: int, allocation: Allocation, num_tokens: int, subject: bytes = b"") -> Allocation:
         """Takes the allocation over; returns the one that is now held. After an error the caller still owns it."""
         with self._lock:
             if self._closed:
                 raise Draining(f"transfer {key!r} is refused: this worker is shutting down")
             held = self._leases.get(key)
             if held is not None and held.epoch > epoch:
-                raise LeaseExpired(f"transfer {key!r} epoch {epoch} is fenced off by epoch {held.epoch}")
-            if held is not None and held.epoch == epoch and held.expires_at_s > self._clock.now():
+                raise EpochFenced(f"transfer {key!r} epoch {epoch} is fenced off by epoch {held.epoch}")
+            alive = held is not None and held.expires_at_s > self._clock.now()
+            if held is not None and alive and (held.epoch, held.subject) == (epoch, subject):
                 # A repeated call: the first one's blocks stay, this one's go back.
                 freed = None if held.allocation is allocation else allocation
                 kept = held.allocation
             else:
                 freed = None if held is None else self._end(key, "replaced")
-                self._leases[key] = _Lease(epoch, allocation, num_tokens, self._clock.now() + self.ttl_s)
+                self._leases[key] = _Lease(epoch, allocation, num_tokens, self._clock.now() + self.ttl_s, subject)
                 kept = allocation
         self._free_all([freed])
         return kept
@@ -102,7 +122,7 @@ class _LeaseTable:
         """Starts the lease's time anew; returns the seconds it now has. Raises LeaseExpired."""
         with self._lock:
             lease = self._live(key, epoch)
-            # What is being computed has no time that could be shortened.
+            # What is being computed or written has no time that could be shortened.
             lease.expires_at_s = max(lease.expires_at_s, self._clock.now() + self.ttl_s)
         return self.ttl_s
 
@@ -112,7 +132,7 @@ class _LeaseTable:
         if lease is None:
             raise LeaseExpired(f"transfer {key!r} is not leased here: released, expired or never made")
         if lease.epoch != epoch:
-            raise LeaseExpired(f"transfer {key!r} is leased for epoch {lease.epoch}, not {epoch}")
+            raise EpochFenced(f"transfer {key!r} is leased for epoch {lease.epoch}, not {epoch}")
         if lease.expires_at_s <= self._clock.now():
             raise LeaseExpired(f"the lease of transfer {key!r} ran out after {self.ttl_s:g} s")
         return lease
@@ -125,12 +145,24 @@ class _LeaseTable:
         self._free_all([freed])
 
     def _end(self, key: str, outcome: str) -> Allocation | None:
-        """Ends a lease; returns what can be freed at once, None while it is being read. The lock is held."""
+        """Ends a lease; returns what can be freed at once, None while it is being used. The lock is held."""
         lease = self._leases.pop(key)
         lease.ended = True
         self.outcomes[outcome] += 1
-        self._still_read += bool(lease.readers)
-        return None if lease.readers else lease.allocation
+        self._still_used += bool(lease.users)
+        if lease.progress is not None:  # whoever waits for more of it need not wait any longer
+            lease.progress.fail(
+                LeaseExpired(f"transfer {key!r} epoch {lease.epoch} was {outcome} before it was computed")
+            )
+        return None if lease.users else lease.allocation
+
+    def _done_with(self, lease: _Lease) -> None:
+        """One user less; the last one frees what has ended meanwhile."""
+        with self._lock:
+            lease.users -= 1
+            freed = lease.allocation if lease.ended and not lease.users else None
+            self._still_used -= freed is not None
+        self._free_all([freed])
 
     def _free_all(self, allocations: Iterable[Allocation | None]) -> None:
         for allocation in allocations:
@@ -139,31 +171,32 @@ class _LeaseTable:
 
 
 class HandoffSource(_LeaseTable):
-    """Blocks pinned for receivers to pull. Thread-safe; a `comm_backend.protocol.LeasedBlocks`."""
+    """Blocks pinned for receivers to pull. Thread-safe; a `comm_backend.protocol.LeasedBlocks`.
 
-    @contextmanager
+    `first_nonce` is for tests: see `new_epoch`.
+    """
+
+    def __init__(self, ttl_s: float, clock: Clock, free: Free, *, first_nonce: int | None = None) -> None:
+        super().__init__(ttl_s, clock, free)
+        self._nonces = itertools.count(secrets.randbits(_NONCE_BITS - 1) if first_nonce is None else first_nonce)
+
+    def new_epoch(self, attempt: int) -> int:
+        """An epoch that no pin has had before: above all of earlier attempts, and of this one.
+
+        Request ids are the clients' and may come back, attempts start from 1 again and a restarted worker knows
+        nothing of either: what a late receiver holds in its hand must not fit a new pin of other KV.
+        """
+        return (attempt << _NONCE_BITS) | (next(self._nonces) & ((1 << _NONCE_BITS) - 1))
+
     def computing(
         self, transfer_id: str, epoch: int, allocation: Allocation, progress: KvProgress
-    ) -> Iterator[Allocation]:
+    ) -> AbstractContextManager[Allocation]:
         """Pins blocks while their KV is computed: they may be read up to the watermark of `progress`.
 
         Owns the allocation, references of its own on the blocks. `pin` within the `with` turns it into a lease like
         any other, with a time; left without, it ends, and `progress` fails: whoever pulls is told. Raises as `pin`.
         """
-        self.release(transfer_id, epoch, committed=False)
-        held = self._enter(transfer_id, epoch, allocation, 0)
-        with self._lock:
-            lease = self._leases.get(transfer_id)
-            if lease is not None and lease.allocation is held:
-                lease.progress, lease.expires_at_s = progress, math.inf
-        try:
-            yield held
-        finally:
-            with self._lock:
-                unfinished = lease is not None and self._leases.get(transfer_id) is lease and _is_computing(lease)
-                freed = self._end(transfer_id, "cancelled") if unfinished else None
-            self._free_all([freed])
-            progress.fail(LeaseExpired(f"transfer {transfer_id!r} epoch {epoch}: its prefill ended without KV to pull"))
+        return _Computing(self, transfer_id, epoch, allocation, progress)
 
     def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
         """See `LeasedBlocks.progress`."""
@@ -177,12 +210,12 @@ class HandoffSource(_LeaseTable):
         """Owns the allocation for ttl_s from now on; returns the pinned one.
 
         A higher epoch replaces. The same epoch again keeps the first allocation while its lease lives and frees the
-        new one. Raises LeaseExpired for a lower epoch and Draining after `close`; the caller then still owns the
+        new one. Raises EpochFenced for a lower epoch and Draining after `close`; the caller then still owns the
         allocation.
         """
         with self._lock:
             lease = self._leases.get(transfer_id)
-            if lease is not None and lease.epoch == epoch and _is_computing(lease):
+            if lease is not None and lease.epoch == epoch and _is_timeless(lease):
                 # Where the engine has used other blocks after all, this lease is over and a new one takes its place.
                 same = np.array_equal(lease.allocation.block_ids[: len(allocation.block_ids)], allocation.block_ids)
                 lease.num_tokens, lease.expires_at_s = num_tokens, self._clock.now() + (self.ttl_s if same else 0.0)
@@ -194,51 +227,108 @@ class HandoffSource(_LeaseTable):
             lease = self._live(transfer_id, epoch)
             return lease.allocation, lease.num_tokens
 
-    @contextmanager
     def reading(
         self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """See `LeasedBlocks.reading`."""
-        with self._lock:
-            lease = self._live(transfer_id, epoch)
-            if not np.isin(block_ids, lease.allocation.block_ids).all():
-                raise LeaseExpired(f"transfer {transfer_id!r} epoch {epoch} does not hold all of the blocks asked for")
-            lease.readers += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                lease.readers -= 1
-                freed = lease.allocation if lease.ended and not lease.readers else None
-                self._still_read -= freed is not None
-            self._free_all([freed])
+        return _Reading(self, transfer_id, epoch, block_ids)
 
     def release(self, transfer_id: str, epoch: int, committed: bool) -> None:
         """Unpins. A no-op for an unknown transfer and for an older epoch than the pinned one."""
         self._release(transfer_id, epoch, "committed" if committed else "cancelled")
 
 
-def _is_computing(lease: _Lease) -> bool:
-    """It has no time yet: whoever computes lives in this process, and ends it."""
+def _is_timeless(lease: _Lease) -> bool:
+    """It has no time yet: whoever computes or writes lives in this process, and ends it."""
     return lease.expires_at_s == math.inf
+
+
+# Classes, not generators: the state of a handoff can be copied, readers and all.
+
+
+class _Reading(AbstractContextManager[None]):
+    """See `LeasedBlocks.reading`."""
+
+    def __init__(self, table: HandoffSource, transfer_id: str, epoch: int, block_ids: BlockIds) -> None:
+        self._table, self._of, self._block_ids = table, (transfer_id, epoch), block_ids
+
+    def __enter__(self) -> None:
+        with self._table._lock:
+            lease = self._table._live(*self._of)
+            if not np.isin(self._block_ids, lease.allocation.block_ids).all():
+                transfer_id, epoch = self._of
+                raise LeaseExpired(f"transfer {transfer_id!r} epoch {epoch} does not hold all of the blocks asked for")
+            lease.users += 1
+        self._lease = lease
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._table._done_with(self._lease)
+
+
+class _Computing(AbstractContextManager[Allocation]):
+    """See `HandoffSource.computing`."""
+
+    def __init__(
+        self, table: HandoffSource, transfer_id: str, epoch: int, allocation: Allocation, progress: KvProgress
+    ) -> None:
+        self._table, self._of, self._allocation, self._progress = table, (transfer_id, epoch), allocation, progress
+
+    def __enter__(self) -> Allocation:
+        table, (transfer_id, epoch) = self._table, self._of
+        table.release(transfer_id, epoch, committed=False)
+        held = table._enter(transfer_id, epoch, self._allocation, 0)
+        with table._lock:
+            lease = self._lease = table._leases.get(transfer_id)
+            if lease is not None and lease.allocation is held:
+                lease.progress, lease.expires_at_s = self._progress, math.inf
+        return held
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        table, (transfer_id, epoch), lease = self._table, self._of, self._lease
+        self._progress.fail(
+            LeaseExpired(f"transfer {transfer_id!r} epoch {epoch}: its prefill ended without KV to pull")
+        )
+        with table._lock:
+            unfinished = lease is not None and table._leases.get(transfer_id) is lease and _is_timeless(lease)
+            freed = table._end(transfer_id, "cancelled") if unfinished else None
+        table._free_all([freed])
 
 
 class HandoffTarget(_LeaseTable):
     """Blocks reserved to be written, until the request that will use them arrives. Thread-safe."""
 
-    def reserve(self, request_id: str, attempt: int, allocation: Allocation) -> Allocation:
+    def reserve(self, request_id: str, attempt: int, allocation: Allocation, subject: bytes = b"") -> Allocation:
         """Owns the allocation for ttl_s from now on; returns the reserved one.
 
-        A higher attempt replaces. The same attempt again keeps the first allocation while its lease lives and frees
-        the new one. Raises LeaseExpired for a lower attempt and Draining after `close`; the caller then still owns
-        the allocation.
+        A higher attempt replaces, and so does another `subject`: what the blocks are for, for request ids may come
+        again. The same again keeps the first allocation while its lease lives and frees the new one. Raises EpochFenced
+        for a lower attempt and Draining after `close`; the caller then still owns the allocation.
         """
-        return self._enter(request_id, attempt, allocation, 0)
+        return self._enter(request_id, attempt, allocation, 0, subject)
 
-    def claim(self, request_id: str, attempt: int) -> Allocation:
-        """Hands the reservation over: the caller owns the blocks. Raises LeaseExpired."""
+    def writing(self, request_id: str, attempt: int) -> AbstractContextManager[Allocation]:
+        """Reserved blocks to fill before they are claimed, by one writer. They do not expire meanwhile, and their time
+        starts anew afterwards; a release frees them only when the writer is done. Raises LeaseExpired."""
+        return _Writing(self, request_id, attempt)
+
+    def holds(self, request_id: str, attempt: int) -> bool:
+        """Whether `claim` could succeed, now or when the writer is done."""
+        with self._lock:
+            lease = self._leases.get(request_id)
+            return lease is not None and lease.epoch == attempt and lease.expires_at_s > self._clock.now()
+
+    def claim(self, request_id: str, attempt: int, subject: bytes = b"") -> Allocation:
+        """Hands the reservation over: the caller owns the blocks.
+
+        Raises LeaseExpired, also while they are written, and where they were reserved for another subject: its prefix
+        may be in them.
+        """
         with self._lock:
             lease = self._live(request_id, attempt)
+            if lease.users:
+                raise LeaseExpired(f"the blocks reserved for {request_id!r} attempt {attempt} are being written")
+            if lease.subject != subject:
+                raise LeaseExpired(f"request {request_id!r} attempt {attempt} came again with another prompt meanwhile")
             del self._leases[request_id]
             self.outcomes["claimed"] += 1
             return lease.allocation
@@ -246,3 +336,26 @@ class HandoffTarget(_LeaseTable):
     def release(self, request_id: str, attempt: int) -> None:
         """Frees. A no-op for an unknown request and for an older attempt than the reserved one."""
         self._release(request_id, attempt, "cancelled")
+
+
+class _Writing(AbstractContextManager[Allocation]):
+    """See `HandoffTarget.writing`."""
+
+    def __init__(self, table: HandoffTarget, request_id: str, attempt: int) -> None:
+        self._table, self._of = table, (request_id, attempt)
+
+    def __enter__(self) -> Allocation:
+        with self._table._lock:
+            lease = self._table._live(*self._of)
+            if lease.users:
+                request_id, attempt = self._of
+                raise LeaseExpired(
+                    f"the blocks reserved for {request_id!r} attempt {attempt} are being written already"
+                )
+            lease.users, lease.expires_at_s = 1, math.inf
+        self._lease = lease
+        return lease.allocation
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._lease.expires_at_s = self._table._clock.now() + self._table.ttl_s
+        self._table._done_with(self._lease)

@@ -16,6 +16,7 @@
     ├── WrongRole               WRONG_ROLE          FAILED_PRECONDITION
     ├── WorkerIdTaken           WORKER_ID_TAKEN     ALREADY_EXISTS
     ├── LeaseExpired            LEASE_EXPIRED       ABORTED             retry
+    │   └── EpochFenced         EPOCH_FENCED        ABORTED             retry
     ├── KvCorrupt               KV_CORRUPT          DATA_LOSS           retry
     ├── DeadlineExceeded        DEADLINE_EXCEEDED   DEADLINE_EXCEEDED
     ├── Cancelled               CANCELLED           CANCELLED
@@ -117,6 +118,12 @@ class WorkerIdTaken(SageError):
 
 class LeaseExpired(SageError):
     reason, code, retryable = "LEASE_EXPIRED", "ABORTED", True
+
+
+class EpochFenced(LeaseExpired):
+    """A newer attempt, or a newer request of the same id, has taken the lease's place."""
+
+    reason = "EPOCH_FENCED"
 
 
 class KvCorrupt(SageError):

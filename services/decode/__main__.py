@@ -67,7 +67,7 @@ async def compose(args: WorkerArgs) -> None:
         if config.kv_store.enabled:
             store = StoreClient(channels, topology, layout, channel.name, clock)
             offload = Offloader(store, leases, runtime, layout, background, engine.kv.regions().num_blocks)
-        aheads = PullsAhead(engine.kv, reservations, puller)
+        aheads = PullsAhead(reservations, puller)
         stack.callback(aheads.close)
         loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload)
         servicer = DecodeServicer(ObservedDecode(loop), config.router.request_timeout_s)

@@ -1,7 +1,9 @@
 """Pulls that begin while prefill computes, before the Decode call they are for.
 
 reserved ── start ──► pulling ──► here, or failed ── take ──► the Decode call owns the blocks
-                         └── drop (released, cancelled, superseded, too late) ──► freed once nobody writes to them
+                         └── drop (released, cancelled, superseded) ──► ended
+
+The reservations own the blocks all along: whatever ends one of them, it is freed once nobody writes to it any more.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.core.errors import KvCorrupt, LayoutMismatch, LeaseExpired, SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.types import KvSource
-from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from services.decode.jobs import PullAheadJob, Transfer
 from services.decode.pull import KvPuller
 
@@ -33,16 +34,15 @@ class Ahead:
     """
 
     job: PullAheadJob
-    allocation: Allocation
     began_s: float
     bytes_here: int = 0
     called_s: float = 0.0
     bytes_at_call: int = 0
     task: asyncio.Task[TransferResult] = field(init=False)
-    expiry: asyncio.TimerHandle | None = None
 
-    def transfer(self, source: KvSource, num_tokens: int) -> Transfer | None:
-        """What was pulled of the prompt's num_tokens, counted as valid from now on; None: it is to be pulled again.
+    def transfer(self, source: KvSource, num_tokens: int, allocation: Allocation) -> Transfer | None:
+        """What was pulled of the prompt's num_tokens, counted as valid in `allocation` (which was taken) from now on;
+        None: it is to be pulled again.
 
         Once it is over. Raises KvCorrupt.
         """
@@ -56,7 +56,7 @@ class Ahead:
             log.log(level, "request %s: KV pulled ahead is of no use, pulling it again: %s", self.job.request_id, why)
             return None
         result, num_blocks = self.task.result(), len(source.block_table)
-        self.allocation.num_cached_tokens = min(source.num_tokens, num_tokens)
+        allocation.num_cached_tokens = min(source.num_tokens, num_tokens)
         return Transfer(
             bytes=result.bytes,
             transfer_ms=result.seconds * 1e3,
@@ -81,40 +81,39 @@ class Ahead:
 
 
 class PullsAhead:
-    """At most one per request. It owns the blocks of the reservation it began on, until they are taken or dropped.
+    """At most one per request, into the blocks of its reservation, which waits as long for its Decode call as any."""
 
-    A pull that is over waits for its Decode call as long as a reservation would.
-    """
-
-    def __init__(self, pool: KVBackendProtocol, reservations: HandoffTarget, puller: KvPuller) -> None:
-        self._pool = pool
+    def __init__(self, reservations: HandoffTarget, puller: KvPuller) -> None:
         self._reservations = reservations
         self._puller = puller
         self._entries: dict[str, Ahead] = {}
-        self._dropped: set[Ahead] = set()
-        """Told to end, their blocks not free yet."""
 
     def __len__(self) -> int:
-        return len(self._entries) + len(self._dropped)
+        return len(self._entries)
 
     def start(self, job: PullAheadJob) -> None:
         """Begins to fill the reserved blocks. Without a reservation nothing happens: it was released meanwhile."""
-        try:
-            allocation = self._reservations.claim(job.request_id, job.attempt)
-        except LeaseExpired as err:
-            log.info("request %s attempt %d is not pulled ahead: %s", job.request_id, job.attempt, err.message)
+        if not self._reservations.holds(job.request_id, job.attempt):
+            log.info("request %s attempt %d is not pulled ahead: nothing is reserved", job.request_id, job.attempt)
             return
-        self.drop(job.request_id, job.attempt)
-        ahead = self._entries[job.request_id] = Ahead(job, allocation, time.monotonic())
-        pull = self._puller.pull_ahead(job, allocation, ahead.count)
-        ahead.task = asyncio.create_task(pull, name=f"pull-ahead-{job.request_id}/{job.attempt}")
-        ahead.task.add_done_callback(lambda _: self._over(ahead))
+        self._forget_ended()
+        known = self._entries.get(job.request_id)
+        if known is not None:
+            known.task.cancel()
+        ahead = self._entries[job.request_id] = Ahead(job, time.monotonic())
+        ahead.task = asyncio.create_task(self._fill(ahead), name=f"pull-ahead-{job.request_id}/{job.attempt}")
+        ahead.task.add_done_callback(lambda task: _report(job, task))
+
+    async def _fill(self, ahead: Ahead) -> TransferResult:
+        job = ahead.job
+        with self._reservations.writing(job.request_id, job.attempt) as allocation:
+            return await self._puller.pull_ahead(job, allocation, ahead.count)
 
     def find(self, request_id: str, attempt: int) -> Ahead | None:
         ahead = self._entries.get(request_id)
         return ahead if ahead is not None and ahead.job.attempt == attempt else None
 
-    async def take(self, ahead: Ahead) -> Allocation:
+    async def take(self, ahead: Ahead, subject: bytes = b"") -> Allocation:
         """Waits until the pull is over, whatever came of it; the caller owns the blocks then.
 
         Raises LeaseExpired when it was dropped meanwhile. Cancelling the wait drops it.
@@ -128,42 +127,32 @@ class PullsAhead:
             raise
         if self.find(request_id, attempt) is not ahead:
             raise LeaseExpired(f"request {request_id} attempt {attempt} was released while its KV was pulled")
-        self._forget(ahead)
-        return ahead.allocation
+        del self._entries[request_id]
+        return self._reservations.claim(request_id, attempt, subject)
 
     def drop(self, request_id: str, attempt: int) -> None:
-        """Ends the pull of this attempt or an older one. A no-op for unknown ones."""
+        """Ends the pull of this attempt or an older one, and its reservation. A no-op for unknown ones."""
         ahead = self._entries.get(request_id)
         if ahead is not None and ahead.job.attempt <= attempt:
-            self._drop(ahead)
+            del self._entries[request_id]
+            ahead.task.cancel()
+            self._reservations.release(request_id, ahead.job.attempt)
 
     def close(self) -> None:
         """Drops all of them. Idempotent."""
         for ahead in list(self._entries.values()):
-            self._drop(ahead)
+            self.drop(ahead.job.request_id, ahead.job.attempt)
 
-    def _drop(self, ahead: Ahead) -> None:
-        self._forget(ahead)
-        if ahead.task.done():
-            self._pool.free(ahead.allocation)
-        else:
-            self._dropped.add(ahead)
-            ahead.task.cancel()
+    def _forget_ended(self) -> None:
+        """Those nobody has come for before their reservation expired."""
+        for request_id, ahead in list(self._entries.items()):
+            if ahead.task.done() and not self._reservations.holds(request_id, ahead.job.attempt):
+                del self._entries[request_id]
 
-    def _forget(self, ahead: Ahead) -> None:
-        del self._entries[ahead.job.request_id]
-        if ahead.expiry is not None:
-            ahead.expiry.cancel()
 
-    def _over(self, ahead: Ahead) -> None:
-        """Nobody writes to the blocks any more."""
-        if not ahead.task.cancelled() and (error := ahead.task.exception()) is not None:
-            expected = isinstance(error, SageError)
-            level, trace = (logging.INFO, None) if expected else (logging.ERROR, error)
-            log.log(level, "request %s: pulling ahead failed: %s", ahead.job.request_id, error, exc_info=trace)
-        if ahead in self._dropped:
-            self._dropped.discard(ahead)
-            self._pool.free(ahead.allocation)
-        elif self._entries.get(ahead.job.request_id) is ahead:
-            loop, ttl_s = asyncio.get_running_loop(), self._reservations.ttl_s
-            ahead.expiry = loop.call_later(ttl_s, self.drop, ahead.job.request_id, ahead.job.attempt)
+def _report(job: PullAheadJob, task: asyncio.Task[TransferResult]) -> None:
+    """Nobody may ever ask how it ended."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        expected = isinstance(error, SageError)
+        level, trace = (logging.INFO, None) if expected else (logging.ERROR, error)
+        log.log(level, "request %s: pulling ahead failed: %s", job.request_id, error, exc_info=trace)

@@ -3,7 +3,7 @@
 Who owns the blocks on the way, and so who frees them when the request ends there:
 
     reserve ── the reservations ── claim ── this request ── submit ── the engine ── last output ── this request
-                    └ pull_ahead ── the pulls ahead ── take ┘             offload ── the lease table ◄──┘
+                    └ pull_ahead ── written ── take ┘                     offload ── the lease table ◄──┘
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import numpy as np
+import xxhash
 
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, LeaseExpired
 from sagellm_common.core.telemetry import span
-from sagellm_common.core.types import FinishReason, HandoffTicket, KvSource, TokenIds
+from sagellm_common.core.types import FinishReason, HandoffTicket, KvSource, TokenIds, pack_int32
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
@@ -85,7 +86,8 @@ class DecodeLoop:
         # A repeated call replaces what the first one took: the request id may have come back with another prompt.
         self.release(job.request_id, job.attempt)
         with OwnedBlocks(self._pool, self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt)) as blocks:
-            reserved = self._reservations.reserve(job.request_id, job.attempt, blocks.allocation)
+            subject = _subject(job)
+            reserved = self._reservations.reserve(job.request_id, job.attempt, blocks.allocation, subject)
             blocks.hand_over()
         failpoints.hit("decode.reserved")
         record = self._worker.record
@@ -148,9 +150,9 @@ class DecodeLoop:
             ahead = self._aheads.find(job.request_id, job.attempt)
             if ahead is not None:
                 async with self._puller.renewed(source):
-                    blocks.take(await self._aheads.take(ahead))
+                    blocks.take(await self._aheads.take(ahead, _subject(job)))
             self._claim(job, blocks)
-            transfer = ahead.transfer(source, len(job.prompt)) if ahead is not None else None
+            transfer = ahead.transfer(source, len(job.prompt), blocks.allocation) if ahead is not None else None
             if transfer is None:
                 transfer = await self._puller.pull(job, source, blocks.allocation)
             transfer = replace(transfer, exposed_ms=(time.monotonic() - began_s) * 1e3)
@@ -170,7 +172,7 @@ class DecodeLoop:
         if blocks.held:
             return
         try:
-            blocks.take(self._reservations.claim(job.request_id, job.attempt))
+            blocks.take(self._reservations.claim(job.request_id, job.attempt, _subject(job)))
         except LeaseExpired:
             if job.source is not None:
                 raise
@@ -201,9 +203,14 @@ class DecodeLoop:
         return Load(
             running_requests=running,
             waiting_requests=max(0, len(self._running) - running),
-            reservations=len(self._reservations) + len(self._aheads),
+            reservations=len(self._reservations),
             pinned_transfers=len(self._leases),
         )
+
+
+def _subject(job: ReserveJob | DecodeJob) -> bytes:
+    """What blocks are reserved for. Request ids are the clients': one may come again, with another prompt."""
+    return xxhash.xxh3_128_digest(b"%b\0%b" % (job.cache_salt.encode(), pack_int32(job.prompt)))
 
 
 def _known_tokens(job: DecodeJob) -> TokenIds:

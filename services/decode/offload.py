@@ -57,7 +57,7 @@ class Offloader:
         self._turn = asyncio.Semaphore(MAX_CONCURRENT)
         self._numbers = itertools.count()
 
-    def offer(self, request_id: str, epoch: int, token_ids: TokenIds, cache_salt: str, blocks: OwnedBlocks) -> None:
+    def offer(self, request_id: str, attempt: int, token_ids: TokenIds, cache_salt: str, blocks: OwnedBlocks) -> None:
         """Takes the blocks over if it offloads them, else leaves them with the caller."""
         num_blocks = blocks.allocation.num_cached_tokens // self._layout.block_size_tokens
         if num_blocks == 0 or not self._store.available:
@@ -66,7 +66,7 @@ class Offloader:
             OFFLOADS.labels("dropped").inc()
             return
         # Numbered, for a request id may come again before this lease has ended, with other tokens.
-        transfer_id = f"offload:{request_id}#{next(self._numbers)}"
+        transfer_id, epoch = f"offload:{request_id}#{next(self._numbers)}", self._leases.new_epoch(attempt)
         num_tokens = num_blocks * self._layout.block_size_tokens
         try:
             pinned = self._leases.pin(transfer_id, epoch, blocks.allocation, num_tokens)

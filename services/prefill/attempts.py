@@ -107,10 +107,10 @@ class IdempotentPrefill:
         """Whether its answer is still to come or still good."""
         if not attempt.outcome.done():
             return True
-        if attempt.outcome.exception() is not None:
+        if attempt.outcome.exception() is not None or (source := attempt.outcome.result().source) is None:
             return False
         try:
-            self._leases.get(attempt.request_id, attempt.number)
+            self._leases.get(source.transfer_id, source.epoch)
         except LeaseExpired:
             return False
         return True

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.handoff import HandoffSource, last_epoch
 from sagellm_common.core import failpoints
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import DeadlineExceeded
@@ -83,7 +83,8 @@ class PrefillLoop:
                 queue_ms=(allocated - began) * 1e3,
                 store_fetch_ms=(fetched - allocated) * 1e3,
             )
-            with self._announced(job, blocks.allocation) as progress:
+            epoch = self._leases.new_epoch(job.attempt)
+            with self._announced(job, epoch, blocks.allocation) as progress:
                 failpoints.hit("prefill.computing")
                 outputs, finish_reason = await self._compute(job, blocks, progress)
                 done = replace(
@@ -94,14 +95,14 @@ class PrefillLoop:
                 )
                 if finish_reason is not None:
                     return replace(done, finish_reason=finish_reason)
-                done = replace(done, source=self._pin(job, blocks))
+                done = replace(done, source=self._pin(job, epoch, blocks))
                 if progress is not None:
                     progress.complete()
             failpoints.hit("prefill.pinned")
             return done
 
     @contextmanager
-    def _announced(self, job: PrefillJob, allocation: Allocation) -> Iterator[KvProgress | None]:
+    def _announced(self, job: PrefillJob, epoch: int, allocation: Allocation) -> Iterator[KvProgress | None]:
         """For the time of the block the prompt's KV can be pulled as far as it is computed; None: not worth it."""
         if job.announce is None or not self._worth_pulling_ahead(job):
             yield None
@@ -110,10 +111,10 @@ class PrefillLoop:
         progress = KvProgress(num_tokens, allocation.num_cached_tokens, size)
         with ExitStack() as lease:
             with OwnedBlocks(self._pool, self._pool.share(allocation)) as shared:
-                computing = self._leases.computing(job.request_id, job.attempt, shared.allocation, progress)
+                computing = self._leases.computing(job.request_id, epoch, shared.allocation, progress)
                 pinned = lease.enter_context(computing)
                 shared.hand_over()
-            job.announce(self._describe(job, pinned, num_tokens, tokens_ready=allocation.num_cached_tokens))
+            job.announce(self._describe(job, epoch, pinned, num_tokens, tokens_ready=allocation.num_cached_tokens))
             yield progress
 
     def _worth_pulling_ahead(self, job: PrefillJob) -> bool:
@@ -150,21 +151,21 @@ class PrefillLoop:
         wants_more = job.sampling.max_new_tokens > 1
         return wants_more and len(job.prompt) + 1 < self._engine.model.context_length_tokens
 
-    def _pin(self, job: PrefillJob, blocks: OwnedBlocks) -> KvSource:
+    def _pin(self, job: PrefillJob, epoch: int, blocks: OwnedBlocks) -> KvSource:
         """The lease table owns the blocks from here on: until decode has pulled them, or the lease runs out."""
         num_tokens = blocks.allocation.num_cached_tokens
-        pinned = self._leases.pin(job.request_id, job.attempt, blocks.allocation, num_tokens)
+        pinned = self._leases.pin(job.request_id, epoch, blocks.allocation, num_tokens)
         blocks.hand_over()
-        return self._describe(job, pinned, num_tokens)
+        return self._describe(job, epoch, pinned, num_tokens)
 
     def _describe(
-        self, job: PrefillJob, pinned: Allocation, num_tokens: int, tokens_ready: int | None = None
+        self, job: PrefillJob, epoch: int, pinned: Allocation, num_tokens: int, tokens_ready: int | None = None
     ) -> KvSource:
         return describe_source(
             self._worker.record,
             self._pool.layout,
             transfer_id=job.request_id,
-            epoch=job.attempt,
+            epoch=epoch,
             block_ids=pinned.block_ids,
             num_tokens=num_tokens,
             lease_ttl_s=self._leases.ttl_s,
@@ -173,7 +174,7 @@ class PrefillLoop:
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Unpins what waits to be pulled. (A call that still runs is cancelled by cancelling it.)"""
-        self._leases.release(request_id, attempt, committed=False)
+        self._leases.release(request_id, last_epoch(attempt), committed=False)
 
     def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
         """The engine's callback."""

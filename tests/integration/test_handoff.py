@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 from sagellm_common.comm_backend import token_pull
+from sagellm_common.comm_backend.handoff import attempt_of
 from sagellm_common.comm_backend.transcode import Transcoder
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import (
@@ -603,7 +604,7 @@ async def test_prefill_is_done_once_per_attempt(prefill: Worker, decode: Worker)
     later = await call(stub.Prefill, message, timeout_s=TIMEOUT_S)
     assert first == second == later
     assert len(prefill.engine.submitted) == 1
-    assert ticket.epoch == first.source.epoch == 1
+    assert ticket.epoch == attempt_of(first.source.epoch) == 1
     await call(stub.Cancel, worker_pb2.CancelRequest(request_id="r1", attempt=1), timeout_s=TIMEOUT_S)
     await prefill.idle()
 
@@ -619,7 +620,7 @@ async def test_a_higher_attempt_replaces_the_lower_one(prefill: Worker) -> None:
     with pytest.raises(LeaseExpired, match="superseded by attempt 2"):
         await call(stub.Prefill, prefill_request(PROMPT, attempt=1), timeout_s=TIMEOUT_S)
     prefill.engine.resume()
-    assert (await second).source.epoch == 2
+    assert attempt_of((await second).source.epoch) == 2
     assert len(prefill.leases) == 1
     await call(stub.Cancel, worker_pb2.CancelRequest(request_id="r1", attempt=2), timeout_s=TIMEOUT_S)
     await prefill.idle()

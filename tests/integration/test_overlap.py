@@ -435,13 +435,13 @@ async def test_a_pull_ahead_that_fails_is_made_up_for(prefill: Worker, decode: W
     """The connection broke, or the engine computed in other blocks: the Decode call pulls all of it."""
     running = await begin(prefill, decode, request(PROMPT))
     await reach(running, "half-way")
-    if why == "connection":
-        prefill.break_connections()
-    else:
-        prefill.leases.progress("r1", 1)[1].fail(LeaseExpired("moved"))
     assert decode.aheads is not None
     ahead = decode.aheads.find("r1", 1)
     assert ahead is not None
+    if why == "connection":
+        prefill.break_connections()
+    else:
+        prefill.leases.progress("r1", ahead.job.source.epoch)[1].fail(LeaseExpired("moved"))
     await asyncio.wait([ahead.task])
     prefill.engine.resume()
     assert await running.rest() == reference(PROMPT, running.wanted.sampling)[0]

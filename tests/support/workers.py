@@ -172,7 +172,7 @@ async def worker(
             )
         else:
             puller = KvPuller(channel, transfers, releaser, runtime, engine.kv)
-            aheads = PullsAhead(engine.kv, reservations, puller)
+            aheads = PullsAhead(reservations, puller)
             offload = (
                 Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)
                 if store

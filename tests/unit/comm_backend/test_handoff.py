@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, attempt_of, last_epoch
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import Draining, LeaseExpired
 from sagellm_common.core.kv import Allocation
@@ -172,6 +172,15 @@ def test_close_frees_all_and_refuses_more(it: Fixture, side: str) -> None:
     assert it.freed == held, "what was refused still belongs to the caller"
 
 
+def test_epochs_never_come_again(it: Fixture) -> None:
+    """Neither after a restart: what a late receiver holds must not fit another pin."""
+    mine, restarted = it.source, HandoffSource(TTL_S, it.clock, it.freed.append)
+    epochs = [table.new_epoch(attempt) for table in (mine, restarted) for attempt in (1, 1, 2)]
+    assert len(set(epochs)) == 6
+    assert [attempt_of(epoch) for epoch in epochs] == [1, 1, 2, 1, 1, 2]
+    assert epochs[0] < epochs[1] < last_epoch(1) < epochs[2] < last_epoch(2)
+
+
 # ---- source, while it is computed ----
 
 
@@ -235,6 +244,14 @@ def test_ended_by_others_it_is_freed_once_and_a_successor_stays(it: Fixture, end
     assert growing.failed
 
 
+def test_a_release_tells_whoever_waits_for_the_computation(it: Fixture) -> None:
+    growing = progress()
+    with it.source.computing("t", 1, blocks(1), growing):
+        it.source.release("t", 1, committed=False)
+        with pytest.raises(LeaseExpired, match="cancelled before it was computed"):
+            growing.wait(None, 0)
+
+
 def test_blocks_that_are_read_outlive_the_computation(it: Fixture) -> None:
     early = blocks(1, 2)
     with it.source.computing("t", 1, early, progress()):
@@ -289,3 +306,46 @@ def test_attempts_fence_reservations(it: Fixture) -> None:
         it.target.claim("r", 1)
     it.target.release("r", 1)
     assert it.target.claim("r", 2) is second
+
+
+def test_blocks_reserved_for_another_prompt_are_not_claimed(it: Fixture) -> None:
+    old, new = blocks(1), blocks(2)
+    it.target.reserve("r", 1, old, b"old")
+    assert it.target.reserve("r", 1, new, b"new") is new
+    assert it.freed == [old]
+    with pytest.raises(LeaseExpired, match="another prompt"):
+        it.target.claim("r", 1, b"old")
+    assert it.target.claim("r", 1, b"new") is new
+
+
+@pytest.mark.parametrize("end", ["release", "replace", "close"])
+def test_what_is_written_is_freed_after_the_writer(it: Fixture, end: str) -> None:
+    held = blocks(1)
+    it.target.reserve("r", 1, held)
+    with it.target.writing("r", 1) as mine:
+        assert mine is held
+        it.clock.advance(10 * TTL_S)
+        assert it.target.expire() == 0
+        with pytest.raises(LeaseExpired, match="being written"):
+            it.target.claim("r", 1)
+        with pytest.raises(LeaseExpired, match="written already"), it.target.writing("r", 1):
+            pass
+        if end == "release":
+            it.target.release("r", 1)
+        elif end == "replace":
+            it.target.reserve("r", 2, blocks(2))
+        else:
+            it.target.close()
+        assert it.freed == []
+    assert it.freed == [held]
+    assert len(it.target) == (1 if end == "replace" else 0)
+
+
+def test_the_time_of_what_was_written_begins_when_it_is(it: Fixture) -> None:
+    it.target.reserve("r", 1, blocks(1))
+    with it.target.writing("r", 1):
+        it.clock.advance(10 * TTL_S)
+    assert it.target.holds("r", 1)
+    it.clock.advance(TTL_S)
+    assert not it.target.holds("r", 1)
+    assert it.target.expire() == 1

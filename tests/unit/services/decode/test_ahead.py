@@ -21,6 +21,7 @@ from tests.support.waiting import eventually
 
 TABLE = np.array([4, 5, 6], dtype=np.int32)
 SOURCE = KvSource("r", 1, "prefill-0", "life-1", "host:1", "host:2", "tcp", TABLE, 12, 10_000, 2, 0)
+TTL_S = 60.0
 RESULT = TransferResult(bytes=128, seconds=0.5, blocks=2)
 
 
@@ -53,10 +54,10 @@ class Puller:
 
 
 class Fixture:
-    def __init__(self, ttl_s: float = 60.0) -> None:
-        self.pool, self.puller = Pool(), Puller()
-        self.reservations = HandoffTarget(ttl_s, ManualClock(), self.pool.free)
-        self.aheads = PullsAhead(self.pool, self.reservations, self.puller)  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        self.pool, self.puller, self.clock = Pool(), Puller(), ManualClock()
+        self.reservations = HandoffTarget(TTL_S, self.clock, self.pool.free)
+        self.aheads = PullsAhead(self.reservations, self.puller)  # type: ignore[arg-type]
 
     def reserved(self, attempt: int = 1) -> Allocation:
         allocation = Allocation(np.array([7, 8, 9], dtype=np.int32), num_cached_tokens=4, num_shared_blocks=1)
@@ -77,15 +78,15 @@ async def test_taken_once_all_of_it_is_here(it: Fixture) -> None:
     ahead = it.aheads.find("r", 1)
     assert ahead is not None
     await eventually(lambda: ahead.bytes_here == 64)
-    assert (len(it.reservations), len(it.aheads)) == (0, 1)
+    assert (len(it.reservations), len(it.aheads)) == (1, 1)
     taking = asyncio.create_task(it.aheads.take(ahead))
     it.puller.outcome.set_result(RESULT)
     assert await taking is blocks
-    transfer = ahead.transfer(replace(SOURCE, tokens_ready=12), 12)
+    transfer = ahead.transfer(replace(SOURCE, tokens_ready=12), 12, blocks)
     assert transfer is not None
     assert (transfer.bytes, transfer.transfer_ms, transfer.blocks, transfer.blocks_reused) == (128, 500.0, 2, 1)
     assert blocks.num_cached_tokens == 12
-    assert len(it.aheads) == 0
+    assert (len(it.reservations), len(it.aheads)) == (0, 0)
     assert it.pool.freed == []
 
 
@@ -127,12 +128,23 @@ async def test_dropped_blocks_are_freed_once_nobody_writes(it: Fixture, state: s
 
 
 async def test_nobody_comes_for_it() -> None:
-    it = Fixture(ttl_s=0.05)
+    """Its time begins when the pull is over, and it expires like any other."""
+    it = Fixture()
     blocks = it.reserved()
     it.start()
+    ahead = it.aheads.find("r", 1)
+    assert ahead is not None
+    await eventually(lambda: ahead.bytes_here == 64)
+    it.clock.advance(2 * TTL_S)
+    assert it.reservations.expire() == 0
     it.puller.outcome.set_result(RESULT)
-    await eventually(lambda: it.pool.freed == [blocks])
-    assert len(it.aheads) == 0
+    await asyncio.wait([ahead.task])
+    it.clock.advance(TTL_S)
+    assert it.reservations.expire() == 1
+    assert it.pool.freed == [blocks]
+    with pytest.raises(LeaseExpired):
+        await it.aheads.take(ahead)
+    assert it.pool.freed == [blocks]
 
 
 async def test_cancelling_whoever_waits_drops_it(it: Fixture) -> None:
@@ -180,9 +192,9 @@ async def test_a_failure_is_pulled_again_or_told(it: Fixture, error: SageError) 
     assert await it.aheads.take(ahead) is blocks
     if isinstance(error, KvCorrupt):
         with pytest.raises(KvCorrupt):
-            ahead.transfer(SOURCE, 12)
+            ahead.transfer(SOURCE, 12, blocks)
     else:
-        assert ahead.transfer(SOURCE, 12) is None
+        assert ahead.transfer(SOURCE, 12, blocks) is None
     assert blocks.num_cached_tokens == 4
 
 
@@ -204,5 +216,5 @@ async def test_what_came_from_another_source_does_not_count(it: Fixture, other: 
     assert ahead is not None
     it.puller.outcome.set_result(RESULT)
     await it.aheads.take(ahead)
-    assert ahead.transfer(replace(SOURCE, **other), 12) is None  # type: ignore[arg-type]
+    assert ahead.transfer(replace(SOURCE, **other), 12, blocks) is None  # type: ignore[arg-type]
     assert blocks.num_cached_tokens == 4

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.handoff import HandoffSource, last_epoch
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import Cancelled, Internal, KvExhausted, LeaseExpired
 from sagellm_common.core.kv import Allocation
-from sagellm_common.core.types import SamplingParams, as_token_ids
+from sagellm_common.core.types import KvSource, SamplingParams, as_token_ids
 from services.prefill import attempts
 from services.prefill.attempts import IdempotentPrefill
 from services.prefill.jobs import PrefillDone, PrefillJob
@@ -39,12 +39,14 @@ class FakePrefill:
             self.cancelled.append(job.attempt)
             raise
         self.fail()
-        self.leases.pin(job.request_id, job.attempt, Allocation(as_token_ids([len(self.calls)])), 3)
+        table, epoch = as_token_ids([len(self.calls)]), self.leases.new_epoch(job.attempt)
+        self.leases.pin(job.request_id, epoch, Allocation(table), 3)
         asyncio.get_running_loop().call_soon(self.on_done)
-        return PrefillDone((len(self.calls),))
+        source = KvSource(job.request_id, epoch, "prefill-0", "life-1", "host:1", "host:2", "tcp", table, 3, 30_000)
+        return PrefillDone((len(self.calls),), source=source)
 
     def cancel(self, request_id: str, attempt: int) -> None:
-        self.leases.release(request_id, attempt, committed=False)
+        self.leases.release(request_id, last_epoch(attempt), committed=False)
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ async def test_the_answer_is_remembered_as_long_as_its_blocks(inner: FakePrefill
     inner.go.set()
     first = await prefill.prefill(JOB)
     assert await prefill.prefill(JOB) is first
-    inner.leases.release("r1", 1, committed=True)
+    inner.leases.release("r1", last_epoch(1), committed=True)
     assert await prefill.prefill(JOB) is not first
     assert len(inner.calls) == 2
 
