@@ -1,14 +1,17 @@
 """What the TCP byte path says on the wire, before and around the raw blocks. All integers are little-endian.
 
-receiver → source   request   magic, version, op, flags, len(transfer_id), timeout_ms, epoch, num_blocks, block_bytes
+receiver → source   request   magic, version, op, flags, dtype (0: as the blocks are, or a place in kv_dtypes.NAMES
+                              from 1 on), len(transfer_id), tokens of the last block, timeout_ms, epoch, num_blocks,
+                              block_bytes (on the wire)
                               transfer_id (UTF-8); pull: block ids (int32 each), along: first block, layers (int32)
 source → receiver   answer    magic, status, len(reason), len(message); reason and message when refused
                     then, when accepted,
              pull   for each group of blocks: digests (8 bytes each, if asked for), the blocks
-                    trailer   magic: all was sent and the lease was held until here
+                    trailer   magic: all was sent and the lease was held until here; for another dtype the deviation
             along   for each segment of blocks x layers that has become ready:
                     segment   kind, layers, blocks; data: digest (8 bytes, if asked for) and the bytes, block after
-                              block; wait: nothing yet; done: all was sent; failed: an answer that refuses
+                              block; wait: nothing yet; done: all was sent, and for another dtype the deviation;
+                              failed: an answer that refuses
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sagellm_common.comm_backend.kv_dtypes import NAMES, Deviation
+from sagellm_common.comm_backend.protocol import Encoding
 from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.core.types import BlockIds, pack_int32
 
@@ -35,10 +40,11 @@ MAX_GROUP_BLOCKS = 1000
 MAX_TIMEOUT_MS = 600_000
 """No receiver makes a source hold blocks for it any longer."""
 
-REQUEST = struct.Struct("<4sBBBxHxxIqIQ")
+REQUEST = struct.Struct("<4sBBBBHHIqIQ")
 ANSWER = struct.Struct("<4sBxHI")
 ALONG = struct.Struct("<ii")
 SEGMENT = struct.Struct("<BxHHxxII")
+DEVIATION = struct.Struct("<dddQ")
 
 
 NO_SEGMENT = Segment(0, 0, 0, 0)
@@ -59,12 +65,20 @@ class PullHeader:
     epoch: int
     num_blocks: int
     block_bytes: int
+    encoding: Encoding | None
 
 
 def encode_pull(
-    transfer_id: str, epoch: int, block_ids: BlockIds, *, block_bytes: int, digest: bool, timeout_s: float
+    transfer_id: str,
+    epoch: int,
+    block_ids: BlockIds,
+    *,
+    block_bytes: int,
+    digest: bool,
+    timeout_s: float,
+    encoding: Encoding | None = None,
 ) -> bytes:
-    header = _encode_header(OP_PULL, transfer_id, epoch, len(block_ids), block_bytes, digest, timeout_s)
+    header = _encode_header(OP_PULL, transfer_id, epoch, len(block_ids), block_bytes, digest, timeout_s, encoding)
     return header + pack_int32(block_ids)
 
 
@@ -78,33 +92,63 @@ def encode_along(
     block_bytes: int,
     digest: bool,
     timeout_s: float,
+    encoding: Encoding | None = None,
 ) -> bytes:
     """Asks for num_blocks blocks from first_block on, in token order: all that are left."""
-    header = _encode_header(OP_ALONG, transfer_id, epoch, num_blocks, block_bytes, digest, timeout_s)
+    header = _encode_header(OP_ALONG, transfer_id, epoch, num_blocks, block_bytes, digest, timeout_s, encoding)
     return header + ALONG.pack(first_block, num_layers)
 
 
 def _encode_header(
-    op: int, transfer_id: str, epoch: int, num_blocks: int, block_bytes: int, digest: bool, timeout_s: float
+    op: int,
+    transfer_id: str,
+    epoch: int,
+    num_blocks: int,
+    block_bytes: int,
+    digest: bool,
+    timeout_s: float,
+    encoding: Encoding | None,
 ) -> bytes:
     name = transfer_id.encode()
     flags = FLAG_DIGEST if digest else 0
     timeout_ms = max(1, min(MAX_TIMEOUT_MS, int(timeout_s * 1000)))
-    return REQUEST.pack(MAGIC, VERSION, op, flags, len(name), timeout_ms, epoch, num_blocks, block_bytes) + name
+    dtype = 1 + NAMES.index(encoding.dtype) if encoding else 0
+    last = encoding.last_block_tokens if encoding else 0
+    fixed = (MAGIC, VERSION, op, flags, dtype, len(name), last, timeout_ms, epoch, num_blocks, block_bytes)
+    return REQUEST.pack(*fixed) + name
 
 
 def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
     """Raises MalformedFrame, also for more blocks than the pool has: nothing is allocated for such a request."""
-    magic, version, op, flags, name_bytes, timeout_ms, epoch, num_blocks, block_bytes = REQUEST.unpack(header)
+    magic, version, op, flags, dtype, name_bytes, last, timeout_ms, epoch, num_blocks, block_bytes = REQUEST.unpack(
+        header
+    )
     if magic != MAGIC:
         raise MalformedFrame(f"starts with {magic!r}, not {MAGIC!r}")
     if version != VERSION or op not in (OP_PULL, OP_ALONG):
         raise MalformedFrame(f"has version {version} op {op}; known: version {VERSION} op {OP_PULL} and {OP_ALONG}")
     if not 0 < num_blocks <= max_blocks:
         raise MalformedFrame(f"asks for {num_blocks} blocks of a pool of {max_blocks}")
+    if dtype > len(NAMES):
+        raise MalformedFrame(f"asks for dtype {dtype}; known are 0 to {len(NAMES)}")
     return PullHeader(
-        op, bool(flags & FLAG_DIGEST), name_bytes, min(timeout_ms, MAX_TIMEOUT_MS), epoch, num_blocks, block_bytes
+        op,
+        bool(flags & FLAG_DIGEST),
+        name_bytes,
+        min(timeout_ms, MAX_TIMEOUT_MS),
+        epoch,
+        num_blocks,
+        block_bytes,
+        Encoding(NAMES[dtype - 1], block_bytes, last) if dtype else None,
     )
+
+
+def encode_deviation(deviation: Deviation) -> bytes:
+    return DEVIATION.pack(deviation.max_abs, deviation.squares, deviation.number_squares, deviation.non_finite)
+
+
+def decode_deviation(packed: bytes | bytearray) -> Deviation:
+    return Deviation(*DEVIATION.unpack(packed))
 
 
 def encode_segment(kind: int, segment: Segment = NO_SEGMENT) -> bytes:

@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from sagellm_common.comm_backend.bridge import Outgoing
+from sagellm_common.comm_backend.kv_dtypes import Deviation
+from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import Allocation, KvMemory, KvRegion
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvSource
@@ -19,6 +22,31 @@ class TransferResult:
     bytes: int
     seconds: float
     blocks: int
+    deviation: Deviation | None = None
+    """By how much what is here differs from what the source has; None: its dtype was kept all the way."""
+    wire_dtype: str = ""
+    """In which it crossed; empty: in that of both pools."""
+    transcode_s: float = 0.0
+    """Spent on that by the receiver, beside the transfer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The dtype in which the receiver wants the source's blocks sent: one of `kv_dtypes.NAMES`.
+
+    `block_bytes` is what a block has in it, `last_block_tokens` how many tokens of the last one count.
+    """
+
+    dtype: str
+    block_bytes: int
+    last_block_tokens: int
+
+
+Encode = Callable[[str, tuple[int, int]], Outgoing]
+"""(dtype, the id of the last block and how many tokens of it count) → a pool's blocks in that dtype.
+
+Raises LayoutMismatch where it cannot be made of the pool's.
+"""
 
 
 class LeasedBlocks(Protocol):
@@ -54,6 +82,9 @@ class KVTransferChannel(Protocol):
     name: str
     pulls_along: bool
     """Whether `pull_along` works here; else blocks are pulled when all of them are computed."""
+    encodes: bool
+    """Whether the source sends in another dtype on request, and `into` may be any memory: written through `writing`
+    group by group, in order, when the digests are checked. Else blocks come as they are, into a `KvRegion`."""
 
     @property
     def address(self) -> str:
@@ -69,12 +100,14 @@ class KVTransferChannel(Protocol):
         target_blocks: BlockIds,
         *,
         timeout_s: float,
-        into: KvRegion | None = None,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         """Copies source_blocks[i] of the source into target_blocks[i] of the own pool, digests checked.
 
-        `into` is other memory than the pool, for blocks of another layout than the pool's. Raises LayoutMismatch unless
-        its blocks (the pool's) have the size of the source's, PeerLost (connection refused, reset, silent past the
+        `into` is other memory than the pool, for blocks of another layout than the pool's. With `encoding` (where the
+        channel `encodes`) the source converts them first. Raises LayoutMismatch unless blocks that arrive have the size
+        of those of `into` (of the pool), PeerLost (connection refused, reset, silent past the
         deadline), LeaseExpired, KvCorrupt. After an error the target blocks hold garbage, the pool is otherwise intact.
         """
 
@@ -86,6 +119,8 @@ class KVTransferChannel(Protocol):
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         """As `pull`, of blocks that are still being computed, as they become ready: some layers of some blocks at a
         time, a digest for each such segment. target_blocks[i] is filled from the source's block first_block + i in
@@ -102,3 +137,10 @@ class KVTransferChannel(Protocol):
 
     async def close(self) -> None:
         """Stops serving and drops connections. Idempotent."""
+
+
+def as_they_are(channel: KVTransferChannel, into: KvMemory | None, encoding: Encoding | None) -> KvRegion | None:
+    """`into` of a channel that does not encode. Raises InvalidRequest for what only such a one can do."""
+    if encoding is not None or not isinstance(into, KvRegion | None):
+        raise InvalidRequest(f"over {channel.name} blocks come in the source's dtype, into memory of the host")
+    return into

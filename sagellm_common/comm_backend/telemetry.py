@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from prometheus_client import Counter, Histogram
 
-from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, TransferResult
-from sagellm_common.core.kv import Allocation, KvRegion
+from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, LeasedBlocks, Memory, TransferResult
+from sagellm_common.core.kv import Allocation, KvMemory
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvSource
 
@@ -35,6 +35,7 @@ class InstrumentedChannel:
         self._inner = inner
         self.name = inner.name
         self.pulls_along = inner.pulls_along
+        self.encodes = inner.encodes
 
     @property
     def address(self) -> str:
@@ -50,10 +51,13 @@ class InstrumentedChannel:
         target_blocks: BlockIds,
         *,
         timeout_s: float,
-        into: KvRegion | None = None,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         with self._failures():
-            result = await self._inner.pull(source, source_blocks, target_blocks, timeout_s=timeout_s, into=into)
+            result = await self._inner.pull(
+                source, source_blocks, target_blocks, timeout_s=timeout_s, into=into, encoding=encoding
+            )
         return self._counted(result)
 
     async def pull_along(
@@ -64,10 +68,18 @@ class InstrumentedChannel:
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         with self._failures():
             result = await self._inner.pull_along(
-                source, first_block, target_blocks, timeout_s=timeout_s, on_bytes=on_bytes
+                source,
+                first_block,
+                target_blocks,
+                timeout_s=timeout_s,
+                on_bytes=on_bytes,
+                into=into,
+                encoding=encoding,
             )
         return self._counted(result)
 

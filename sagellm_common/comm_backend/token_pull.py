@@ -1,35 +1,86 @@
-"""Pulls of tokens: whatever blocks the source keeps them in, they end in ours.
+"""Pulls of tokens: whatever blocks the source keeps them in, and in whatever dtype, they end in ours.
 
-same layout      the source's blocks ──► the pool
-bridged layouts  the source's blocks ──► staging, in the source's layout ──► transcode ──► the pool, group by group
+one layout       the source's blocks ──► the pool
+bridged layouts  the source's blocks ──► `bridge.Incoming`, in the source's cut ──► the pool, group by group
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sagellm_common.comm_backend.bridge import Buffers, Incoming
 from sagellm_common.comm_backend.daemon import finished
-from sagellm_common.comm_backend.protocol import KVTransferChannel, TransferResult
+from sagellm_common.comm_backend.kv_dtypes import Deviation
+from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, TransferResult
 from sagellm_common.comm_backend.transcode import Transcoder
-from sagellm_common.core.errors import InvalidRequest
-from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.comm_backend.wire_dtype import wire_layout
+from sagellm_common.core.config import TransportConfig
+from sagellm_common.core.errors import InvalidRequest, LayoutMismatch
+from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
-STAGING_BYTES = 8 << 20
-"""So much of a pull (but at least one block of ours) waits to be transcoded."""
+STAGING_BYTES = 4 << 20
+"""So much (but at least one block) is pulled at a time over a byte path that knows of no groups."""
+
+LinkSpeed = Callable[[KvSource], float]
+"""Bytes per second from a source; 0: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How tokens come: from blocks of `source`, over the link as blocks of `wire`, into blocks of `target`."""
+
+    tokens: range
+    source: KvLayout
+    wire: KvLayout
+    target: KvLayout
+
+    @property
+    def theirs(self) -> slice:
+        return _blocks(self.tokens, self.wire)
+
+    @property
+    def ours(self) -> slice:
+        return _blocks(self.tokens, self.target)
+
+    @property
+    def direct(self) -> bool:
+        return self.wire == self.target
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """None: the source sends its blocks as they are."""
+        if self.wire == self.source:
+            return None
+        size = self.wire.block_size_tokens
+        last = self.tokens.stop - (self.tokens.stop - 1) // size * size
+        return Encoding(self.wire.dtype, self.wire.block_bytes, last)
 
 
 class TokenPuller:
-    """Pulls into `pool`, whose blocks have `layout`."""
+    """Pulls into `pool`, whose blocks have `layout`. `settings` are asked for at each pull."""
 
-    def __init__(self, channel: KVTransferChannel, pool: KvMemory, layout: KvLayout) -> None:
+    def __init__(
+        self,
+        channel: KVTransferChannel,
+        pool: KvMemory,
+        layout: KvLayout,
+        settings: Callable[[], TransportConfig],
+        link_speed: LinkSpeed | None = None,
+    ) -> None:
         self._channel = channel
         self._pool = pool
         self._layout = layout
+        self._settings = settings
+        self._link_speed = link_speed or (lambda _: settings().link_bytes_per_s)
+        self._buffers = Buffers()
 
     async def pull(
         self,
@@ -47,60 +98,134 @@ class TokenPuller:
         bytes that crossed. Raises LayoutMismatch where there is no bridge, and what `KVTransferChannel.pull` raises.
         When it returns or raises, nobody writes to the blocks any more.
         """
-        theirs, size = source_layout.block_size_tokens, self._layout.block_size_tokens
-        if len(source.block_table) * theirs < end_token:
-            raise InvalidRequest(
-                f"source.block_table has {len(source.block_table)} blocks of {theirs} tokens, too few for {end_token}"
+        way = await self._way(source, source_layout, range(begin_token, end_token))
+        table = source.block_table[way.theirs]
+        if way.direct:
+            ours = target_blocks[way.ours]
+            pulled = await self._channel.pull(source, table, ours, timeout_s=timeout_s, encoding=way.encoding)
+            return _reported(way, pulled)
+        began_s = time.monotonic()
+        async with self._incoming(way, target_blocks) as incoming:
+            if self._channel.encodes:
+                pulled = await self._channel.pull(
+                    source,
+                    table,
+                    np.arange(len(table), dtype=np.int32),
+                    timeout_s=timeout_s,
+                    into=incoming,
+                    encoding=way.encoding,
+                )
+            else:
+                pulled = await self._pull_in_steps(source, table, incoming, timeout_s)
+        return _reported(way, replace(pulled, seconds=time.monotonic() - began_s), incoming)
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        source_layout: KvLayout,
+        target_blocks: BlockIds,
+        begin_token: int,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> TransferResult:
+        """As `pull`, of all tokens from `begin_token` on, while they are computed: see `KVTransferChannel`.
+
+        Raises LayoutMismatch for another layout over a byte path that brings whole pools' blocks only.
+        """
+        way = await self._way(source, source_layout, range(begin_token, source.num_tokens))
+        first, table = way.theirs.start, source.block_table[way.theirs]
+        if way.direct:
+            ours = target_blocks[way.ours]
+            pulled = await self._channel.pull_along(
+                source, first, ours, timeout_s=timeout_s, on_bytes=on_bytes, encoding=way.encoding
             )
-        begin, end = begin_token // size, -(-end_token // size)
-        if source_layout == self._layout:
-            return await self._channel.pull(
-                source, source.block_table[begin:end], target_blocks[begin:end], timeout_s=timeout_s
+            return _reported(way, pulled)
+        if not self._channel.encodes:
+            differing = ", ".join(self._layout.differences(source_layout))
+            raise LayoutMismatch(
+                f"blocks of {source.worker_id!r} differ in {differing}: over {self._channel.name} they are transcoded "
+                "when all of them are computed"
             )
-        began_s, num_bytes = time.monotonic(), 0
-        transcoder = Transcoder(source_layout, self._layout)
-        # Whole blocks of ours at a time: a block of memory that the host only stages is written once.
-        step = max(1, STAGING_BYTES // self._layout.block_bytes)
-        staging = _staging(min(step, end - begin) * size // theirs + 2, source_layout)
-        for at in range(begin, end, step):
-            blocks = target_blocks[at : min(at + step, end)]
-            run = range(at * size, min((at + len(blocks)) * size, end_token))
-            first, stop = run.start // theirs, -(-run.stop // theirs)
-            pulled = await self._channel.pull(
+        async with self._incoming(way, target_blocks) as incoming:
+            pulled = await self._channel.pull_along(
                 source,
-                source.block_table[first:stop],
-                np.arange(stop - first, dtype=np.int32),
-                timeout_s=timeout_s - (time.monotonic() - began_s),
-                into=staging,
+                first,
+                np.arange(len(table), dtype=np.int32),
+                timeout_s=timeout_s,
+                on_bytes=on_bytes,
+                into=incoming,
+                encoding=way.encoding,
             )
-            num_bytes += pulled.bytes
-            await _in_thread(_move, transcoder, staging, first, self._pool, blocks, at, run)
-        return TransferResult(num_bytes, time.monotonic() - began_s, end - begin)
+        return _reported(way, pulled, incoming)
+
+    async def _way(self, source: KvSource, theirs: KvLayout, tokens: range) -> _Way:
+        held = len(source.block_table) * theirs.block_size_tokens
+        if held < tokens.stop:
+            raise InvalidRequest(
+                f"source.block_table has {len(source.block_table)} blocks of {theirs.block_size_tokens} tokens, too "
+                f"few for {tokens.stop}"
+            )
+        wire, settings = theirs, self._settings()
+        if self._channel.encodes and (theirs.dtype != self._layout.dtype or settings.wire_dtype != "same"):
+            # On a thread, for what it costs to convert may have to be measured first.
+            speed = self._link_speed(source)
+            wire = await asyncio.to_thread(wire_layout, settings, theirs, self._layout, len(tokens), speed)
+        return _Way(tokens, theirs, wire, self._layout)
+
+    @asynccontextmanager
+    async def _incoming(self, way: _Way, target_blocks: BlockIds) -> AsyncIterator[Incoming]:
+        """Left in whatever way, everything that was written to it is transcoded, and nothing more will be."""
+        transcoder = Transcoder(way.wire, way.target)
+        incoming = Incoming(transcoder, self._pool, target_blocks, way.tokens, self._buffers)
+        try:
+            yield incoming
+            await _in_thread(incoming.wait)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error that is on its way came first
+                await _in_thread(incoming.wait)
+            raise
+
+    async def _pull_in_steps(
+        self, source: KvSource, table: BlockIds, incoming: Incoming, timeout_s: float
+    ) -> TransferResult:
+        """One group is transcoded while the next is pulled."""
+        deadline_s = time.monotonic() + timeout_s
+        num_bytes, seconds, step = 0, 0.0, max(1, STAGING_BYTES // incoming.block_bytes)
+        for at in range(0, len(table), step):
+            ids = np.arange(at, min(at + step, len(table)), dtype=np.int32)
+            with incoming.writing(ids) as (region, staged):
+                pulled = await self._channel.pull(
+                    source, table[ids], staged, timeout_s=deadline_s - time.monotonic(), into=region
+                )
+                await _in_thread(incoming.wait)  # or leaving would block the loop
+            num_bytes, seconds = num_bytes + pulled.bytes, seconds + pulled.seconds
+        return TransferResult(num_bytes, seconds, len(table))
 
 
-def _move(
-    transcoder: Transcoder,
-    staging: KvRegion,
-    first_staged: int,
-    pool: KvMemory,
-    blocks: BlockIds,
-    first_block: int,
-    tokens: range,
-) -> None:
-    """`tokens` of a sequence whose blocks from number `first_staged` on are staged into its `blocks` of the pool."""
-    with pool.writing(blocks) as (region, ids):
-        source_blocks = np.arange(first_staged + staging.num_blocks, dtype=np.int32) - first_staged
-        target_blocks = np.concatenate([np.zeros(first_block, np.int32), ids])
-        transcoder.move(staging, source_blocks, region, target_blocks, tokens.start, tokens.stop)
+def _blocks(tokens: range, layout: KvLayout) -> slice:
+    size = layout.block_size_tokens
+    return slice(tokens.start // size, -(-tokens.stop // size))
 
 
-def _staging(num_blocks: int, layout: KvLayout) -> KvRegion:
-    return KvRegion(np.empty(num_blocks * layout.block_bytes, np.uint8).data, layout.block_bytes, num_blocks)
+def _reported(way: _Way, pulled: TransferResult, incoming: Incoming | None = None) -> TransferResult:
+    """In blocks of ours, and with what converting has cost on both sides."""
+    converted = len({way.source.dtype, way.wire.dtype, way.target.dtype}) > 1
+    deviation = pulled.deviation or Deviation()
+    if incoming is not None:
+        deviation = deviation.then(incoming.deviation)
+    return replace(
+        pulled,
+        blocks=way.ours.stop - way.ours.start,
+        wire_dtype=way.wire.dtype,
+        deviation=deviation if converted else None,
+        transcode_s=incoming.seconds if incoming is not None else 0.0,
+    )
 
 
-async def _in_thread(work: Callable[..., None], *args: object) -> None:
+async def _in_thread(work: Callable[[], None]) -> None:
     """Off the event loop. Cancelled, it first waits until `work` has ended."""
-    working = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         await asyncio.shield(working)
     except asyncio.CancelledError:

@@ -80,6 +80,8 @@ class EngineConfig(Section):
 class RoleConfig(Section):
     """What the engines of one role do differently; what is not set is as in `engine`."""
 
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    kv_quant_bits: Literal[0, 4, 8] | None = None
     block_size_tokens: int | None = Field(None, ge=1, le=256)
     num_blocks: int | None = Field(None, ge=4)
     max_batch_size: int | None = Field(None, ge=1)
@@ -92,6 +94,14 @@ class RoleConfig(Section):
 class TransportConfig(Section):
     backend: Literal["tcp", "gloo"] = "tcp"
     digest: bool = Field(True, description="checks an xxh3 digest per block")
+    wire_dtype: Literal["same", "auto", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
+        "same",
+        description="KV crosses in this dtype where that is smaller (tcp): faster over a slow link, and not exact. "
+        "same: nothing is lost on the way; auto: bf16 or int8 where the link is so slow that it pays",
+    )
+    link_bytes_per_s: float = Field(
+        0.0, ge=0, description="speed of the links for wire_dtype auto, where it is not measured; 0: unknown, as same"
+    )
     overlap: Literal["auto", "off"] = Field(
         "auto", description="decode pulls a prompt's KV while prefill still computes it; auto: where backend can (tcp)"
     )
@@ -157,4 +167,11 @@ class Config(Section):
         """As a worker of this role has it: with `engine` under what the role's own section says."""
         sections = {WorkerRole.PREFILL: self.prefill, WorkerRole.DECODE: self.decode}
         own = sections[role].model_dump(exclude_none=True) if role in sections else {}
-        return self.model_copy(update={"engine": self.engine.model_copy(update=own)})
+        return self.model_copy(update={"engine": EngineConfig.model_validate(self.engine.model_dump() | own)})
+
+    @model_validator(mode="after")
+    def _roles_are_valid(self) -> Self:
+        """What a role changes must go with the rest of `engine`."""
+        for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
+            self.of_role(role)
+        return self

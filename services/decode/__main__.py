@@ -44,7 +44,13 @@ async def compose(args: WorkerArgs) -> None:
         leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free)
         reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free)
         channel = make_channel(
-            config.transport, engine.kv.regions(), leases, config.cluster.host, args.data_port, transfers.pull_rpc
+            config.transport,
+            engine.kv.regions(),
+            leases,
+            config.cluster.host,
+            args.data_port,
+            transfers.pull_rpc,
+            lambda: engine.kv.layout,
         )
         runtime = WorkerRuntime(
             config,
@@ -62,7 +68,9 @@ async def compose(args: WorkerArgs) -> None:
             metrics_port=args.metrics_port,
         )
         layout = engine.kv.layout
-        puller = KvPuller(channel, transfers, LeaseReleaser(transfers, background), runtime, engine.kv)
+        puller = KvPuller(
+            channel, transfers, LeaseReleaser(transfers, background), runtime, engine.kv, lambda: config.transport
+        )
         offload = None
         if config.kv_store.enabled:
             store = StoreClient(channels, topology, layout, channel.name, clock)

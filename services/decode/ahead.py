@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,14 +55,10 @@ class Ahead:
             level = logging.DEBUG if isinstance(error, LayoutMismatch) else logging.WARNING
             log.log(level, "request %s: KV pulled ahead is of no use, pulling it again: %s", self.job.request_id, why)
             return None
-        result, num_blocks = self.task.result(), len(source.block_table)
+        result = self.task.result()
         allocation.num_cached_tokens = min(source.num_tokens, num_tokens)
-        return Transfer(
-            bytes=result.bytes,
-            transfer_ms=result.seconds * 1e3,
-            blocks=result.blocks,
-            blocks_reused=num_blocks - result.blocks,
-            backend=source.backend,
+        return replace(
+            Transfer.of(result, len(allocation.block_ids) - result.blocks, source.backend),
             bytes_ahead=self.bytes_at_call,
             began_ahead_ms=(self.called_s - self.began_s) * 1e3,
         )

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager, contextmanager
 
 from sagellm_common.comm_backend.protocol import KVTransferChannel, TransferResult
 from sagellm_common.comm_backend.token_pull import TokenPuller
-from sagellm_common.core.errors import LayoutMismatch, SageError
+from sagellm_common.core.config import TransportConfig
+from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.telemetry import span
 from sagellm_common.core.types import KvLayout, KvSource
@@ -30,8 +31,9 @@ class KvPuller:
         releaser: LeaseReleaser,
         worker: WorkerView,
         pool: KVBackendProtocol,
+        settings: Callable[[], TransportConfig],
     ) -> None:
-        self._tokens = TokenPuller(channel, pool.regions(), pool.layout)
+        self._tokens = TokenPuller(channel, pool.regions(), pool.layout, settings)
         self._channel = channel
         self._transfers = transfers
         self._releaser = releaser
@@ -65,7 +67,7 @@ class KvPuller:
                 source, theirs, allocation.block_ids, begin * size, ready, timeout_s=job.timeout_s
             )
         allocation.num_cached_tokens = ready
-        return Transfer(result.bytes, result.seconds * 1e3, result.blocks, begin, self._channel.name)
+        return Transfer.of(result, begin, self._channel.name)
 
     async def pull_ahead(
         self, job: PullAheadJob, allocation: Allocation, on_bytes: Callable[[int], None]
@@ -73,21 +75,22 @@ class KvPuller:
         """As `pull`, of blocks that the source is still computing: returns when all of them are here.
 
         `allocation.num_cached_tokens` stays: what is here counts once the Decode call says it is from this source.
-        Raises LayoutMismatch for a layout that `pull` transcodes, too: that takes whole prompts.
+        Raises LayoutMismatch for another layout over a byte path that only brings it when all is computed.
         """
         source = job.source
         with span(
             "pull_ahead", job.trace_context, request_id=job.request_id, source=source.worker_id, backend=source.backend
         ) as current:
             theirs = await self._handshake(source)
-            if differences := self._layout.differences(theirs):
-                raise LayoutMismatch(
-                    f"blocks of {source.worker_id!r} differ in {', '.join(differences)}: they are transcoded when all "
-                    "of them are computed"
-                )
             begin = self._first_missing(allocation)
-            missing = allocation.block_ids[begin : len(source.block_table)]
-            result = await self._channel.pull_along(source, begin, missing, timeout_s=job.timeout_s, on_bytes=on_bytes)
+            result = await self._tokens.pull_along(
+                source,
+                theirs,
+                allocation.block_ids,
+                begin * self._layout.block_size_tokens,
+                timeout_s=job.timeout_s,
+                on_bytes=on_bytes,
+            )
             moved = {"bytes": result.bytes, "blocks": result.blocks, "moving_ms": result.seconds * 1e3}
             current.set_attributes({**moved, "blocks_reused": begin})
             return result

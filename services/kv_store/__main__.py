@@ -37,6 +37,7 @@ async def compose(args: WorkerArgs) -> None:
             config.cluster.host,
             args.data_port,
             KvTransferClient(channels).pull_rpc,
+            lambda: pool.layout,
         )
         runtime = WorkerRuntime(
             config,

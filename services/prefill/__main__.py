@@ -42,7 +42,13 @@ async def compose(args: WorkerArgs) -> None:
         transfers = KvTransferClient(channels)
         leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free)
         channel = make_channel(
-            config.transport, engine.kv.regions(), leases, config.cluster.host, args.data_port, transfers.pull_rpc
+            config.transport,
+            engine.kv.regions(),
+            leases,
+            config.cluster.host,
+            args.data_port,
+            transfers.pull_rpc,
+            lambda: engine.kv.layout,
         )
         runtime = WorkerRuntime(
             config,
@@ -61,7 +67,9 @@ async def compose(args: WorkerArgs) -> None:
         store = None
         if config.kv_store.enabled:
             client = StoreClient(channels, topology, engine.kv.layout, channel.name, clock)
-            store = StoreFetch(client, channel, LeaseReleaser(transfers, background), engine.kv)
+            store = StoreFetch(
+                client, channel, LeaseReleaser(transfers, background), engine.kv, lambda: config.transport
+            )
         loop = PrefillLoop(engine, leases, runtime, store, clock, overlap_min_bytes(config.transport, channel))
         prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
         stack.push_async_callback(prefill.close)

@@ -141,7 +141,13 @@ async def worker(
         leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free)
         reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free)
         channel = make_channel(
-            config.transport, engine.kv.regions(), leases, config.cluster.host, 0, transfers.pull_rpc
+            config.transport,
+            engine.kv.regions(),
+            leases,
+            config.cluster.host,
+            0,
+            transfers.pull_rpc,
+            lambda: engine.kv.layout,
         )
         runtime = WorkerRuntime(
             config,
@@ -160,7 +166,7 @@ async def worker(
         releaser = LeaseReleaser(transfers, background)
         prefill = aheads = None
         if role is WorkerRole.PREFILL:
-            fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
+            fetch = StoreFetch(client, channel, releaser, engine.kv, lambda: config.transport) if store else None
             overlap = overlap_min_bytes(config.transport, channel)
             loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), overlap)
             prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
@@ -171,7 +177,7 @@ async def worker(
                 PrefillServicer(prefill, 60.0),
             )
         else:
-            puller = KvPuller(channel, transfers, releaser, runtime, engine.kv)
+            puller = KvPuller(channel, transfers, releaser, runtime, engine.kv, lambda: config.transport)
             aheads = PullsAhead(reservations, puller)
             offload = (
                 Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)

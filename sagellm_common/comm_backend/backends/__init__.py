@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, PullRpc, Regions
+from sagellm_common.comm_backend.protocol import Encode, KVTransferChannel, LeasedBlocks, Memory, PullRpc, Regions
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.kv import KvMemory, KvRegion
@@ -27,6 +27,7 @@ class End:
     host: str
     port: int
     pull_rpc: PullRpc | None = None
+    encode: Encode | None = None
 
     def ask(self) -> KvMemory:
         """The memory as it is now: a store has none before its first layout."""

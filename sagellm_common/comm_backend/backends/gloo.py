@@ -24,9 +24,9 @@ from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.gloo_pair import RECEIVER, SOURCE, GlooPair, WriteGate, join
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
-from sagellm_common.comm_backend.protocol import LeasedBlocks, PullRpc, Regions, TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, PullRpc, Regions, TransferResult, as_they_are
 from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, InvalidRequest, PeerLost
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 MAX_SOURCE_PAIRS = 64
@@ -54,6 +54,7 @@ class GlooChannel:
 
     name = "gloo"
     pulls_along = False
+    encodes = False
 
     def __init__(
         self,
@@ -118,9 +119,10 @@ class GlooChannel:
         target_blocks: BlockIds,
         *,
         timeout_s: float,
-        into: KvRegion | None = None,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
-        region = into or self._regions()
+        region = as_they_are(self, into, encoding) or self._regions()
         check_pull(region, source_blocks, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")
@@ -184,6 +186,8 @@ class GlooChannel:
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         raise InvalidRequest(
             "over gloo nothing is pulled along the computation: a pair moves whole blocks, once they are all computed"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
-from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions, TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, Regions, TransferResult, as_they_are
 from sagellm_common.core.errors import Draining, InvalidRequest, LayoutMismatch, PeerLost
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 
@@ -47,6 +47,7 @@ class MockChannel:
 
     name = "mock"
     pulls_along = False
+    encodes = False
 
     def __init__(
         self,
@@ -77,9 +78,10 @@ class MockChannel:
         target_blocks: BlockIds,
         *,
         timeout_s: float,
-        into: KvRegion | None = None,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
-        region = into or self._regions()
+        region = as_they_are(self, into, encoding) or self._regions()
         check_pull(region, source_blocks, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")
@@ -101,6 +103,8 @@ class MockChannel:
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         raise InvalidRequest("over mock nothing is pulled along the computation: mock copies whole blocks")
 

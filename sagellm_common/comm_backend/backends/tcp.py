@@ -8,15 +8,17 @@ from collections.abc import Callable
 from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
-from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory, TransferResult
+from sagellm_common.comm_backend.protocol import Encode, Encoding, LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.errors import InvalidRequest
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds, KvSource
 
 
 def open_channel(end: End) -> TcpChannel:
     cfg = end.config
-    return TcpChannel(end.ask, end.leases, end.host, end.port, digest=cfg.digest, silence_s=cfg.timeout_s)
+    return TcpChannel(
+        end.ask, end.leases, end.host, end.port, digest=cfg.digest, silence_s=cfg.timeout_s, encode=end.encode
+    )
 
 
 class TcpChannel:
@@ -24,13 +26,22 @@ class TcpChannel:
 
     name = "tcp"
     pulls_along = True
+    encodes = True
 
     def __init__(
-        self, memory: Memory, leases: LeasedBlocks, host: str, port: int, *, digest: bool, silence_s: float
+        self,
+        memory: Memory,
+        leases: LeasedBlocks,
+        host: str,
+        port: int,
+        *,
+        digest: bool,
+        silence_s: float,
+        encode: Encode | None = None,
     ) -> None:
         self.address = ""
         self._host, self._port = host, port
-        self._source = TcpSource(memory, leases, silence_s)
+        self._source = TcpSource(memory, leases, silence_s, encode)
         self._receiver = TcpReceiver(memory, digest=digest, silence_s=silence_s)
 
     async def start(self) -> str:
@@ -44,9 +55,12 @@ class TcpChannel:
         target_blocks: BlockIds,
         *,
         timeout_s: float,
-        into: KvRegion | None = None,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
-        return await self._receiver.pull(source, source_blocks, target_blocks, timeout_s=timeout_s, into=into)
+        return await self._receiver.pull(
+            source, source_blocks, target_blocks, timeout_s=timeout_s, into=into, encoding=encoding
+        )
 
     async def pull_along(
         self,
@@ -56,9 +70,17 @@ class TcpChannel:
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         return await self._receiver.pull_along(
-            source, first_block, target_blocks, timeout_s=timeout_s, on_bytes=on_bytes
+            source,
+            first_block,
+            target_blocks,
+            timeout_s=timeout_s,
+            on_bytes=on_bytes,
+            into=into,
+            encoding=encoding,
         )
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:

@@ -22,12 +22,13 @@ from sagellm_common.comm_backend.integrity import (
     verify_blocks,
     verify_segment,
 )
-from sagellm_common.comm_backend.protocol import Memory, TransferResult
+from sagellm_common.comm_backend.kv_dtypes import Deviation
+from sagellm_common.comm_backend.protocol import Encoding, Memory, TransferResult
 from sagellm_common.comm_backend.segments import Segment, layers_apart, views
 from sagellm_common.comm_backend.wire import Wire, split_address
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import Draining, PeerLost, error_for
-from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds, KvSource
 
 T = TypeVar("T")
@@ -57,20 +58,21 @@ class TcpReceiver:
         target_blocks: BlockIds,
         *,
         timeout_s: float,
-        into: KvRegion | None = None,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         """See `KVTransferChannel.pull`. When it returns or raises, nobody writes to the target blocks any more."""
         memory = into or self._memory()
         check_pull(memory, source_blocks, target_blocks)
-        began_s = time.monotonic()
+        began_s, deviation = time.monotonic(), None
         if len(target_blocks):
-            await self._run(
+            deviation = await self._run(
                 source,
                 began_s + timeout_s,
-                lambda wire: self._transfer(wire, memory, source, source_blocks, target_blocks),
+                lambda wire: self._transfer(wire, memory, source, source_blocks, target_blocks, encoding),
             )
         num_bytes = len(target_blocks) * memory.block_bytes
-        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
+        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks), deviation)
 
     async def pull_along(
         self,
@@ -80,18 +82,20 @@ class TcpReceiver:
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         """See `KVTransferChannel.pull_along`, and `pull`."""
-        memory = self._memory()
+        memory = into or self._memory()
         check_targets(memory, target_blocks)
-        seconds = 0.0
+        seconds, deviation = 0.0, None
         if len(target_blocks):
-            seconds = await self._run(
+            seconds, deviation = await self._run(
                 source,
                 time.monotonic() + timeout_s,
-                lambda wire: self._transfer_along(wire, source, first_block, target_blocks, on_bytes),
+                lambda wire: self._transfer_along(wire, memory, source, first_block, target_blocks, on_bytes, encoding),
             )
-        return TransferResult(len(target_blocks) * memory.block_bytes, seconds, len(target_blocks))
+        return TransferResult(len(target_blocks) * memory.block_bytes, seconds, len(target_blocks), deviation)
 
     async def close(self) -> None:
         """Ends all pulls. Idempotent."""
@@ -140,8 +144,14 @@ class TcpReceiver:
         return result
 
     def _transfer(
-        self, wire: Wire, memory: KvMemory, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds
-    ) -> None:
+        self,
+        wire: Wire,
+        memory: KvMemory,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        encoding: Encoding | None,
+    ) -> Deviation | None:
         """The whole exchange, on a thread of its own."""
         size = memory.block_bytes
         request = frames.encode_pull(
@@ -151,6 +161,7 @@ class TcpReceiver:
             block_bytes=size,
             digest=self._digest,
             timeout_s=wire.deadline_s - time.monotonic(),
+            encoding=encoding,
         )
         wire.send([request])
         self._expect_accepted(wire)
@@ -164,17 +175,19 @@ class TcpReceiver:
         trailer = wire.recv(len(frames.TRAILER))
         if trailer != frames.TRAILER:
             raise MalformedFrame(f"ended with {bytes(trailer)!r}")
+        return _deviation(wire, encoding)
 
     def _transfer_along(
         self,
         wire: Wire,
+        memory: KvMemory,
         source: KvSource,
         first_block: int,
         target_blocks: BlockIds,
         on_bytes: Callable[[int], None],
-    ) -> float:
-        """The whole exchange, on a thread of its own; returns the seconds in which bytes moved."""
-        memory = self._memory()
+        encoding: Encoding | None,
+    ) -> tuple[float, Deviation | None]:
+        """The whole exchange, on a thread of its own; returns the seconds in which bytes moved, too."""
         num_layers = layers_apart(memory)
         request = frames.encode_along(
             source.transfer_id,
@@ -185,6 +198,7 @@ class TcpReceiver:
             block_bytes=memory.block_bytes,
             digest=self._digest,
             timeout_s=wire.deadline_s - time.monotonic(),
+            encoding=encoding,
         )
         wire.send([request])
         self._expect_accepted(wire)
@@ -206,7 +220,7 @@ class TcpReceiver:
                 failpoints.hit("receiver.pulling")
         if (layers_here != num_layers).any():
             raise MalformedFrame("ended before all blocks were sent")
-        return seconds
+        return seconds, _deviation(wire, encoding)
 
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Sequence[memoryview]) -> None:
         digest = bytearray(DIGEST_BYTES if self._digest else 0)
@@ -248,6 +262,11 @@ class TcpReceiver:
                 wire.close()
             if not wires:
                 del self._idle[address]
+
+
+def _deviation(wire: Wire, encoding: Encoding | None) -> Deviation | None:
+    """What ends a transfer in another dtype than the source's."""
+    return frames.decode_deviation(wire.recv(frames.DEVIATION.size)) if encoding is not None else None
 
 
 def _next_layers(layers_here: IntArray, segment: Segment, first_block: int, num_layers: int) -> slice:

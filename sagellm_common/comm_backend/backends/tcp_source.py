@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 
 from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend.bridge import Outgoing
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
 from sagellm_common.comm_backend.integrity import block_digests, segment_digest
-from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory
+from sagellm_common.comm_backend.protocol import Encode, LeasedBlocks, Memory
 from sagellm_common.comm_backend.segments import Segment, SegmentCutter, layers_apart, split, views
 from sagellm_common.comm_backend.wire import Buffer, Wire
 from sagellm_common.core import failpoints
@@ -38,8 +39,9 @@ MIN_SEGMENT_BYTES = 256 << 10
 class TcpSource:
     """Serves the blocks of a pool that `leases` lets be read."""
 
-    def __init__(self, memory: Memory, leases: LeasedBlocks, silence_s: float) -> None:
+    def __init__(self, memory: Memory, leases: LeasedBlocks, silence_s: float, encode: Encode | None = None) -> None:
         self._memory = memory
+        self._encode = encode
         self._leases = leases
         self._silence_s = silence_s
         self._listener: socket.socket | None = None
@@ -143,10 +145,9 @@ class TcpSource:
             return None
 
     def _answer(self, wire: Wire, header: PullHeader, transfer_id: str, block_ids: BlockIds) -> None:
-        memory = self._memory()
         with contextlib.ExitStack() as held:
             try:
-                _check_layout(memory, header, transfer_id)
+                memory = self._readable(header, transfer_id, int(block_ids[-1]))
                 held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
             except SageError as err:
                 wire.send([frames.encode_refusal(err.reason, err.message)])
@@ -158,7 +159,21 @@ class TcpSource:
                     wire.send([*head, *digests, *region.runs(ids)])
                 head = []
                 failpoints.hit("source.sending")
-            wire.send([frames.TRAILER])
+            wire.send([frames.TRAILER, *_deviation(memory)])
+
+    def _readable(self, header: PullHeader, transfer_id: str, last_block: int) -> KvMemory:
+        """The pool, or its blocks in the dtype that is asked for. Raises LayoutMismatch, InvalidRequest."""
+        memory: KvMemory = self._memory()
+        if header.encoding is not None:
+            if self._encode is None:
+                raise InvalidRequest(f"transfer {transfer_id!r}: this source sends its blocks as they are")
+            memory = self._encode(header.encoding.dtype, (last_block, header.encoding.last_block_tokens))
+        if header.block_bytes != memory.block_bytes:
+            raise LayoutMismatch(
+                f"transfer {transfer_id!r}: the receiver's blocks have {header.block_bytes} bytes, "
+                f"the source's {memory.block_bytes}; both need one KV layout"
+            )
+        return memory
 
     # ---- along the computation ----
 
@@ -166,10 +181,9 @@ class TcpSource:
         self, wire: Wire, header: PullHeader, transfer_id: str, first_block: int, num_layers: int
     ) -> None:
         """`num_layers` can be told apart in the receiver's blocks. If not in ours, each block is sent as a whole."""
-        memory = self._memory()
         try:
-            _check_layout(memory, header, transfer_id)
             allocation, progress = self._leases.progress(transfer_id, header.epoch)
+            memory = self._readable(header, transfer_id, int(allocation.block_ids[-1]))
             _check_along(allocation, first_block, header.num_blocks, num_layers)
         except SageError as err:
             wire.send([frames.encode_refusal(err.reason, err.message)])
@@ -184,7 +198,7 @@ class TcpSource:
             min_block_layers=-(-MIN_SEGMENT_BYTES // layer_bytes),
         )
         try:
-            for segment in self._ready(wire, progress, cutter, by_layer=num_layers == layers_apart(memory)):
+            for segment in self._ready(wire, progress, cutter, by_layer=num_layers == layers_apart(memory) > 1):
                 for part in split(segment, layer_bytes, frames.MAX_GROUP_BYTES):
                     block_ids = allocation.block_ids[part.first_block : part.end_block]
                     num_bytes = part.num_blocks * memory.block_bytes * part.num_layers // num_layers
@@ -200,7 +214,7 @@ class TcpSource:
             failed = frames.encode_segment(frames.SEGMENT_FAILED)
             wire.send([failed, frames.encode_refusal(err.reason, err.message)])
             return
-        wire.send([frames.encode_segment(frames.SEGMENT_DONE)])
+        wire.send([frames.encode_segment(frames.SEGMENT_DONE), *_deviation(memory)])
 
     def _ready(self, wire: Wire, progress: KvProgress, cutter: SegmentCutter, *, by_layer: bool) -> Iterator[Segment]:
         """Segments as they become ready, to the last one. Raises what the computation failed with."""
@@ -222,9 +236,6 @@ def _check_along(allocation: Allocation, first_block: int, num_blocks: int, num_
         )
 
 
-def _check_layout(memory: KvMemory, header: PullHeader, transfer_id: str) -> None:
-    if header.block_bytes != memory.block_bytes:
-        raise LayoutMismatch(
-            f"transfer {transfer_id!r}: the receiver's blocks have {header.block_bytes} bytes, "
-            f"the source's {memory.block_bytes}; both need one KV layout"
-        )
+def _deviation(memory: KvMemory) -> list[Buffer]:
+    """What ends a transfer in another dtype than the pool's."""
+    return [frames.encode_deviation(memory.deviation)] if isinstance(memory, Outgoing) else []

@@ -65,11 +65,12 @@ def answers(side: Side) -> None:
         (b"GET / HTTP/1.1\r\nHost: somewhere.example\r\n\r\n", "starts with b'GET '"),
         (b"SKVT\x09" + a_request()[5:], "version 9 op 1"),
         (b"SKVT\x01\x07" + a_request()[6:], "version 1 op 7"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 1, 1000, 1, 2**32 - 1, 64), "asks for 4294967295 blocks"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 1, 1000, 1, 0, 64), "asks for 0 blocks"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 2, 1000, 1, 1, 64) + b"\xff\xfe", "not UTF-8"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 2**32 - 1, 64), "asks for 4294967295 blocks"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 0, 64), "asks for 0 blocks"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 2, 0, 1000, 1, 1, 64) + b"\xff\xfe", "not UTF-8"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 99, 1, 0, 1000, 1, 1, 64), "asks for dtype 99"),
     ],
-    ids=["http", "version", "op", "too-many", "none", "name"],
+    ids=["http", "version", "op", "too-many", "none", "name", "dtype"],
 )
 async def test_a_malformed_request_costs_its_connection_only(
     source: Side, bad: bytes, complaint: str, caplog: pytest.LogCaptureFixture

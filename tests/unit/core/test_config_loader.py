@@ -83,7 +83,7 @@ def test_variables_that_are_no_settings_pass() -> None:
         ("transport: 3", {}, [], r"transport .*: is a section with keys of its own, but was given 3"),
         ("transport: {backend: glo}", {}, [], r"transport\.backend .*: 'glo' is not allowed, must be 'tcp' or 'gloo'"),
         ("", {}, ["decode.num_blocks=1"], r"decode\.num_blocks .*: 1 is not allowed, must be greater than .* to 4"),
-        ("", {}, ["prefill.dtype=bfloat16"], r"prefill\.dtype .*: unknown key.*"),
+        ("", {}, ["prefill.device=cuda"], r"prefill\.device .*: unknown key.*"),
         ("", {}, ["router.max_queue=0"], r"router\.max_queue .*: 0 is not allowed, must be greater than .* to 1"),
         ("", {}, ["router.max_queue="], r"router\.max_queue .*: '' is not allowed, must be a valid integer.*"),
         ("", {}, ["router.max_queue=[1"], r"router\.max_queue .*: '\[1' is no YAML value"),

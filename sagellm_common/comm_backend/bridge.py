@@ -1,0 +1,212 @@
+"""Transcoding at the ends of a byte path, which moves blocks and knows no layouts.
+
+    source     the pool ──reading──► Outgoing: its blocks in the dtype of the wire ──► the byte path
+    receiver   the byte path ──writing──► Incoming: blocks of the wire ──on a thread──► the pool
+
+A group of blocks is transcoded while the next one is on its way.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm_common.comm_backend.kv_dtypes import NAMES, Deviation, parse
+from sagellm_common.comm_backend.transcode import Transcoder, with_dtype
+from sagellm_common.core.errors import LayoutMismatch
+from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.types import BlockIds, KvLayout
+
+_WORKERS = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="kv-transcode")
+
+
+class Buffers:
+    """Staging memory, kept for the next transfer: memory that the system has to hand out page by page costs as much
+    as the transfer. Thread-safe."""
+
+    MAX_IDLE = 4
+
+    def __init__(self) -> None:
+        self._idle: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        with self._lock:
+            for n, buffer in enumerate(self._idle):
+                if buffer.nbytes >= num_bytes:
+                    return self._idle.pop(n)
+            if self._idle:
+                self._idle.pop(0)  # too small for what is asked for nowadays
+        return np.empty(num_bytes, np.uint8)
+
+    def give_back(self, buffer: NDArray[np.uint8]) -> None:
+        with self._lock:
+            if len(self._idle) < self.MAX_IDLE:
+                self._idle.append(buffer)
+
+
+def _region(buffer: NDArray[np.uint8], block_bytes: int, num_blocks: int) -> KvRegion:
+    return KvRegion(buffer[: num_blocks * block_bytes].data, block_bytes, num_blocks)
+
+
+class Incoming:
+    """A sequence's blocks as the sender has them, from the one that holds token `tokens.start` on: a `KvMemory` whose
+    block 0 is that one. What is written, each block once and in order, ends in the pool's `target_blocks`, the
+    sequence's block table from its token 0 on.
+
+    For one writer at a time. `wait` before anything else is done with the target blocks.
+    """
+
+    def __init__(
+        self,
+        transcoder: Transcoder,
+        pool: KvMemory,
+        target_blocks: BlockIds,
+        tokens: range,
+        buffers: Buffers,
+    ) -> None:
+        self.deviation = Deviation()
+        self.seconds = 0.0
+        """Spent on transcoding."""
+        self._transcoder = transcoder
+        self._pool = pool
+        self._target_blocks = target_blocks
+        self._tokens = tokens
+        self._buffers = buffers
+        self._size = transcoder.source.block_size_tokens
+        self._first = tokens.start // self._size
+        self.block_bytes = transcoder.source.block_bytes
+        self.num_blocks = -(-tokens.stop // self._size) - self._first
+        # A device's blocks are written whole: what is missing of the last one waits for the next group.
+        self._whole_blocks = not isinstance(pool, KvRegion)
+        self._done = tokens.start
+        """Tokens before it are in the pool, or on their way there."""
+        self._next = 0
+        """Blocks before it were written."""
+        self._kept: NDArray[np.uint8] = np.empty(0, np.uint8)
+        """Of blocks that were written and hold tokens from `_done` on, the bytes."""
+        self._job: Future[None] | None = None
+
+    def reading(self, block_ids: BlockIds) -> AbstractContextManager[tuple[KvRegion, BlockIds]]:
+        raise io.UnsupportedOperation("incoming blocks are only written")
+
+    @contextmanager
+    def writing(self, block_ids: BlockIds) -> Iterator[tuple[KvRegion, BlockIds]]:
+        """See `KvMemory`. Blocks until what was written before the last time is transcoded."""
+        count = len(block_ids)
+        if not np.array_equal(block_ids, np.arange(self._next, self._next + count)):
+            raise ValueError(f"blocks {block_ids.tolist()} were filled after {self._next} of {self.num_blocks}")
+        kept = len(self._kept) // self.block_bytes
+        buffer = self._buffers.take((kept + count) * self.block_bytes)
+        try:
+            buffer[: len(self._kept)] = self._kept
+            region = _region(buffer, self.block_bytes, kept + count)
+            yield region, np.arange(kept, kept + count, dtype=np.int32)
+            self.wait()
+        except BaseException:
+            self._buffers.give_back(buffer)
+            raise
+        self._next += count
+        start = (self._first + self._next - kept - count) * self._size
+        stop = min((self._first + self._next) * self._size, self._tokens.stop)
+        if self._whole_blocks and stop < self._tokens.stop:
+            ours = self._transcoder.target.block_size_tokens
+            stop = max(self._done, stop // ours * ours)
+        tokens, self._done = range(self._done, stop), stop
+        left = (self._first + self._next) - stop // self._size if stop < self._tokens.stop else 0
+        end = (kept + count) * self.block_bytes
+        self._kept = buffer[end - left * self.block_bytes : end].copy()
+        self._job = _WORKERS.submit(self._move, buffer, region, start, tokens)
+
+    def wait(self) -> None:
+        """Until nothing is being transcoded. Raises what that failed with."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def _move(self, buffer: NDArray[np.uint8], staged: KvRegion, start: int, tokens: range) -> None:
+        """`tokens` of a sequence that is staged from token `start` on."""
+        began_s = time.perf_counter()
+        ours = self._transcoder.target.block_size_tokens
+        first, end = tokens.start // ours, -(-tokens.stop // ours)
+        try:
+            if tokens:
+                with self._pool.writing(self._target_blocks[first:end]) as (region, ids):
+                    moved = self._transcoder.move(
+                        staged,
+                        np.arange(staged.num_blocks, dtype=np.int32),
+                        region,
+                        ids,
+                        tokens,
+                        source_start=start,
+                        target_start=first * ours,
+                    )
+                self.deviation.add(moved)
+        finally:
+            self._buffers.give_back(buffer)
+            self.seconds += time.perf_counter() - began_s
+
+
+class Outgoing:
+    """The blocks of a pool as they are sent, in another dtype: a `KvMemory` to be read.
+
+    `partial` names a block that is not full, and how many tokens it has: what lies in its other slots is not read.
+    """
+
+    def __init__(
+        self, transcoder: Transcoder, pool: KvMemory, buffers: Buffers, partial: tuple[int, int] | None = None
+    ) -> None:
+        self.deviation = Deviation()
+        self._transcoder = transcoder
+        self._pool = pool
+        self._buffers = buffers
+        self._partial = partial
+        self.block_bytes = transcoder.target.block_bytes
+        self.num_blocks = pool.num_blocks
+
+    def writing(self, block_ids: BlockIds) -> AbstractContextManager[tuple[KvRegion, BlockIds]]:
+        raise io.UnsupportedOperation("outgoing blocks are only read")
+
+    @contextmanager
+    def reading(self, block_ids: BlockIds) -> Iterator[tuple[KvRegion, BlockIds]]:
+        """See `KvMemory`. Blocks until they are transcoded."""
+        count, size = len(block_ids), self._transcoder.target.block_size_tokens
+        buffer = self._buffers.take(count * self.block_bytes)
+        try:
+            region = _region(buffer, self.block_bytes, count)
+            staged = np.arange(count, dtype=np.int32)
+            with self._pool.reading(block_ids) as (pool, ids):
+                for n, block_id in enumerate(block_ids.tolist()):
+                    num_tokens = size
+                    if self._partial is not None and self._partial[0] == block_id:
+                        num_tokens = self._partial[1]
+                        region.block(n)[:] = bytes(self.block_bytes)
+                    tokens = range(n * size, n * size + num_tokens)
+                    self.deviation.add(self._transcoder.move(pool, ids, region, staged, tokens))
+            yield region, staged
+        finally:
+            self._buffers.give_back(buffer)
+
+
+class Encoder:
+    """A pool's blocks in whatever dtype a receiver asks for."""
+
+    def __init__(self, memory: Callable[[], KvMemory], layout: Callable[[], KvLayout]) -> None:
+        self._memory = memory
+        self._layout = layout
+        self._buffers = Buffers()
+
+    def __call__(self, dtype: str, partial: tuple[int, int]) -> Outgoing:
+        """Raises LayoutMismatch for a dtype that cannot be made of the pool's."""
+        layout, wanted = self._layout(), parse(dtype)
+        if wanted is None:
+            raise LayoutMismatch(f"KV cannot be sent as {dtype!r}: known are {', '.join(NAMES)}")
+        return Outgoing(Transcoder(layout, with_dtype(layout, wanted)), self._memory(), self._buffers, partial)
