@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.kv import Allocation, KvRegion
 from sagellm_common.core.types import KvLayout, KvSource, SamplingParams, as_token_ids
@@ -41,7 +42,7 @@ class Surroundings:
         self.blamed: list[str] = []
         self.released: list[bool] = []
         self.stored = LAYOUT
-        self.fetch = StoreFetch(self, self, self, Pool())  # type: ignore[arg-type]
+        self.fetch = StoreFetch(self, self, self, Pool(), TransportConfig)  # type: ignore[arg-type]
 
     async def layout(self) -> KvLayout:
         return self.stored
