@@ -35,6 +35,7 @@ class Surroundings:
     """Store, byte path and releaser in one. The pull ends with `error`, or hangs."""
 
     available = True
+    encodes = False
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
