@@ -12,7 +12,7 @@ from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import Allocation, KvMemory, KvRegion
 from sagellm_common.core.kv_progress import KvProgress
-from sagellm_common.core.types import BlockIds, KvSource
+from sagellm_common.core.types import BlockIds, KvConversion, KvSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,16 @@ class TransferResult:
     deviation: Deviation | None = None
     """By how much what is here differs from what the source has; None: its dtype was kept all the way."""
     wire_dtype: str = ""
-    """In which it crossed; empty: in that of both pools."""
     transcode_s: float = 0.0
-    """Spent on that by the receiver, beside the transfer."""
+    """Spent on other dtypes and blocks by the receiver, beside the transfer."""
+
+    @property
+    def conversion(self) -> KvConversion | None:
+        """What it cost that the dtype was changed on the way; None: it was not."""
+        if self.deviation is None:
+            return None
+        found = self.deviation
+        return KvConversion(self.wire_dtype, found.max_abs, found.relative_rms, found.non_finite)
 
 
 @dataclass(frozen=True, slots=True)

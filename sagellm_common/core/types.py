@@ -164,6 +164,25 @@ class KvSource:
 
 
 @dataclass(frozen=True, slots=True)
+class KvConversion:
+    """What KV lost when its dtype was changed on its way from one pool to another.
+
+    The errors are by how much what arrived differs from what was there: at most anywhere, and √(Σ error² / Σ value²).
+    Where both sides converted they are bounds. `non_finite` values were inf or NaN before or after; in no error.
+    """
+
+    wire_dtype: str
+    max_abs_error: float = 0.0
+    relative_rms_error: float = 0.0
+    non_finite: int = 0
+
+    def __str__(self) -> str:
+        error = f"off by {self.relative_rms_error:.2g} of its RMS and {self.max_abs_error:.2g} at most"
+        said = f"crossed as {self.wire_dtype}, {error if self.max_abs_error else 'nothing lost'}"
+        return said + (f"; {self.non_finite} values are inf or NaN" if self.non_finite else "")
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffTicket:
     """Given by the receiver once it has reserved the memory it will write."""
 
@@ -199,6 +218,7 @@ class GenerationSummary:
     attempts: int = 1
     kv_bytes_ahead: int = 0
     transfer_exposed_ms: float = 0.0
+    kv_conversion: KvConversion | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from sagellm_common.core.types import (
     GenerationRequest,
     GenerationSummary,
     HandoffTicket,
+    KvConversion,
     KvLayout,
     KvSource,
     KvStats,
@@ -329,6 +330,19 @@ def decode_logprobs(messages: Iterable[common_pb2.TokenLogprobs], field: str = "
     return tuple(decoded)
 
 
+def encode_conversion(conversion: KvConversion) -> common_pb2.KvConversion:
+    return common_pb2.KvConversion(
+        wire_dtype=conversion.wire_dtype,
+        max_abs_error=conversion.max_abs_error,
+        relative_rms_error=conversion.relative_rms_error,
+        non_finite=conversion.non_finite,
+    )
+
+
+def decode_conversion(message: common_pb2.KvConversion) -> KvConversion:
+    return KvConversion(message.wire_dtype, message.max_abs_error, message.relative_rms_error, message.non_finite)
+
+
 def encode_summary(
     summary: GenerationSummary, plan: plan_pb2.ExecutionPlan | None = None
 ) -> inference_pb2.GenerationSummary:
@@ -352,6 +366,7 @@ def encode_summary(
         store_fetch_ms=summary.store_fetch_ms,
         kv_bytes_ahead=summary.kv_bytes_ahead,
         transfer_exposed_ms=summary.transfer_exposed_ms,
+        kv_conversion=encode_conversion(summary.kv_conversion) if summary.kv_conversion else None,
         plan=plan,
     )
 
@@ -378,6 +393,7 @@ def decode_summary(message: inference_pb2.GenerationSummary) -> GenerationSummar
         store_fetch_ms=message.store_fetch_ms,
         kv_bytes_ahead=message.kv_bytes_ahead,
         transfer_exposed_ms=message.transfer_exposed_ms,
+        kv_conversion=decode_conversion(message.kv_conversion) if message.HasField("kv_conversion") else None,
     )
 
 

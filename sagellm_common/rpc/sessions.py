@@ -14,6 +14,7 @@ from sagellm_common.core.types import (
     FinishReason,
     GenerationRequest,
     HandoffTicket,
+    KvConversion,
     KvSource,
     TokenLogprob,
     pack_int32,
@@ -57,6 +58,7 @@ class TransferReport:
     bytes_ahead: int = 0
     exposed_ms: float = 0.0
     began_ahead_ms: float = 0.0
+    conversion: KvConversion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,7 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
             bytes_ahead=transfer.bytes_ahead,
             exposed_ms=transfer.exposed_ms,
             began_ahead_ms=transfer.began_ahead_ms,
+            conversion=codec.decode_conversion(transfer.conversion) if transfer.HasField("conversion") else None,
         )
         if transfer
         else None,

@@ -207,6 +207,8 @@ def summary_rows(summary: GenerationSummary) -> list[SummaryRow]:
         ("TTFT", f"{summary.ttft_ms:.1f} ms"),
         ("TPOT", f"{summary.tpot_ms:.1f} ms"),
     ]
+    if summary.kv_conversion:
+        rows.append(("  converted", str(summary.kv_conversion)))
     if summary.attempts > 1:
         rows.append(("attempts", str(summary.attempts)))
     return rows

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol, Self
 
-from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.core.types import (
     FinishReason,
     HandoffTicket,
+    KvConversion,
     KvSource,
     SamplingParams,
     TokenIds,
@@ -64,9 +64,8 @@ class Transfer:
     """What was moved for one Decode call. `blocks_reused` were here already.
 
     `transfer_ms` is the time in which bytes moved, `exposed_ms` that from the call until all of them were here. The
-    pull began `began_ahead_ms` before the call and had brought `bytes_ahead` by then. It crossed in `wire_dtype`. Where
-    it was `converted` to another dtype on the way, the errors are by how much what arrived differs from what was there,
-    and `non_finite` is how many numbers were inf or NaN before or after.
+    pull began `began_ahead_ms` before the call and had brought `bytes_ahead` by then. `conversion` None:
+    dtypes were kept.
     """
 
     bytes: int
@@ -77,27 +76,24 @@ class Transfer:
     bytes_ahead: int = 0
     exposed_ms: float = 0.0
     began_ahead_ms: float = 0.0
-    wire_dtype: str = ""
-    converted: bool = False
-    max_abs_error: float = 0.0
-    relative_rms_error: float = 0.0
-    non_finite: int = 0
+    conversion: KvConversion | None = None
 
     @classmethod
     def of(cls, result: TransferResult, blocks_reused: int, backend: str) -> Self:
-        deviation = result.deviation or Deviation()
         return cls(
             bytes=result.bytes,
             transfer_ms=result.seconds * 1e3,
             blocks=result.blocks,
             blocks_reused=blocks_reused,
             backend=backend,
-            wire_dtype=result.wire_dtype,
-            converted=result.deviation is not None,
-            max_abs_error=deviation.max_abs,
-            relative_rms_error=deviation.relative_rms,
-            non_finite=deviation.non_finite,
+            conversion=result.conversion,
         )
+
+    def attributes(self) -> dict[str, int | float | str]:
+        """For a span."""
+        found = asdict(self)
+        conversion = found.pop("conversion") or {}
+        return {**found, **conversion}
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import xxhash
@@ -156,7 +156,7 @@ class DecodeLoop:
             if transfer is None:
                 transfer = await self._puller.pull(job, source, blocks.allocation)
             transfer = replace(transfer, exposed_ms=(time.monotonic() - began_s) * 1e3)
-            current.set_attributes(asdict(transfer))
+            current.set_attributes(transfer.attributes())
             return transfer
 
     def _claim(self, job: DecodeJob, blocks: OwnedBlocks) -> None:

@@ -8,7 +8,7 @@ from prometheus_client import Counter, Histogram
 
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.telemetry import span
-from sagellm_common.core.types import HandoffTicket
+from sagellm_common.core.types import HandoffTicket, KvConversion
 from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob
 
 _TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
@@ -22,6 +22,19 @@ EXPOSED_SECONDS = Histogram(
     "From the Decode call until the prompt's KV was here: what overlap did not hide.",
     buckets=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
 )
+RELATIVE_RMS_ERROR = Histogram(
+    "sagellm_decode_handoff_relative_rms_error",
+    "Of KV whose dtype was changed on its way: what arrived against what was there.",
+    ["wire_dtype"],
+    buckets=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+)
+MAX_ABS_ERROR = Histogram(
+    "sagellm_decode_handoff_max_abs_error",
+    "The same: the largest difference of a handoff.",
+    ["wire_dtype"],
+    buckets=(1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0),
+)
+NON_FINITE = Counter("sagellm_decode_handoff_non_finite", "Converted KV values that are inf or NaN.")
 BYTES = Counter("sagellm_decode_handoff_bytes", "KV bytes handed over: ahead of the Decode call, or in it.", ["when"])
 BLOCKS = Counter("sagellm_decode_handoff_blocks", "Prompt blocks handed over: pulled, or reused.", ["origin"])
 
@@ -89,6 +102,12 @@ class ObservedDecode:
         self._inner.cancel(request_id, attempt)
 
 
+def _observe(conversion: KvConversion) -> None:
+    RELATIVE_RMS_ERROR.labels(conversion.wire_dtype).observe(conversion.relative_rms_error)
+    MAX_ABS_ERROR.labels(conversion.wire_dtype).observe(conversion.max_abs_error)
+    NON_FINITE.inc(conversion.non_finite)
+
+
 class _Meter:
     """Counts what passes. On the path of every token, so it only adds and looks at the clock."""
 
@@ -114,6 +133,8 @@ class _Meter:
             BYTES.labels("ahead").inc(chunk.transfer.bytes_ahead)
             BYTES.labels("in_call").inc(chunk.transfer.bytes - chunk.transfer.bytes_ahead)
             EXPOSED_SECONDS.observe(chunk.transfer.exposed_ms / 1e3)
+            if chunk.transfer.conversion is not None:
+                _observe(chunk.transfer.conversion)
 
     def report(self) -> None:
         TOKENS.inc(self.num_tokens)

@@ -131,6 +131,7 @@ class Generation:
             transfer_ms=transfer.transfer_ms if transfer else 0.0,
             kv_bytes_ahead=transfer.bytes_ahead if transfer else 0,
             transfer_exposed_ms=transfer.exposed_ms if transfer else 0.0,
+            kv_conversion=transfer.conversion if transfer else None,
             ttft_ms=(first_s - self._began_s) * 1e3,
             tpot_ms=(self._last_token_s - first_s) * 1e3 / max(1, num_tokens - 1),
             attempts=self.attempts - self.rejections,
@@ -162,6 +163,8 @@ class Generation:
         detail = f"{transfer.bytes} bytes, {blocks}, {transfer.backend}"
         if transfer.began_ahead_ms:
             detail += f"; {transfer.bytes_ahead} of them before the first token, {transfer.exposed_ms:.1f} ms after it"
+        if transfer.conversion:
+            detail += f"; {transfer.conversion}"
         # From when the pull began, as far as the worker's times tell.
         began_s = self._clock.now() - (transfer.began_ahead_ms + transfer.exposed_ms) / 1e3
         self._record("transfer", began_s, transfer.transfer_ms, detail)

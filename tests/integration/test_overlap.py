@@ -466,13 +466,21 @@ async def test_a_source_of_another_epoch_is_not_taken_for_the_pulled_one(prefill
     await decode.idle()
 
 
-async def test_blocks_of_another_size_are_transcoded_when_all_are_computed(router: str, prefill: Worker) -> None:
+async def test_blocks_of_another_size_are_transcoded_along(router: str, prefill: Worker) -> None:
+    """The first chunk is two blocks there and one here: it is here before the second is computed."""
     async with worker(WorkerRole.DECODE, router, engine=SimulatedEngine(block_size_tokens=8)) as decode:
         running = await begin(prefill, decode, request(PROMPT))
+        for _ in range(NUM_LAYERS):
+            prefill.engine.step()
+        await eventually(lambda: running.here() == all_bytes(prefill) // 2)
+        assert not running.prefilling.done()
         prefill.engine.resume()
         assert await running.rest() == reference(PROMPT, running.wanted.sampling)[0]
-        assert running.first_step.transfer is not None
-        assert running.first_step.transfer.bytes_ahead == 0
+        transfer = running.first_step.transfer
+        assert transfer is not None
+        assert (transfer.bytes, transfer.blocks, transfer.blocks_reused) == (all_bytes(prefill), 2, 0)
+        assert transfer.bytes_ahead >= all_bytes(prefill) // 2
+        assert transfer.conversion is None
         await prefill.idle()
         await decode.idle()
 

@@ -18,6 +18,7 @@ from sagellm_common.core.types import (
     GenerationRequest,
     GenerationSummary,
     HandoffTicket,
+    KvConversion,
     KvSource,
     KvStats,
     SamplingParams,
@@ -63,7 +64,9 @@ SUMMARY = GenerationSummary(
     **{
         f.name: f"s{i}" if f.type == "str" else (i + 0.5 if f.type == "float" else i)
         for i, f in enumerate(dataclasses.fields(GenerationSummary), start=1)
-    }
+        if f.name != "kv_conversion"
+    },
+    kv_conversion=KvConversion("int8/float32", 0.5, 0.25, 3),
 )
 LOGPROBS = (TokenLogprob(-0.5, (3, 4), (-0.5, -1.5)), TokenLogprob(-0.25))
 
@@ -94,6 +97,7 @@ def same(a: Any, b: Any) -> bool:
         (codec.encode_sampling, codec.decode_sampling, SamplingParams(max_new_tokens=1)),
         (codec.encode_sampling, codec.decode_sampling, SamplingParams(max_new_tokens=1, seed=0)),
         (codec.encode_summary, codec.decode_summary, SUMMARY),
+        (codec.encode_summary, codec.decode_summary, dataclasses.replace(SUMMARY, kv_conversion=None)),
     ],
 )
 def test_values_survive_the_wire(encode: Callable[[Any], Any], decode: Callable[[Any], Any], value: Any) -> None:

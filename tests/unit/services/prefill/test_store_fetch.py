@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.kv import Allocation, KvRegion
@@ -52,12 +53,11 @@ class Surroundings:
         assert layout == self.stored
         return SOURCE
 
-    async def pull(self, *args: Any, timeout_s: float) -> None:
+    async def pull(self, *args: Any, timeout_s: float, **kwargs: Any) -> TransferResult:
         self.pulling = True
         if self.error is None:
             await asyncio.Event().wait()
-        else:
-            raise self.error
+        raise self.error or AssertionError
 
     def failed(self, worker_id: str) -> None:
         self.blamed.append(worker_id)
@@ -79,13 +79,14 @@ async def test_a_store_whose_pull_fails_is_left_alone_for_a_while() -> None:
 async def test_a_long_prompt_is_given_the_time_its_bytes_take() -> None:
     around, timeouts = Surroundings(), []
 
-    async def pull(*args: Any, timeout_s: float) -> None:
+    async def pull(*args: Any, timeout_s: float, **kwargs: Any) -> TransferResult:
         timeouts.append(timeout_s)
+        return TransferResult(0, 0.0, 2)
 
     around.pull = pull  # type: ignore[method-assign]
     big = replace(LAYOUT, block_bytes=1 << 30)
     around.stored = big
-    fetch = StoreFetch(around, around, around, Pool(big))  # type: ignore[arg-type]
+    fetch = StoreFetch(around, around, around, Pool(big), TransportConfig)  # type: ignore[arg-type]
     assert await fetch.fetch(JOB, allocation()) == 32
     assert timeouts == [FETCH_TIMEOUT_S + 2 * big.block_bytes / SLOWEST_BYTES_PER_S]
 

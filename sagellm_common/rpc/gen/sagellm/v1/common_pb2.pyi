@@ -163,3 +163,15 @@ class KvStats(_message.Message):
     used_blocks: int
     cached_blocks: int
     def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
+
+class KvConversion(_message.Message):
+    __slots__ = ("wire_dtype", "max_abs_error", "relative_rms_error", "non_finite")
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_ABS_ERROR_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_RMS_ERROR_FIELD_NUMBER: _ClassVar[int]
+    NON_FINITE_FIELD_NUMBER: _ClassVar[int]
+    wire_dtype: str
+    max_abs_error: float
+    relative_rms_error: float
+    non_finite: int
+    def __init__(self, wire_dtype: _Optional[str] = ..., max_abs_error: _Optional[float] = ..., relative_rms_error: _Optional[float] = ..., non_finite: _Optional[int] = ...) -> None: ...

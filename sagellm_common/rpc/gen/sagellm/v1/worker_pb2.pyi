@@ -225,7 +225,7 @@ class DecodeResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ...) -> None: ...
 
 class TransferReport(_message.Message):
-    __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms")
+    __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms", "conversion")
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -234,6 +234,7 @@ class TransferReport(_message.Message):
     BYTES_AHEAD_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     BEGAN_AHEAD_MS_FIELD_NUMBER: _ClassVar[int]
+    CONVERSION_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     transfer_ms: float
     blocks: int
@@ -242,7 +243,8 @@ class TransferReport(_message.Message):
     bytes_ahead: int
     exposed_ms: float
     began_ahead_ms: float
-    def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ..., bytes_ahead: _Optional[int] = ..., exposed_ms: _Optional[float] = ..., began_ahead_ms: _Optional[float] = ...) -> None: ...
+    conversion: _common_pb2.KvConversion
+    def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ..., bytes_ahead: _Optional[int] = ..., exposed_ms: _Optional[float] = ..., began_ahead_ms: _Optional[float] = ..., conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
 
 class DecodeSessionRequest(_message.Message):
     __slots__ = ("reserve", "decode", "cancel", "release", "renew", "pull_ahead")
