@@ -29,6 +29,7 @@ from sagellm_common.core.types import (
     as_token_ids,
 )
 from sagellm_common.core.validation import validate_sampling
+from sagellm_common.rpc.carriers import Choice
 
 Prompt = str | Sequence[Message] | Sequence[int] | TokenIds
 """Text, chat messages (`{"role": …, "content": …}`) or token ids."""
@@ -83,11 +84,19 @@ class AsyncClient:
             print(output.text, end="")
 
     `model_path` says where to read the tokenizer when the workers' path does not exist on this machine.
-    `timeout_s` bounds a whole generation unless the call says otherwise.
+    `timeout_s` bounds a whole generation unless the call says otherwise. `session` is what carries the generations:
+    framed TCP, gRPC, or (auto) framed where the router offers it and can be reached.
     """
 
-    def __init__(self, router_address: str, *, model_path: str | None = None, timeout_s: float = 300.0) -> None:
-        self._router = RouterClient(router_address)
+    def __init__(
+        self,
+        router_address: str,
+        *,
+        model_path: str | None = None,
+        timeout_s: float = 300.0,
+        session: Choice = "auto",
+    ) -> None:
+        self._router = RouterClient(router_address, session=session)
         self._models = ModelDirectory(self._router, model_path=model_path)
         self._timeout_s = timeout_s
 

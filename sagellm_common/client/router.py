@@ -9,6 +9,7 @@ from typing import Self
 
 from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvStats, ModelInfo, WorkerRecord
 from sagellm_common.rpc import codec
+from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool, call
 from sagellm_common.rpc.gen.sagellm.v1 import (
     inference_pb2,
@@ -24,7 +25,10 @@ from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNo
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One worker as the router sees it. `kv` is None while the worker does not answer."""
+    """One worker as the router sees it. `kv` is None while the worker does not answer.
+
+    `session` is what carries the router's session with it, framed or grpc; empty while none is open.
+    """
 
     record: WorkerRecord
     kv: KvStats | None
@@ -32,6 +36,7 @@ class WorkerView:
     waiting_requests: int
     reservations: int
     pinned_transfers: int
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +68,19 @@ class Explanation:
 
 
 class RouterClient:
-    """Calls one router. Every call has a deadline and raises SageErrors only."""
+    """Calls one router. Every call has a deadline and raises SageErrors only.
+
+    `session` is what carries the generations: framed TCP, gRPC, or (auto) framed where the router offers it.
+    """
 
     CONTROL_TIMEOUT_S = 5.0
     """Deadline of the calls that do not generate."""
 
-    def __init__(self, router_address: str) -> None:
+    def __init__(self, router_address: str, *, session: Choice = "auto") -> None:
         self._channels = ChannelPool()
         channel = self._channels.get(router_address)
         self._inference = inference_pb2_grpc.InferenceServiceStub(channel)
-        self._session = InferenceSession(channel, router_address)
+        self._session = InferenceSession(channel, router_address, session)
         self._topology = topology_pb2_grpc.TopologyServiceStub(channel)
 
     def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationOutput]:
@@ -141,6 +149,7 @@ def _decode_worker(status: worker_pb2.WorkerStatus) -> WorkerView:
         waiting_requests=status.waiting_requests,
         reservations=status.reservations,
         pinned_transfers=status.pinned_transfers,
+        session=status.session,
     )
 
 

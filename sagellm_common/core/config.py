@@ -125,6 +125,14 @@ class TopologyConfig(Section):
     lease_ttl_s: float = Field(2.0, gt=0, description="a silent worker is gone after this")
 
 
+class RpcConfig(Section):
+    session: Literal["auto", "framed", "grpc"] = Field(
+        "auto",
+        description="what carries the session streams: framed TCP connections, several times as quick to answer, or "
+        "gRPC; auto: framed where the peer offers it and can be reached",
+    )
+
+
 class RouterConfig(Section):
     address: str = Field("", description="host:port; empty: from cluster.port_base")
     strategy: Literal["fifo"] = "fifo"
@@ -158,6 +166,7 @@ class Config(Section):
     decode: RoleConfig = RoleConfig()
     transport: TransportConfig = TransportConfig()
     topology: TopologyConfig = TopologyConfig()
+    rpc: RpcConfig = RpcConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
     kv_store: KvStoreConfig = KvStoreConfig()

@@ -17,13 +17,16 @@ from sagellm_common.rpc.status import from_rpc_error
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 64 << 20
+KEEPALIVE_S = 10.0
+KEEPALIVE_TIMEOUT_S = 5.0
+"""A peer that was silent for the first is asked for a sign of life, and lost if the second passes without any."""
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A peer that vanished without a reset is noticed within 15 s, even on a silent session.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # A restarted worker is back within a second; gRPC's own backoff grows to two minutes.

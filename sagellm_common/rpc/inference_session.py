@@ -10,7 +10,8 @@ import grpc
 from sagellm_common.core.telemetry import current_carrier
 from sagellm_common.core.types import GenerationOutput, GenerationRequest
 from sagellm_common.rpc import codec
-from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, inference_pb2_grpc
+from sagellm_common.rpc.carriers import Choice
+from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2
 from sagellm_common.rpc.session_client import SessionClient, to_ms
 from sagellm_common.rpc.status import from_status
 
@@ -18,9 +19,9 @@ _LEAVE = inference_pb2.LeaveRequest()
 
 
 class InferenceSession(SessionClient[int, inference_pb2.InferenceSessionRequest, inference_pb2.GenerateResult]):
-    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
-        open_call = inference_pb2_grpc.InferenceServiceStub(channel).Session
-        super().__init__(open_call, f"the router at {address}", {"address": address})
+    def __init__(self, channel: grpc.aio.Channel, address: str, choice: Choice = "auto") -> None:
+        peer, metadata = f"the router at {address}", {"address": address}
+        super().__init__(channel, address, "sagellm.v1.InferenceService", choice, peer, metadata)
         self._call_ids = itertools.count(1)
 
     async def generate(self, request: GenerationRequest, *, timeout_s: float) -> AsyncGenerator[GenerationOutput, None]:

@@ -73,14 +73,11 @@ async def errors_to_status(call: Call) -> AsyncIterator[None]:
 
 
 @contextmanager
-def session_call(
-    service: str, method: str, request_id: str, carrier: Mapping[str, str], refuse: Callable[[SageError], None]
-) -> Iterator[None]:
-    """The same for one call of a session, counted as the plain `method`: an error of the block goes to `refuse`."""
+def counted_call(service: str, method: str, request_id: str, refuse: Callable[[SageError], None]) -> Iterator[None]:
+    """The same for a call that gRPC does not see: an error of the block goes to `refuse`."""
     begin, code = time.perf_counter(), grpc.StatusCode.OK.name
     try:
-        with span(f"{service}/{method}", carrier, **{"rpc.system": "grpc", "request_id": request_id}):
-            yield
+        yield
     except asyncio.CancelledError:
         code = grpc.StatusCode.CANCELLED.name
         raise
@@ -91,6 +88,18 @@ def session_call(
     finally:
         REQUESTS.labels(service, method, code).inc()
         DURATION.labels(service, method).observe(time.perf_counter() - begin)
+
+
+@contextmanager
+def session_call(
+    service: str, method: str, request_id: str, carrier: Mapping[str, str], refuse: Callable[[SageError], None]
+) -> Iterator[None]:
+    """One call of a session, counted and traced as the plain `method`."""
+    with (
+        counted_call(service, method, request_id, refuse),
+        span(f"{service}/{method}", carrier, **{"rpc.system": "grpc", "request_id": request_id}),
+    ):
+        yield
 
 
 @asynccontextmanager
@@ -139,13 +148,13 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
         async def behaviour(request: Any, context: Context) -> Any:
             call = Call(service, method, context, getattr(request, "request_id", ""), is_session)
             async with measured(call), traced(call), errors_to_status(call):
-                return await _run(inner, request, context)
+                return await run_handler(inner, request, context)
 
         make: Callable[..., grpc.RpcMethodHandler[Any, Any]] = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(behaviour, handler.request_deserializer, handler.response_serializer)
 
 
-async def _run(inner: Callable[..., Any], request: Any, context: Context) -> Any:
+async def run_handler(inner: Callable[..., Any], request: Any, context: Any) -> Any:
     """Runs a handler to its end, as a coroutine.
 
     gRPC itself leaves a cancelled generator to the garbage collector; driven from here, its `finally` blocks run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from grpc_reflection.v1alpha import reflection
 
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.rpc.channels import MAX_MESSAGE_BYTES
+from sagellm_common.rpc.framed_server import FramedServer, SessionServicer, session_methods
+from sagellm_common.rpc.gen.sagellm.v1 import session_pb2_grpc
 from sagellm_common.rpc.interceptors import ServiceInterceptor
 
 _OPTIONS: list[tuple[str, int]] = [
@@ -35,10 +38,21 @@ class Registrar:
 
 
 class GrpcServer:
-    """Serves `services` on `bind` (host:port, port 0 picks a free one) between `start` and `stop`."""
+    """Serves `services` on `bind` (host:port, port 0 picks a free one) between `start` and `stop`.
 
-    def __init__(self, bind: str, services: Sequence[Registrar]) -> None:
+    Session streams of `services` are offered as framed connections, too, on `session_port`; None: over gRPC alone.
+    """
+
+    def __init__(self, bind: str, services: Sequence[Registrar], *, session_port: int | None = 0) -> None:
         self._bind = bind
+        self._session_port = session_port
+        methods = session_methods({service.name: service.servicer for service in services})
+        self._sessions = FramedServer(methods)
+        if methods:
+            add = session_pb2_grpc.add_SessionServiceServicer_to_server
+            services = [*services, Registrar("sagellm.v1.SessionService", add, SessionServicer(self._sessions))]
+        else:
+            self._session_port = None
         self._names = [service.name for service in services]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         self._server = grpc.aio.server(interceptors=[ServiceInterceptor()], options=_OPTIONS)
@@ -60,6 +74,8 @@ class GrpcServer:
                 f"cannot listen on {self._bind}: the port is in use or the address is not this machine's; "
                 "choose another port or stop the process that holds it"
             ) from err
+        if self._session_port is not None:
+            await self._sessions.start(self._bind.rpartition(":")[0].strip("[]"), self._session_port)
         await self._server.start()
         return port
 
@@ -72,4 +88,4 @@ class GrpcServer:
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING, no new calls; running ones have `grace_s` seconds before they are cancelled. Idempotent."""
         await self.set_serving(False)
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), self._sessions.stop(grace_s))

@@ -1,12 +1,12 @@
 """The calling end of a session stream: one long-lived bidi stream per peer, all calls multiplexed on it.
 
-    call ──► outbox ──► writer task ══════► peer
-    call ◄── mailbox ◄── reader task ◄═════ peer     one mailbox per call
+    call ──────────────► carrier ══════► peer     a framed connection or a gRPC stream, see `carriers`
+    call ◄── mailbox ◄── carrier ◄══════ peer     one mailbox per call
 
 A stream that breaks fails every call waiting on it with PeerLost, at once; the next call opens a new one. Telling the
 peer to stop only queues a message: it never waits, so it may stand in any `finally`.
 
-The reader never waits for a caller: one that does not read keeps what it was sent in its own mailbox, which is bounded
+What comes never waits for a caller: one that does not read keeps what it was sent in its own mailbox, which is bounded
 by what it asked for, and delays nobody else on the stream.
 """
 
@@ -16,23 +16,25 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
 import grpc
 
 from sagellm_common.core.errors import Cancelled, DeadlineExceeded, PeerLost, SageError
-from sagellm_common.rpc.status import from_rpc_error
+from sagellm_common.rpc.carriers import Carrier, Choice, Deliver, Opener
 
 log = logging.getLogger(__name__)
 
-OUTBOX_MESSAGES = 256
-"""Beyond this many unsent messages new calls wait; the peer is not reading."""
+EARLY_MESSAGES = 256
+"""With this many messages to be sent once the stream is open, new calls wait."""
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
+
+OpenCarrier = Callable[[Deliver, Callable[[], None]], Awaitable[Carrier]]
 
 
 class Mailbox(Generic[ReplyT]):
@@ -79,16 +81,23 @@ class Mailbox(Generic[ReplyT]):
 class _Stream(Generic[KeyT, RequestT, ReplyT]):
     """One life of a stream. Once broken it stays broken."""
 
-    def __init__(self, call: Any, split: Callable[[Any], Iterable[tuple[KeyT, ReplyT]]], lost: PeerLost) -> None:
-        self._call = call
+    def __init__(
+        self, open_carrier: OpenCarrier, split: Callable[[Any], Iterable[tuple[KeyT, ReplyT]]], lost: PeerLost
+    ) -> None:
+        self._open = open_carrier
         self._split = split
         self._lost = lost
-        self._outbox: deque[RequestT] = deque()
-        self._work = asyncio.Event()
+        self._early: list[RequestT] = []
+        """Sent before the carrier was there."""
         self._room = asyncio.Event()
+        self.carrier: Carrier | None = None
         self.mailboxes: dict[KeyT, Mailbox[ReplyT]] = {}
         self.broken = False
         self.task = asyncio.create_task(self._run(), name=f"session {lost.message}")
+
+    @property
+    def full(self) -> bool:
+        return len(self._early) >= EARLY_MESSAGES if self.carrier is None else self.carrier.full
 
     async def room(self, mailbox: Mailbox[ReplyT], timeout_s: float) -> None:
         """Returns when a request may be queued: at once unless the peer reads too slowly.
@@ -96,10 +105,10 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
         Raises PeerLost, DeadlineExceeded, and the failure of `mailbox`, which was abandoned while it waited: its
         cancel is queued already and would not reach what is sent after it.
         """
-        if len(self._outbox) >= OUTBOX_MESSAGES:
+        if self.full:
             try:
                 async with asyncio.timeout(timeout_s):
-                    while len(self._outbox) >= OUTBOX_MESSAGES and not self.broken and not mailbox.failed:
+                    while self.full and not self.broken and not mailbox.failed:
                         self._room.clear()
                         await self._room.wait()
             except TimeoutError:
@@ -116,52 +125,56 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
 
     def send_soon(self, message: RequestT) -> None:
         """Queues a message at once, beyond the bound if need be: cancel and release do not wait for room."""
-        self._outbox.append(message)
-        self._work.set()
+        if self.carrier is None:
+            self._early.append(message)
+        else:
+            self.carrier.send(message)
 
-    def _fail(self, error: SageError) -> None:
+    async def _run(self) -> None:
+        try:
+            carrier = await self._open(self._deliver, self._room.set)
+            for message in self._early:
+                carrier.send(message)
+            self._early.clear()
+            self.carrier = carrier
+            self._room.set()
+            await carrier.run()
+        except SageError as err:
+            log.info("%s: %s", self._lost.message, err.message)
+            if self.carrier is None:
+                self._lost = PeerLost(f"{self._lost.message}: {err.message}", metadata=self._lost.metadata)
+        finally:
+            self._fail()
+
+    def _deliver(self, message: Any) -> None:
+        for key, reply in self._split(message):
+            if (mailbox := self.mailboxes.get(key)) is not None:  # else nobody waits for it any more
+                mailbox.put(reply)
+
+    def _fail(self) -> None:
         self.broken = True
         self._room.set()
         for mailbox in self.mailboxes.values():
-            mailbox.fail(error)
-
-    async def _run(self) -> None:
-        writer = asyncio.create_task(self._write(), name="session writer")
-        try:
-            async for message in self._call:
-                for key, reply in self._split(message):
-                    if (mailbox := self.mailboxes.get(key)) is not None:  # else nobody waits for it any more
-                        mailbox.put(reply)
-        except grpc.aio.AioRpcError as err:
-            log.info("%s: %s", self._lost.message, from_rpc_error(err).message)
-        finally:
-            self._fail(self._lost)
-            writer.cancel()
-            self._call.cancel()
-            await asyncio.wait([writer])
-
-    async def _write(self) -> None:
-        """The only writer: concurrent writes on one gRPC stream are an error."""
-        try:
-            while True:
-                await self._work.wait()
-                while self._outbox:
-                    message = self._outbox.popleft()
-                    self._room.set()
-                    await self._call.write(message)
-                self._work.clear()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            self._call.cancel()  # the reader learns why and fails the calls
+            mailbox.fail(self._lost)
 
 
 class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
     """Calls to one peer over its current stream, opened on first use and again after it broke.
 
-    `peer` and `metadata` describe it in PeerLost. `KeyT` says which replies belong to which call.
+    `channel` leads to the gRPC server at `address`, which serves `service`. `peer` and `metadata` describe it in
+    PeerLost. `KeyT` says which replies belong to which call.
     """
 
-    def __init__(self, open_call: Callable[[], Any], peer: str, metadata: Mapping[str, str]) -> None:
-        self._open_call = open_call
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        service: str,
+        choice: Choice,
+        peer: str,
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._open: OpenCarrier = Opener(channel, address, service, choice).open
         self._peer = peer
         self._metadata = dict(metadata)
         self._stream: _Stream[KeyT, RequestT, ReplyT] | None = None
@@ -175,6 +188,12 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
             task.cancel()
         if self._ending:
             await asyncio.wait(self._ending)
+
+    @property
+    def carrier(self) -> str:
+        """What carries the session now: framed, grpc, or nothing while it is not open."""
+        stream = self._stream
+        return stream.carrier.name if stream is not None and stream.carrier is not None and not stream.broken else ""
 
     @abstractmethod
     def _split(self, message: Any) -> Iterable[tuple[KeyT, ReplyT]]:
@@ -218,7 +237,7 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
         if self._closed:
             raise self._lost()
         if self._stream is None or self._stream.broken:
-            self._stream = _Stream(self._open_call(), self._split, self._lost())
+            self._stream = _Stream(self._open, self._split, self._lost())
             self._ending.add(self._stream.task)
             self._stream.task.add_done_callback(self._ending.discard)
         return self._stream

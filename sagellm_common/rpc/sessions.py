@@ -20,7 +20,8 @@ from sagellm_common.core.types import (
     pack_int32,
 )
 from sagellm_common.rpc import codec
-from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.carriers import Choice
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2
 from sagellm_common.rpc.session_client import SessionClient, to_ms
 from sagellm_common.rpc.status import from_status
 
@@ -73,9 +74,8 @@ class DecodeStep:
 
 
 class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker_pb2.PrefillResult]):
-    def __init__(self, channel: grpc.aio.Channel, worker_id: str, address: str) -> None:
-        open_call = worker_pb2_grpc.PrefillServiceStub(channel).Session
-        super().__init__(open_call, *_describe(worker_id, address))
+    def __init__(self, channel: grpc.aio.Channel, worker_id: str, address: str, choice: Choice = "auto") -> None:
+        super().__init__(channel, address, "sagellm.v1.PrefillService", choice, *_describe(worker_id, address))
 
     async def prefill(
         self,
@@ -124,9 +124,8 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
 
 
 class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
-    def __init__(self, channel: grpc.aio.Channel, worker_id: str, address: str) -> None:
-        open_call = worker_pb2_grpc.DecodeServiceStub(channel).Session
-        super().__init__(open_call, *_describe(worker_id, address))
+    def __init__(self, channel: grpc.aio.Channel, worker_id: str, address: str, choice: Choice = "auto") -> None:
+        super().__init__(channel, address, "sagellm.v1.DecodeService", choice, *_describe(worker_id, address))
         self._worker_id = worker_id
 
     async def reserve(self, request: GenerationRequest, attempt: int, *, timeout_s: float) -> HandoffTicket:

@@ -35,6 +35,8 @@ class WorkerStatus:
     waiting_requests: int = 0
     reservations: int = 0
     pinned_transfers: int = 0
+    session: str = ""
+    """What carries the router's session with it: framed, grpc, or nothing while none is open. Only the router knows."""
 
 
 async def get_status(channel: grpc.aio.Channel, *, timeout_s: float) -> WorkerStatus:
@@ -69,6 +71,7 @@ def decode_status(message: worker_pb2.WorkerStatus, record: WorkerRecord | None 
         waiting_requests=message.waiting_requests,
         reservations=message.reservations,
         pinned_transfers=message.pinned_transfers,
+        session=message.session,
     )
 
 
@@ -81,6 +84,7 @@ def encode_status(status: WorkerStatus) -> worker_pb2.WorkerStatus:
         waiting_requests=status.waiting_requests,
         reservations=status.reservations,
         pinned_transfers=status.pinned_transfers,
+        session=status.session,
     )
 
 

@@ -36,6 +36,7 @@ class WorkerArgs:
     worker_id: str
     port: int
     data_port: int
+    session_port: int
     metrics_port: int
     router: str
 
@@ -48,10 +49,11 @@ def parse_worker_args(role: WorkerRole, argv: Sequence[str]) -> WorkerArgs:
     parser.add_argument("--id", default=f"{role}-0", help="unique in the cluster; kept over restarts")
     parser.add_argument("--port", type=int, default=0, help="gRPC; 0 is ephemeral")
     parser.add_argument("--data-port", type=int, default=0, help="KV byte path; 0 is ephemeral")
+    parser.add_argument("--session-port", type=int, default=0, help="framed sessions; 0 is ephemeral")
     parser.add_argument("--metrics-port", type=int, default=0, help="Prometheus; 0 is ephemeral")
     parser.add_argument("--router", default="", metavar="HOST:PORT", help="for the embedded topology")
     args = parser.parse_args(argv)
-    for name in ("port", "data_port", "metrics_port"):
+    for name in ("port", "data_port", "session_port", "metrics_port"):
         if not 0 <= getattr(args, name) <= 65535:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0..65535")
     if not args.id:
@@ -62,6 +64,7 @@ def parse_worker_args(role: WorkerRole, argv: Sequence[str]) -> WorkerArgs:
         worker_id=args.id,
         port=args.port,
         data_port=args.data_port,
+        session_port=args.session_port,
         metrics_port=args.metrics_port,
         router=args.router or config.router.address,
     )

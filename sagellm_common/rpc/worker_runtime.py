@@ -69,6 +69,7 @@ class WorkerRuntime:
         engine_ended: asyncio.Event | None = None,
         engine: str = "",
         port: int = 0,
+        session_port: int = 0,
         metrics_port: int | None = None,
         metrics: CollectorRegistry = REGISTRY,
     ) -> None:
@@ -79,6 +80,7 @@ class WorkerRuntime:
         self._channel = channel
         self._topology = topology
         self._port = port
+        self._session_port = session_port
         self._metrics_port = metrics_port
         self._metrics = metrics
         self._engine_ended = engine_ended or asyncio.Event()
@@ -169,7 +171,10 @@ class WorkerRuntime:
             ),
             Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer),
         ]
-        self._server = GrpcServer(f"{host}:{self._port}", [*services, *own])
+        offered = self._config.rpc.session != "grpc"
+        self._server = GrpcServer(
+            f"{host}:{self._port}", [*services, *own], session_port=self._session_port if offered else None
+        )
         port = await self._server.start()
         self._stack.push_async_callback(self._server.stop, STREAM_GRACE_S)
         self._record = replace(self._record, address=f"{host}:{port}")

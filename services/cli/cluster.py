@@ -105,7 +105,13 @@ class Cluster:
         ports = SagePorts(self.config.cluster.port_base)
         self.home.config_file.write_text(dump_config(self.config))
         self._add(
-            "router", "router", {"--port": self._port(ports.router), "--metrics-port": self._port(ports.metrics(0))}
+            "router",
+            "router",
+            {
+                "--port": self._port(ports.router),
+                "--session-port": self._port(ports.session(0)),
+                "--metrics-port": self._port(ports.metrics(0)),
+            },
         )
         roles = {WorkerRole.PREFILL: self.num_prefill, WorkerRole.DECODE: self.num_decode}
         roles[WorkerRole.KV_STORE] = int(self.config.kv_store.enabled)
@@ -172,6 +178,7 @@ class Cluster:
         flags = {
             "--port": self._port(ports.worker(index)),
             "--data-port": self._port(ports.worker_data(index)),
+            "--session-port": self._port(ports.session(1 + index)),
             "--metrics-port": self._port(ports.metrics(1 + index)),
         }
         return self._add(process_id, role, flags)

@@ -58,6 +58,7 @@ def _worker(worker: WorkerView) -> dict[str, Any]:
         "pid": record.pid,
         "incarnation": record.incarnation,
         "transport": record.transport,
+        "session": worker.session,
         "engine": record.engine,
         "kv": asdict(worker.kv) if worker.kv else None,  # None: it does not answer
         "running_requests": worker.running_requests,

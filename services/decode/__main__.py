@@ -65,6 +65,7 @@ async def compose(args: WorkerArgs) -> None:
             engine_ended=engine.ended,
             engine=engine.description,
             port=args.port,
+            session_port=args.session_port,
             metrics_port=args.metrics_port,
         )
         layout = engine.kv.layout

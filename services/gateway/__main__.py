@@ -30,7 +30,7 @@ _GRACE_S = 10.0
 
 async def serve(config: Config, port: int, router_address: str) -> None:
     """Until SIGTERM or SIGINT."""
-    async with RouterClient(router_address) as router:
+    async with RouterClient(router_address, session=config.rpc.session) as router:
         models = ModelDirectory(router, model_path=config.model.path or None)
         app = Gateway(config.gateway, router, models, timeout_s=config.router.request_timeout_s)
         server = HttpServer(

@@ -62,6 +62,7 @@ async def compose(args: WorkerArgs) -> None:
             engine_ended=engine.ended,
             engine=engine.description,
             port=args.port,
+            session_port=args.session_port,
             metrics_port=args.metrics_port,
         )
         store = None

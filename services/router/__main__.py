@@ -71,7 +71,12 @@ class Router:
 
 @asynccontextmanager
 async def serving(
-    config: Config, topology: TopologyStore, *, port: int = 0, metrics: RouterMetrics | None = None
+    config: Config,
+    topology: TopologyStore,
+    *,
+    port: int = 0,
+    session_port: int = 0,
+    metrics: RouterMetrics | None = None,
 ) -> AsyncIterator[Router]:
     """A router that serves for the time of the block. Closes the topology.
 
@@ -82,7 +87,7 @@ async def serving(
         channels = await stack.enter_async_context(ChannelPool())
         stack.push_async_callback(topology.close)
         await topology.start()
-        workers = Workers(topology, channels)
+        workers = Workers(topology, channels, config.rpc.session)
         stack.push_async_callback(workers.close)
         pipeline = ObservedPipeline(
             Pipeline(
@@ -105,6 +110,7 @@ async def serving(
                 ),
                 Registrar("sagellm.v1.TopologyService", topology_pb2_grpc.add_TopologyServiceServicer_to_server, known),
             ],
+            session_port=session_port if config.rpc.session != "grpc" else None,
         )
         bound = await server.start()
         stack.push_async_callback(server.stop, STOP_GRACE_S)
@@ -113,7 +119,7 @@ async def serving(
         yield Router(f"{config.cluster.host}:{bound}", pipeline, workers, server)
 
 
-async def run(config: Config, port: int, metrics_port: int) -> None:
+async def run(config: Config, port: int, session_port: int, metrics_port: int) -> None:
     """Serves until SIGTERM or SIGINT; then what is in flight may finish, until the grace or a second signal."""
     stop, stop_now = asyncio.Event(), asyncio.Event()
 
@@ -123,7 +129,7 @@ async def run(config: Config, port: int, metrics_port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     with _metrics_server(config.cluster.host, metrics_port) as metrics_address:
-        async with serving(config, make_topology(config), port=port) as router:
+        async with serving(config, make_topology(config), port=port, session_port=session_port) as router:
             ready = {"ready": True, "address": router.address, "data_address": "", "metrics_address": metrics_address}
             print(json.dumps({**ready, "pid": os.getpid(), "id": "router"}), flush=True)
             await stop.wait()
@@ -153,16 +159,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one setting")
     parser.add_argument("--port", type=int, default=0, help="gRPC; 0 is ephemeral")
+    parser.add_argument("--session-port", type=int, default=0, help="framed sessions; 0 is ephemeral")
     parser.add_argument("--metrics-port", type=int, default=0, help="Prometheus; 0 is ephemeral")
     args = parser.parse_args(argv)
     try:
-        for name in ("port", "metrics_port"):
+        for name in ("port", "session_port", "metrics_port"):
             if not 0 <= getattr(args, name) <= 65535:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0..65535")
         config = load_config(args.config, os.environ, args.set)
         setup_logging(config.telemetry.log_level)
         setup_tracing("sagellm-router", config.telemetry.otlp_endpoint)
-        uvloop.run(run(config, args.port, args.metrics_port))
+        uvloop.run(run(config, args.port, args.session_port, args.metrics_port))
     except SageError as err:
         print(f"services.router: {err.reason}: {err.message}", file=sys.stderr)
         return EXIT_REFUSED

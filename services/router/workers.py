@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from sagellm_common.comm_backend.transcode import obstacles
@@ -17,6 +18,7 @@ from sagellm_common.core.errors import SageError
 from sagellm_common.core.topology import TopologySnapshot, TopologyStore
 from sagellm_common.core.types import BlockHash, KvLayout, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.prefix_reuse.index import PrefixReuseIndex
+from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.sessions import DecodeSession, PrefillSession
 from sagellm_common.rpc.worker_client import BlockChanges, WorkerStatus, get_status, watch_status
@@ -40,7 +42,7 @@ class WorkerLink:
     the worker is lost.
     """
 
-    def __init__(self, record: WorkerRecord, channels: ChannelPool) -> None:
+    def __init__(self, record: WorkerRecord, channels: ChannelPool, session: Choice = "auto") -> None:
         channel = channels.get(record.address)
         self.record = record
         self.status: WorkerStatus | None = None
@@ -49,8 +51,8 @@ class WorkerLink:
         self.outstanding = 0
         self.foreign = 0
         self.assigned = 0
-        self.prefill = PrefillSession(channel, record.worker_id, record.address)
-        self.decode = DecodeSession(channel, record.worker_id, record.address)
+        self.prefill = PrefillSession(channel, record.worker_id, record.address, session)
+        self.decode = DecodeSession(channel, record.worker_id, record.address, session)
         self.eased = asyncio.Event()
         self.watch: asyncio.Task[None] | None = None
         self.retirement: asyncio.Task[None] | None = None
@@ -73,6 +75,11 @@ class WorkerLink:
         return self.record.role is WorkerRole.KV_STORE or (model is not None and model.name == model_name)
 
     @property
+    def carrier(self) -> str:
+        """What carries the session: framed, grpc, or nothing while none is open."""
+        return self.prefill.carrier or self.decode.carrier
+
+    @property
     def load(self) -> int:
         """Requests there: ours are known at once, other clients' from its status."""
         return self.outstanding + self.foreign
@@ -92,7 +99,8 @@ class WorkerLink:
 class Workers:
     """Between `start` and `close`, `usable` is never older than a second."""
 
-    def __init__(self, topology: TopologyStore, channels: ChannelPool) -> None:
+    def __init__(self, topology: TopologyStore, channels: ChannelPool, session: Choice = "auto") -> None:
+        self._session = session
         self._topology = topology
         self._channels = channels
         self._index = PrefixReuseIndex()
@@ -155,7 +163,9 @@ class Workers:
 
     async def status(self, record: WorkerRecord) -> WorkerStatus:
         """Fresh from the worker. Raises PeerLost, DeadlineExceeded."""
-        return await get_status(self._channels.get(record.address), timeout_s=STATUS_TIMEOUT_S)
+        status = await get_status(self._channels.get(record.address), timeout_s=STATUS_TIMEOUT_S)
+        link = self._links.get((record.worker_id, record.incarnation))
+        return replace(status, session=link.carrier if link is not None else "")
 
     # ---- following the topology ----
 
@@ -168,7 +178,7 @@ class Workers:
         for key, record in present.items():
             link = self._links.get(key)
             if link is None:
-                link = self._links[key] = WorkerLink(record, self._channels)
+                link = self._links[key] = WorkerLink(record, self._channels, self._session)
                 self._watch(link)
                 log.info("worker %s (%s, %s) joined at %s", record.worker_id, key[1], record.role, record.address)
             link.record = record

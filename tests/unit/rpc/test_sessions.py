@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -13,6 +13,7 @@ from sagellm_common.core.errors import Cancelled, DeadlineExceeded, KvExhausted,
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import GenerationRequest, SamplingParams, as_token_ids
 from sagellm_common.rpc import session_client
+from sagellm_common.rpc.carriers import Carrier, Choice, Deliver
 from sagellm_common.rpc.channels import ChannelPool, stream
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.sessions import DecodeSession
@@ -46,19 +47,26 @@ async def worker() -> AsyncIterator[ScriptedDecode]:
     await topology.close()
 
 
+@pytest.fixture(params=["framed", "grpc"])
+def choice(request: pytest.FixtureRequest) -> Choice:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture
-async def session(worker: ScriptedDecode) -> AsyncIterator[DecodeSession]:
+async def session(worker: ScriptedDecode, choice: Choice) -> AsyncIterator[DecodeSession]:
     async with ChannelPool() as channels:
-        session = DecodeSession(channels.get(worker.record.address), worker.worker_id, worker.record.address)
+        address = worker.record.address
+        session = DecodeSession(channels.get(address), worker.worker_id, address, choice)
         yield session
         await session.close()
 
 
-async def test_many_requests_share_one_stream(session: DecodeSession, worker: ScriptedDecode) -> None:
+async def test_many_requests_share_one_stream(session: DecodeSession, worker: ScriptedDecode, choice: Choice) -> None:
     prompts = [[i, i + 1, i + 2] for i in range(50)]
     got = await asyncio.gather(*(decoded(session, request(f"r{i}", prompt)) for i, prompt in enumerate(prompts)))
     assert got == [oracle(prompt, SAMPLING) for prompt in prompts]
     assert worker.sessions_opened == 1
+    assert session.carrier == choice
 
 
 async def test_one_requests_error_is_its_own(session: DecodeSession, worker: ScriptedDecode) -> None:
@@ -96,10 +104,10 @@ async def test_tokens_that_arrived_before_the_stream_broke_are_delivered(
     assert tokens == oracle(PROMPT, SAMPLING)[:3]
 
 
-async def test_nobody_there_is_peer_lost(unused_tcp_port: int) -> None:
+async def test_nobody_there_is_peer_lost(unused_tcp_port: int, choice: Choice) -> None:
     async with ChannelPool() as channels:
         address = f"127.0.0.1:{unused_tcp_port}"
-        session = DecodeSession(channels.get(address), "ghost", address)
+        session = DecodeSession(channels.get(address), "ghost", address, choice)
         with pytest.raises(PeerLost, match="ghost"):
             await session.reserve(request(), 1, timeout_s=TIMEOUT_S)
         await session.close()
@@ -144,9 +152,9 @@ async def test_the_same_attempt_cannot_wait_twice(session: DecodeSession, worker
         await first
 
 
-async def test_close_fails_what_waits_and_leaves_no_task(worker: ScriptedDecode) -> None:
+async def test_close_fails_what_waits_and_leaves_no_task(worker: ScriptedDecode, choice: Choice) -> None:
     async with ChannelPool() as channels:
-        session = DecodeSession(channels.get(worker.record.address), worker.worker_id, worker.record.address)
+        session = DecodeSession(channels.get(worker.record.address), worker.worker_id, worker.record.address, choice)
         worker.on("reserve", worker.hang)
         call = asyncio.create_task(session.reserve(request(), 1, timeout_s=TIMEOUT_S))
         await eventually(lambda: worker.reached["reserve"].is_set())
@@ -160,78 +168,95 @@ async def test_close_fails_what_waits_and_leaves_no_task(worker: ScriptedDecode)
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("session")]
 
 
-class _StuckCall:
-    """A stream whose peer reads nothing."""
+# ---- a peer that does not read ----
+
+
+class Held:
+    """A carrier that is as full as the test says."""
+
+    name = "framed"
 
     def __init__(self) -> None:
+        self.full = False
+        self.sent: list[worker_pb2.DecodeSessionRequest] = []
         self.ended = asyncio.Event()
+        self.on_room: Callable[[], None] = lambda: None
 
-    def __aiter__(self) -> _StuckCall:
+    async def open(self, deliver: Deliver, on_room: Callable[[], None]) -> Carrier:
+        self.on_room = on_room
         return self
 
-    async def __anext__(self) -> Any:
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def run(self) -> None:
         await self.ended.wait()
-        raise StopAsyncIteration
 
-    async def write(self, message: Any) -> None:
-        await asyncio.Event().wait()
 
-    def cancel(self) -> None:
-        self.ended.set()
+@pytest.fixture
+async def held(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[DecodeSession, Held]]:
+    async with ChannelPool() as channels:
+        session, carrier = DecodeSession(channels.get("127.0.0.1:1"), "held", "127.0.0.1:1"), Held()
+        monkeypatch.setattr(session, "_open", carrier.open)
+        yield session, carrier
+        await session.close()
 
 
 async def test_a_peer_that_does_not_read_holds_calls_back_until_their_deadline(
-    monkeypatch: pytest.MonkeyPatch,
+    held: tuple[DecodeSession, Held],
 ) -> None:
-    monkeypatch.setattr(session_client, "OUTBOX_MESSAGES", 2)
-    async with ChannelPool() as channels:
-        session = DecodeSession(channels.get("127.0.0.1:1"), "stuck", "127.0.0.1:1")
-        call = _StuckCall()
-        monkeypatch.setattr(session, "_open_call", lambda: call)
-        waiting = [asyncio.create_task(session.reserve(request(f"r{i}"), 1, timeout_s=TIMEOUT_S)) for i in range(6)]
-        await asyncio.sleep(0)
-        with pytest.raises(DeadlineExceeded, match="took no new requests"):
-            await session.reserve(request("late"), 1, timeout_s=0.05)
-        session.release("r0", 1)  # never waits
-        call.ended.set()
-        results = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [type(result) for result in results] == [Cancelled] + [PeerLost] * 5
-        await session.close()
+    session, carrier = held
+    carrier.full = True
+    waiting = [asyncio.create_task(session.reserve(request(f"r{i}"), 1, timeout_s=TIMEOUT_S)) for i in range(6)]
+    await eventually(lambda: session.carrier)
+    with pytest.raises(DeadlineExceeded, match="took no new requests"):
+        await session.reserve(request("late"), 1, timeout_s=0.05)
+    session.release("r0", 1)  # never waits
+    carrier.ended.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [Cancelled] + [PeerLost] * 5
 
 
-async def test_what_was_cancelled_while_it_waited_to_be_sent_is_never_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_client, "OUTBOX_MESSAGES", 1)
-    async with ChannelPool() as channels:
-        session = DecodeSession(channels.get("127.0.0.1:1"), "slow", "127.0.0.1:1")
-        call = _SlowCall()
-        monkeypatch.setattr(session, "_open_call", lambda: call)
-        waiting = [asyncio.create_task(decoded(session, request(f"r{i}"))) for i in range(3)]
-        await eventually(lambda: call.writing)
-        session.cancel("r2", 1)
-        with pytest.raises(Cancelled):
-            await waiting[2]
-        call.readable.set()
-        await eventually(lambda: len(call.written) == 3)
-        sent = [message.decode.request_id for message in call.written if message.HasField("decode")]
-        assert sent == ["r0", "r1"]
-        assert sum(message.HasField("cancel") for message in call.written) == 1
-        await session.close()
-        assert [type(r) for r in await asyncio.gather(*waiting[:2], return_exceptions=True)] == [PeerLost] * 2
+async def test_calls_wait_for_a_stream_that_takes_long_to_open(
+    held: tuple[DecodeSession, Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, carrier = held
+    monkeypatch.setattr(session_client, "EARLY_MESSAGES", 2)
+    reachable = asyncio.Event()
+
+    async def open_late(deliver: Deliver, on_room: Callable[[], None]) -> Carrier:
+        await reachable.wait()
+        return await carrier.open(deliver, on_room)
+
+    monkeypatch.setattr(session, "_open", open_late)
+    waiting = [asyncio.create_task(session.reserve(request(f"r{i}"), 1, timeout_s=TIMEOUT_S)) for i in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(DeadlineExceeded, match="took no new requests"):
+        await session.reserve(request("late"), 1, timeout_s=0.05)
+    reachable.set()
+    await eventually(lambda: len(carrier.sent) == 3)
+    assert [message.reserve.request_id for message in carrier.sent] == ["r0", "r1", "r2"]
+    carrier.ended.set()
+    assert [type(r) for r in await asyncio.gather(*waiting, return_exceptions=True)] == [PeerLost] * 3
 
 
-class _SlowCall(_StuckCall):
-    """A stream whose peer begins to read when `readable` is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.readable = asyncio.Event()
-        self.writing = False
-        self.written: list[Any] = []
-
-    async def write(self, message: Any) -> None:
-        self.writing = True
-        await self.readable.wait()
-        self.written.append(message)
+async def test_what_was_cancelled_while_it_waited_to_be_sent_is_never_sent(held: tuple[DecodeSession, Held]) -> None:
+    session, carrier = held
+    waiting = [asyncio.create_task(decoded(session, request(f"r{i}"))) for i in range(2)]
+    await eventually(lambda: len(carrier.sent) == 2)
+    carrier.full = True
+    waiting.append(asyncio.create_task(decoded(session, request("r2"))))
+    await asyncio.sleep(0)
+    session.cancel("r2", 1)
+    with pytest.raises(Cancelled):
+        await waiting[2]
+    carrier.full = False
+    carrier.on_room()
+    await session.close()
+    assert [type(r) for r in await asyncio.gather(*waiting[:2], return_exceptions=True)] == [PeerLost] * 2
+    sent = [message.decode.request_id for message in carrier.sent if message.HasField("decode")]
+    assert sent == ["r0", "r1"]
+    assert sum(message.HasField("cancel") for message in carrier.sent) == 1
 
 
 async def test_a_stream_on_a_closed_channel_is_peer_lost() -> None:

@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, PeerLost
 from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, SamplingParams, as_token_ids
 from sagellm_common.rpc import codec
+from sagellm_common.rpc.carriers import FramedCarrier
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2
 from sagellm_common.rpc.inference_session import InferenceSession
 from services.router.servicer import SERVICE
@@ -33,9 +34,9 @@ def counted(code: str, method: str = "Generate") -> float:
     return REGISTRY.get_sample_value("sagellm_rpc_requests_total", labels) or 0.0
 
 
-@pytest.fixture
-async def session(router: RouterHarness) -> AsyncIterator[InferenceSession]:
-    session = InferenceSession(router.channel, router.router.address)
+@pytest.fixture(params=["framed", "grpc"])
+async def session(request: pytest.FixtureRequest, router: RouterHarness) -> AsyncIterator[InferenceSession]:
+    session = InferenceSession(router.channel, router.router.address, request.param)
     yield session
     await session.close()
 
@@ -161,15 +162,21 @@ async def test_a_broken_stream_is_peer_lost_and_the_next_generation_opens_anothe
 ) -> None:
     _, decode = await router.pair()
     decode.on("token:2", decode.hang, decode.hang)
-    open_call, calls = session._open_call, []
-    monkeypatch.setattr(session, "_open_call", lambda: calls.append(call := open_call()) or call)
+    open_carrier, carriers = session._open, []
+
+    async def opened(*args: Any) -> Any:
+        carriers.append(carrier := await open_carrier(*args))
+        return carrier
+
+    monkeypatch.setattr(session, "_open", opened)
     waiting = [asyncio.create_task(tokens_of(session, request(f"r{i}"))) for i in range(2)]
     await eventually(lambda: decode.reached["token:2"].is_set())
-    calls[0].cancel()
+    carrier = carriers[0]
+    carrier._connection.abort() if isinstance(carrier, FramedCarrier) else carrier._call.cancel()
     assert [type(r) for r in await asyncio.gather(*waiting, return_exceptions=True)] == [PeerLost] * 2
     await router.assert_nothing_held()
     assert await tokens_of(session, request()) == oracle(PROMPT, SAMPLING)
-    assert len(calls) == 2
+    assert len(carriers) == 2
 
 
 async def test_a_call_id_in_use_ends_the_session(router: RouterHarness) -> None:

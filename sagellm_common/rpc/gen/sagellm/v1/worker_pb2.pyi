@@ -326,7 +326,7 @@ class BlockEvents(_message.Message):
     def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events")
+    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -334,6 +334,7 @@ class WorkerStatus(_message.Message):
     RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     PINNED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     record: WorkerRecord
     kv: _common_pb2.KvStats
     running_requests: int
@@ -341,7 +342,8 @@ class WorkerStatus(_message.Message):
     reservations: int
     pinned_transfers: int
     block_events: BlockEvents
-    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
+    session: str
+    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_ms",)
