@@ -104,7 +104,7 @@ test-long: setup ## prompts of 32K, 64K and 128K tokens; minutes each
 	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py $(PYTEST_ARGS)
 
 test-states: setup ## the handoff in all interleavings, deeper than `make test` goes; minutes
-	@SAGELLM_TEST_DEEP=1 $(bin)/pytest -s tests/property/test_handoff_states.py $(PYTEST_ARGS)
+	@HANDOFF_STATES=deep $(bin)/pytest -s tests/property/test_handoff_states.py $(PYTEST_ARGS)
 
 test-vllm: setup setup-vllm ## vLLM: the contract of engines, 1P1D, and with LMDeploy on the other side
 	@LMDEPLOY_PYTHON=$(abspath $(bin))/python $(VLLM_VENV)/bin/pytest tests/contract/test_engine.py \

@@ -15,6 +15,7 @@ Pure state behind a lock; time is injected. `free` is called outside the lock, s
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 import secrets
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -34,6 +36,25 @@ from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds
 
 Free = Callable[[Allocation], None]
+
+Party = Literal["", "router", "prefill", "decode"]
+
+
+class Side(enum.StrEnum):
+    SOURCE = "source"
+    TARGET = "target"
+
+
+class LeaseObserver(Protocol):
+    """Hears of leases, with their table's lock held: it must not call back, nor wait. `handoff_record.HandoffLog`."""
+
+    def entered(self, side: Side, key: str, epoch: int, allocation: Allocation, what: str) -> None: ...
+
+    def read(self, key: str, epoch: int, num_blocks: int, num_bytes: int, seconds: float) -> None:
+        """A source has sent without an error."""
+
+    def ended(self, side: Side, key: str, epoch: int, outcome: str, by: Party) -> None: ...
+
 
 _NONCE_BITS = 40
 
@@ -65,12 +86,15 @@ class _Lease:
 class _LeaseTable:
     """The newest lease per key. Whatever enters leaves exactly once: to `free`, or to whoever claims it."""
 
-    def __init__(self, ttl_s: float, clock: Clock, free: Free) -> None:
+    side: ClassVar[Side]
+
+    def __init__(self, ttl_s: float, clock: Clock, free: Free, *, observer: LeaseObserver | None = None) -> None:
         self.ttl_s = ttl_s
         self.outcomes: Counter[str] = Counter()
         """How many leases ended how; for telemetry."""
         self._clock = clock
         self._free = free
+        self._observer = observer
         self._lock = threading.Lock()
         self._leases: dict[str, _Lease] = {}
         self._still_used = 0
@@ -98,7 +122,9 @@ class _LeaseTable:
             freed = [self._end(key, "closed") for key in list(self._leases)]
         self._free_all(freed)
 
-    def _enter(self, key: str, epoch: int, allocation: Allocation, num_tokens: int, subject: bytes = b"") -> Allocation:
+    def _enter(
+        self, key: str, epoch: int, allocation: Allocation, num_tokens: int, what: str, subject: bytes = b""
+    ) -> Allocation:
         """Takes the allocation over; returns the one that is now held. After an error the caller still owns it."""
         with self._lock:
             if self._closed:
@@ -115,6 +141,8 @@ class _LeaseTable:
                 freed = None if held is None else self._end(key, "replaced")
                 self._leases[key] = _Lease(epoch, allocation, num_tokens, self._clock.now() + self.ttl_s, subject)
                 kept = allocation
+            if self._observer is not None:
+                self._observer.entered(self.side, key, epoch, kept, what)
         self._free_all([freed])
         return kept
 
@@ -137,19 +165,21 @@ class _LeaseTable:
             raise LeaseExpired(f"the lease of transfer {key!r} ran out after {self.ttl_s:g} s")
         return lease
 
-    def _release(self, key: str, epoch: int, outcome: str) -> None:
+    def _release(self, key: str, epoch: int, outcome: str, by: Party) -> None:
         with self._lock:
             lease = self._leases.get(key)
             # A release of an older epoch comes from a party that was fenced off: it is too late to matter.
-            freed = self._end(key, outcome) if lease is not None and lease.epoch <= epoch else None
+            freed = self._end(key, outcome, by) if lease is not None and lease.epoch <= epoch else None
         self._free_all([freed])
 
-    def _end(self, key: str, outcome: str) -> Allocation | None:
+    def _end(self, key: str, outcome: str, by: Party = "") -> Allocation | None:
         """Ends a lease; returns what can be freed at once, None while it is being used. The lock is held."""
         lease = self._leases.pop(key)
         lease.ended = True
         self.outcomes[outcome] += 1
         self._still_used += bool(lease.users)
+        if self._observer is not None:
+            self._observer.ended(self.side, key, lease.epoch, outcome, by)
         if lease.progress is not None:  # whoever waits for more of it need not wait any longer
             lease.progress.fail(
                 LeaseExpired(f"transfer {key!r} epoch {lease.epoch} was {outcome} before it was computed")
@@ -176,8 +206,18 @@ class HandoffSource(_LeaseTable):
     `first_nonce` is for tests: see `new_epoch`.
     """
 
-    def __init__(self, ttl_s: float, clock: Clock, free: Free, *, first_nonce: int | None = None) -> None:
-        super().__init__(ttl_s, clock, free)
+    side = Side.SOURCE
+
+    def __init__(
+        self,
+        ttl_s: float,
+        clock: Clock,
+        free: Free,
+        *,
+        observer: LeaseObserver | None = None,
+        first_nonce: int | None = None,
+    ) -> None:
+        super().__init__(ttl_s, clock, free, observer=observer)
         self._nonces = itertools.count(secrets.randbits(_NONCE_BITS - 1) if first_nonce is None else first_nonce)
 
     def new_epoch(self, attempt: int) -> int:
@@ -219,7 +259,7 @@ class HandoffSource(_LeaseTable):
                 # Where the engine has used other blocks after all, this lease is over and a new one takes its place.
                 same = np.array_equal(lease.allocation.block_ids[: len(allocation.block_ids)], allocation.block_ids)
                 lease.num_tokens, lease.expires_at_s = num_tokens, self._clock.now() + (self.ttl_s if same else 0.0)
-        return self._enter(transfer_id, epoch, allocation, num_tokens)
+        return self._enter(transfer_id, epoch, allocation, num_tokens, "computed and pinned")
 
     def get(self, transfer_id: str, epoch: int) -> tuple[Allocation, int]:
         """What is pinned: the allocation and its number of tokens. Raises LeaseExpired."""
@@ -231,11 +271,11 @@ class HandoffSource(_LeaseTable):
         self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
     ) -> AbstractContextManager[None]:
         """See `LeasedBlocks.reading`."""
-        return _Reading(self, transfer_id, epoch, block_ids)
+        return _Reading(self, transfer_id, epoch, block_ids, num_bytes or 0)
 
-    def release(self, transfer_id: str, epoch: int, committed: bool) -> None:
+    def release(self, transfer_id: str, epoch: int, committed: bool, by: Party = "decode") -> None:
         """Unpins. A no-op for an unknown transfer and for an older epoch than the pinned one."""
-        self._release(transfer_id, epoch, "committed" if committed else "cancelled")
+        self._release(transfer_id, epoch, "committed" if committed else "cancelled", by)
 
 
 def _is_timeless(lease: _Lease) -> bool:
@@ -249,8 +289,8 @@ def _is_timeless(lease: _Lease) -> bool:
 class _Reading(AbstractContextManager[None]):
     """See `LeasedBlocks.reading`."""
 
-    def __init__(self, table: HandoffSource, transfer_id: str, epoch: int, block_ids: BlockIds) -> None:
-        self._table, self._of, self._block_ids = table, (transfer_id, epoch), block_ids
+    def __init__(self, table: HandoffSource, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int) -> None:
+        self._table, self._of, self._block_ids, self._num_bytes = table, (transfer_id, epoch), block_ids, num_bytes
 
     def __enter__(self) -> None:
         with self._table._lock:
@@ -259,9 +299,14 @@ class _Reading(AbstractContextManager[None]):
                 transfer_id, epoch = self._of
                 raise LeaseExpired(f"transfer {transfer_id!r} epoch {epoch} does not hold all of the blocks asked for")
             lease.users += 1
+            self._began_s = self._table._clock.now()
         self._lease = lease
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        observer = self._table._observer
+        if observer is not None and kind is None:
+            seconds = self._table._clock.now() - self._began_s
+            observer.read(*self._of, len(self._block_ids), self._num_bytes, seconds)
         self._table._done_with(self._lease)
 
 
@@ -275,8 +320,8 @@ class _Computing(AbstractContextManager[Allocation]):
 
     def __enter__(self) -> Allocation:
         table, (transfer_id, epoch) = self._table, self._of
-        table.release(transfer_id, epoch, committed=False)
-        held = table._enter(transfer_id, epoch, self._allocation, 0)
+        table.release(transfer_id, epoch, committed=False, by="prefill")
+        held = table._enter(transfer_id, epoch, self._allocation, 0, "announced")
         with table._lock:
             lease = self._lease = table._leases.get(transfer_id)
             if lease is not None and lease.allocation is held:
@@ -290,12 +335,14 @@ class _Computing(AbstractContextManager[Allocation]):
         )
         with table._lock:
             unfinished = lease is not None and table._leases.get(transfer_id) is lease and _is_timeless(lease)
-            freed = table._end(transfer_id, "cancelled") if unfinished else None
+            freed = table._end(transfer_id, "cancelled", "prefill") if unfinished else None
         table._free_all([freed])
 
 
 class HandoffTarget(_LeaseTable):
     """Blocks reserved to be written, until the request that will use them arrives. Thread-safe."""
+
+    side = Side.TARGET
 
     def reserve(self, request_id: str, attempt: int, allocation: Allocation, subject: bytes = b"") -> Allocation:
         """Owns the allocation for ttl_s from now on; returns the reserved one.
@@ -304,7 +351,7 @@ class HandoffTarget(_LeaseTable):
         again. The same again keeps the first allocation while its lease lives and frees the new one. Raises EpochFenced
         for a lower attempt and Draining after `close`; the caller then still owns the allocation.
         """
-        return self._enter(request_id, attempt, allocation, 0, subject)
+        return self._enter(request_id, attempt, allocation, 0, "reserved", subject)
 
     def writing(self, request_id: str, attempt: int) -> AbstractContextManager[Allocation]:
         """Reserved blocks to fill before they are claimed, by one writer. They do not expire meanwhile, and their time
@@ -331,11 +378,13 @@ class HandoffTarget(_LeaseTable):
                 raise LeaseExpired(f"request {request_id!r} attempt {attempt} came again with another prompt meanwhile")
             del self._leases[request_id]
             self.outcomes["claimed"] += 1
+            if self._observer is not None:
+                self._observer.ended(self.side, request_id, attempt, "claimed", "")
             return lease.allocation
 
-    def release(self, request_id: str, attempt: int) -> None:
+    def release(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Frees. A no-op for an unknown request and for an older attempt than the reserved one."""
-        self._release(request_id, attempt, "cancelled")
+        self._release(request_id, attempt, "cancelled", by)
 
 
 class _Writing(AbstractContextManager[Allocation]):

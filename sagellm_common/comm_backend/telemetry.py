@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from prometheus_client import Counter, Histogram
 
+from sagellm_common.comm_backend.handoff_record import HandoffRecord
+from sagellm_common.comm_backend.meter import PullMeter, metering
 from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.kv import Allocation, KvMemory
 from sagellm_common.core.kv_progress import KvProgress
@@ -26,6 +28,44 @@ TRANSFER_SECONDS = Histogram(
 TRANSFER_FAILURES = Counter(
     "sagellm_comm_transfer_failures_total", "Pulls that ended in an error", ["backend", "error"]
 )
+
+_RATIO = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+BANDWIDTH = Histogram(
+    "sagellm_comm_bandwidth_bytes_per_second",
+    "Of each pull, over the time in which its bytes moved",
+    ["backend"],
+    buckets=(1e6, 1e7, 3e7, 1e8, 3e8, 1e9, 2e9, 4e9, 8e9, 1.6e10, 3.2e10, 6.4e10),
+)
+FIRST_BYTE_SECONDS = Histogram(
+    "sagellm_comm_first_byte_seconds",
+    "From the beginning of a pull until its first piece was here",
+    ["backend"],
+    buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+)
+STALLS = Counter("sagellm_comm_stalls_total", "Pieces of a pull that were waited for longer than 100 ms", ["backend"])
+DIGEST_SECONDS = Counter("sagellm_comm_digest_seconds_total", "Spent on checking what was pulled", ["backend"])
+FUSION_HITS = Counter("sagellm_comm_fusion_hits_total", "Messages saved by sending blocks together", ["backend"])
+RETRIES = Counter("sagellm_comm_retries_total", "Pulls of the same KV again", ["backend"])
+HANDOFFS = Counter(
+    "sagellm_comm_handoffs_total", "Handoffs as decode saw them end: done, or the reason they failed", ["outcome"]
+)
+OVERLAP_RATIO = Histogram(
+    "sagellm_comm_overlap_ratio", "Transfer time hidden behind computation / transfer time", buckets=_RATIO
+)
+REQUEST_SHARE = Histogram(
+    "sagellm_comm_request_share_ratio", "Exposed transfer time / duration of the Decode call", buckets=_RATIO
+)
+
+
+def observe_handoff(record: HandoffRecord | None) -> None:
+    """Counts a target's record that has ended; None: there is nothing to count."""
+    if record is None:
+        return
+    HANDOFFS.labels(record.reason.value if record.reason is not None else record.state.value).inc()
+    RETRIES.labels(record.backend).inc(record.retries)
+    if record.reason is None and record.transfer_ms:
+        OVERLAP_RATIO.observe(record.overlap_share)
 
 
 class InstrumentedChannel:
@@ -54,11 +94,11 @@ class InstrumentedChannel:
         into: KvMemory | None = None,
         encoding: Encoding | None = None,
     ) -> TransferResult:
-        with self._failures():
+        with self._metered() as meter:
             result = await self._inner.pull(
                 source, source_blocks, target_blocks, timeout_s=timeout_s, into=into, encoding=encoding
             )
-        return self._counted(result)
+            return self._counted(result, meter)
 
     async def pull_along(
         self,
@@ -71,7 +111,7 @@ class InstrumentedChannel:
         into: KvMemory | None = None,
         encoding: Encoding | None = None,
     ) -> TransferResult:
-        with self._failures():
+        with self._metered() as meter:
             result = await self._inner.pull_along(
                 source,
                 first_block,
@@ -81,17 +121,27 @@ class InstrumentedChannel:
                 into=into,
                 encoding=encoding,
             )
-        return self._counted(result)
+            return self._counted(result, meter)
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as err:
-            TRANSFER_FAILURES.labels(self.name, type(err).__name__).inc()
-            raise
+    def _metered(self) -> Iterator[PullMeter]:
+        with metering() as meter:
+            try:
+                yield meter
+            except BaseException as err:
+                TRANSFER_FAILURES.labels(self.name, type(err).__name__).inc()
+                raise
+            finally:
+                STALLS.labels(self.name).inc(meter.stalls)
+                DIGEST_SECONDS.labels(self.name).inc(meter.digest_s)
+                if meter.first_byte_s is not None:
+                    FIRST_BYTE_SECONDS.labels(self.name).observe(meter.first_byte_s)
 
-    def _counted(self, result: TransferResult) -> TransferResult:
+    def _counted(self, result: TransferResult, meter: PullMeter) -> TransferResult:
+        if result.bytes and not meter.bytes:  # the byte path reports nothing on its way
+            meter.arrived(result.bytes)
+        if result.bytes and result.seconds > 0:
+            BANDWIDTH.labels(self.name).observe(result.bytes / result.seconds)
         TRANSFER_BYTES.labels(self.name, "in").inc(result.bytes)
         TRANSFER_SECONDS.labels(self.name).observe(result.seconds)
         return result
@@ -115,9 +165,10 @@ class InstrumentedLeases:
     def reading(
         self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
     ) -> Iterator[None]:
-        with self._inner.reading(transfer_id, epoch, block_ids, num_bytes):
+        size = len(block_ids) * self._memory().block_bytes if num_bytes is None else num_bytes
+        with self._inner.reading(transfer_id, epoch, block_ids, size):
             yield
-        self._sent.inc(len(block_ids) * self._memory().block_bytes if num_bytes is None else num_bytes)
+        self._sent.inc(size)
 
     def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
         return self._inner.progress(transfer_id, epoch)

@@ -12,6 +12,7 @@
     │   ├── NoWorker            NO_WORKER           UNAVAILABLE         retry
     │   ├── Draining            DRAINING            UNAVAILABLE         retry
     │   └── PeerLost            PEER_LOST           UNAVAILABLE         retry
+    │       └── PeerRestarted   PEER_RESTARTED      UNAVAILABLE         retry
     ├── LayoutMismatch          LAYOUT_MISMATCH     FAILED_PRECONDITION
     ├── WrongRole               WRONG_ROLE          FAILED_PRECONDITION
     ├── WorkerIdTaken           WORKER_ID_TAKEN     ALREADY_EXISTS
@@ -102,6 +103,12 @@ class Draining(Unreachable):
 
 class PeerLost(Unreachable):
     reason = "PEER_LOST"
+
+
+class PeerRestarted(PeerLost):
+    """It is there again, but what it held for us is gone."""
+
+    reason = "PEER_RESTARTED"
 
 
 class LayoutMismatch(SageError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from sagellm_common.comm_backend.transcode import check_bridgeable
-from sagellm_common.core.errors import PeerLost, SageError
+from sagellm_common.core.errors import PeerRestarted, SageError
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import ChannelPool, call
@@ -47,7 +47,7 @@ class KvTransferClient:
         theirs = codec.decode_layout(response.layout)
         check_bridgeable(layout, theirs, worker_id, source.worker_id)
         if response.incarnation != source.incarnation:
-            raise PeerLost(
+            raise PeerRestarted(
                 f"worker {source.worker_id!r} was restarted: the blocks of transfer {source.transfer_id!r} are gone"
             )
         self._agreed[source.control_address] = source.incarnation, layout, theirs

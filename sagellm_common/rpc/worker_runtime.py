@@ -24,6 +24,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.comm_backend.protocol import KVTransferChannel
 from sagellm_common.core import process
 from sagellm_common.core.config import Config
@@ -72,6 +73,7 @@ class WorkerRuntime:
         session_port: int = 0,
         metrics_port: int | None = None,
         metrics: CollectorRegistry = REGISTRY,
+        handoffs: HandoffLog | None = None,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -83,6 +85,7 @@ class WorkerRuntime:
         self._session_port = session_port
         self._metrics_port = metrics_port
         self._metrics = metrics
+        self._handoffs = handoffs
         self._engine_ended = engine_ended or asyncio.Event()
         self._feed = BlockFeed(pool)
         self._load: Callable[[], Load] = Load
@@ -167,7 +170,7 @@ class WorkerRuntime:
             Registrar(
                 "sagellm.v1.WorkerService",
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-                WorkerServicer(self, self._feed),
+                WorkerServicer(self, self._feed, self._handoffs),
             ),
             Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer),
         ]

@@ -10,11 +10,14 @@ from typing import Protocol
 
 import grpc
 
+from sagellm_common.comm_backend.handoff_record import HandoffLog
+from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import BlockEvent
 from sagellm_common.core.types import BlockHash, KvStats, WorkerRecord
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.handoffs import encode_record
 
 DEFAULT_MIN_INTERVAL_S = 0.2
 SHORTEST_MIN_INTERVAL_S = 0.01
@@ -97,9 +100,12 @@ class BlockFeed:
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    def __init__(self, worker: WorkerView, feed: BlockFeed) -> None:
+    """`handoffs` None: this worker keeps no records of them."""
+
+    def __init__(self, worker: WorkerView, feed: BlockFeed, handoffs: HandoffLog | None = None) -> None:
         self._worker = worker
         self._feed = feed
+        self._handoffs = handoffs
 
     def status(self) -> worker_pb2.WorkerStatus:
         load = self._worker.load()
@@ -153,6 +159,19 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.DrainResponse:
         grace_s = request.grace_ms / 1000 if request.grace_ms > 0 else None
         return worker_pb2.DrainResponse(unfinished_requests=await self._worker.drain(grace_s))
+
+    async def ListHandoffs(
+        self,
+        request: worker_pb2.ListHandoffsRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.ListHandoffsRequest, worker_pb2.ListHandoffsResponse],
+    ) -> worker_pb2.ListHandoffsResponse:
+        if request.last < 0:
+            raise InvalidRequest(f"last is {request.last}, but must be at least 0 (0: all that are kept)")
+        me, kept = self._worker.record, self._handoffs
+        found = kept.records(request.request_id, request.last, request.failed) if kept is not None else []
+        return worker_pb2.ListHandoffsResponse(
+            worker_id=me.worker_id, incarnation=me.incarnation, records=map(encode_record, found)
+        )
 
 
 def _events(event: BlockEvent, revision: int, *, snapshot: bool = False) -> worker_pb2.BlockEvents:

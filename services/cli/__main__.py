@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Unpack
 
 import typer
+from rich.markup import escape
 
 from sagellm_common.client.aio import Options, Prompt, gather
 from sagellm_common.client.sync import Client
@@ -21,7 +22,7 @@ from sagellm_common.comm_backend.hardware import probe_all
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.engines.lmdeploy.overlay import existing_overlay
-from services.cli import patches, render, run
+from services.cli import doctor, patches, render, run
 from services.cli.cluster import Cluster, StartFailed
 from services.cli.home import ClusterHome
 from services.cli.status import NotRunning, running_state, status_document, view_of
@@ -40,6 +41,8 @@ config_app = typer.Typer(help="The configuration as it is understood.", no_args_
 app.add_typer(config_app, name="config")
 engine_app = typer.Typer(help="The engine inside the workers.", no_args_is_help=True)
 app.add_typer(engine_app, name="engine")
+doctor_app = typer.Typer(help="What went wrong, and what to do about it.", no_args_is_help=True)
+app.add_typer(doctor_app, name="doctor")
 
 Name = Annotated[str, typer.Option("--name", help="the cluster; cluster.name unless given")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration")]
@@ -168,6 +171,35 @@ def demo() -> None:
     from services.cli.demo import run_demo
 
     asyncio.run(run_demo())
+
+
+@doctor_app.command("handoff")
+def doctor_handoff(
+    request_id: Annotated[str, typer.Argument(help="tell the story of this request's")] = "",
+    last: Annotated[int, typer.Option(min=1, help="so many, the newest last")] = 20,
+    failed: Annotated[bool, typer.Option("--failed", help="only those that failed or were cancelled")] = False,
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """What became of KV handoffs, as both of their workers saw them. Exit code 1: nobody remembers the request."""
+    state = None if router else running_state(_name(name))
+    address = state.router_address if state is not None else router
+    found = asyncio.run(doctor.examine(address, state, request_id=request_id, last=last, failed=failed))
+    if json_:
+        _print_json(doctor.document(found))
+    elif request_id:
+        for handoff in found.handoffs:
+            for part in doctor.story(handoff, found):
+                render.out.print(part)
+    else:
+        nothing = f"no {'failed ' * failed}handoffs are remembered"
+        render.out.print(doctor.handoffs_table(found.handoffs) if found.handoffs else nothing)
+    for worker_id, why in sorted(found.not_asked.items()):
+        render.err.print(f"[yellow]{worker_id} could not be asked:[/] {escape(why)}", soft_wrap=True)
+    if request_id and not found.handoffs:
+        which = "failed handoff" if failed else "handoff"
+        _fail(f"no worker remembers a {which} of request {request_id!r}", EXIT_FAILED)
 
 
 # ---- configuration ----

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.process import leave
 from sagellm_common.core.types import WorkerRole
@@ -41,8 +42,9 @@ async def compose(args: WorkerArgs) -> None:
         stack.push_async_callback(background.close, grace_s=1.0)
         topology = make_topology(config, args.router, channels)
         transfers = KvTransferClient(channels)
-        leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free)
-        reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free)
+        handoffs = HandoffLog(clock, config.transport.backend, "transport.backend says so")
+        leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free, observer=handoffs)
+        reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free, observer=handoffs)
         channel = make_channel(
             config.transport,
             engine.kv.regions(),
@@ -58,6 +60,7 @@ async def compose(args: WorkerArgs) -> None:
             args.worker_id,
             pool=engine.kv,
             source=leases,
+            handoffs=handoffs,
             target=reservations,
             channel=channel,
             topology=topology,
@@ -69,9 +72,8 @@ async def compose(args: WorkerArgs) -> None:
             metrics_port=args.metrics_port,
         )
         layout = engine.kv.layout
-        puller = KvPuller(
-            channel, transfers, LeaseReleaser(transfers, background), runtime, engine.kv, lambda: config.transport
-        )
+        releaser = LeaseReleaser(transfers, background)
+        puller = KvPuller(channel, transfers, releaser, runtime, engine.kv, lambda: config.transport, handoffs)
         offload = None
         if config.kv_store.enabled:
             store = StoreClient(channels, topology, layout, channel.name, clock)
@@ -79,7 +81,7 @@ async def compose(args: WorkerArgs) -> None:
         aheads = PullsAhead(reservations, puller)
         stack.callback(aheads.close)
         loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload)
-        servicer = DecodeServicer(ObservedDecode(loop), config.router.request_timeout_s)
+        servicer = DecodeServicer(ObservedDecode(loop, handoffs), config.router.request_timeout_s)
         service = Registrar("sagellm.v1.DecodeService", worker_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
         await runtime.run([service], loop.load)
 

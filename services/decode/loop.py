@@ -156,6 +156,7 @@ class DecodeLoop:
             if transfer is None:
                 transfer = await self._puller.pull(job, source, blocks.allocation)
             transfer = replace(transfer, exposed_ms=(time.monotonic() - began_s) * 1e3)
+            self._puller.received(job, transfer)
             current.set_attributes(transfer.attributes())
             return transfer
 

@@ -7,7 +7,9 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.comm_backend.protocol import KVTransferChannel, TransferResult
+from sagellm_common.comm_backend.telemetry import observe_handoff
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import SageError
@@ -32,6 +34,7 @@ class KvPuller:
         worker: WorkerView,
         pool: KVBackendProtocol,
         settings: Callable[[], TransportConfig],
+        handoffs: HandoffLog,
     ) -> None:
         self._tokens = TokenPuller(channel, pool.regions(), pool.layout, settings)
         self._channel = channel
@@ -39,6 +42,7 @@ class KvPuller:
         self._releaser = releaser
         self._worker = worker
         self._layout = pool.layout
+        self._handoffs = handoffs
 
     @contextmanager
     def lease(self, source: KvSource) -> Iterator[None]:
@@ -55,7 +59,12 @@ class KvPuller:
 
         Raises LayoutMismatch, ConfigError (another byte path), PeerLost, LeaseExpired, KvCorrupt.
         """
-        theirs = await self._handshake(source)
+        with self._handoffs.pulling(job.request_id, job.attempt, source, "pull") as pulling:
+            theirs = await self._handshake(source)
+            pulling.agreed()
+            return await self._pull(job, source, theirs, allocation)
+
+    async def _pull(self, job: DecodeJob, source: KvSource, theirs: KvLayout, allocation: Allocation) -> Transfer:
         size = self._layout.block_size_tokens
         ready = min(self._ready_tokens(source), len(job.prompt))
         begin = self._first_missing(allocation)
@@ -69,6 +78,19 @@ class KvPuller:
         allocation.num_cached_tokens = ready
         return Transfer.of(result, begin, self._channel.name)
 
+    def received(self, job: DecodeJob, transfer: Transfer) -> None:
+        """All of the prompt's KV is here, and counts."""
+        record = self._handoffs.done(
+            job.request_id,
+            job.attempt,
+            blocks=transfer.blocks,
+            reused=transfer.blocks_reused,
+            transfer_ms=transfer.transfer_ms,
+            exposed_ms=transfer.exposed_ms,
+            ahead_share=transfer.bytes_ahead / transfer.bytes if transfer.bytes else 0.0,
+        )
+        observe_handoff(record)
+
     async def pull_ahead(
         self, job: PullAheadJob, allocation: Allocation, on_bytes: Callable[[int], None]
     ) -> TransferResult:
@@ -78,10 +100,18 @@ class KvPuller:
         Raises LayoutMismatch for another layout over a byte path that only brings it when all is computed.
         """
         source = job.source
-        with span(
-            "pull_ahead", job.trace_context, request_id=job.request_id, source=source.worker_id, backend=source.backend
-        ) as current:
+        with (
+            span(
+                "pull_ahead",
+                job.trace_context,
+                request_id=job.request_id,
+                source=source.worker_id,
+                backend=source.backend,
+            ) as current,
+            self._handoffs.pulling(job.request_id, job.attempt, source, "pull ahead") as pulling,
+        ):
             theirs = await self._handshake(source)
+            pulling.agreed()
             begin = self._first_missing(allocation)
             result = await self._tokens.pull_along(
                 source,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 from prometheus_client import Counter, Histogram
 
+from sagellm_common.comm_backend.handoff_record import HandoffLog
+from sagellm_common.comm_backend.telemetry import REQUEST_SHARE, observe_handoff
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.telemetry import span
 from sagellm_common.core.types import HandoffTicket, KvConversion
-from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob
+from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob, Transfer
 
 _TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 
@@ -43,10 +46,11 @@ _RESERVED = RESERVATIONS.labels("done")
 
 
 class ObservedDecode:
-    """A `Decode` with spans and metrics."""
+    """A `Decode` with spans, metrics and a record of each handoff."""
 
-    def __init__(self, inner: Decode) -> None:
+    def __init__(self, inner: Decode, handoffs: HandoffLog) -> None:
         self._inner = inner
+        self._handoffs = handoffs
 
     def reserve(self, job: ReserveJob) -> HandoffTicket:
         with span(
@@ -60,6 +64,7 @@ class ObservedDecode:
                 ticket = self._inner.reserve(job)
             except SageError as err:
                 RESERVATIONS.labels(err.reason.lower()).inc()
+                observe_handoff(self._handoffs.refused(job.request_id, job.attempt, err))
                 raise
             current.set_attribute("cached_tokens", ticket.num_cached_tokens)
         _RESERVED.inc()
@@ -76,6 +81,8 @@ class ObservedDecode:
 
     async def decode(self, job: DecodeJob, emit: Emit) -> None:
         meter = _Meter(emit)
+        if job.source is not None:
+            self._handoffs.called(job.request_id, job.attempt, job.source)
         with span(
             "decode",
             job.trace_context,
@@ -94,6 +101,8 @@ class ObservedDecode:
                 outcome = "internal"
                 raise
             finally:
+                if (error := sys.exception()) is not None and job.source is not None:
+                    observe_handoff(self._handoffs.failed(job.request_id, job.attempt, error))
                 current.set_attribute("tokens", meter.num_tokens)
                 REQUESTS.labels(outcome).inc()
                 meter.report()
@@ -111,10 +120,12 @@ def _observe(conversion: KvConversion) -> None:
 class _Meter:
     """Counts what passes. On the path of every token, so it only adds and looks at the clock."""
 
-    __slots__ = ("_emit", "_first_s", "_last_s", "finish_reason", "num_tokens")
+    __slots__ = ("_began_s", "_emit", "_exposed_s", "_first_s", "_last_s", "finish_reason", "num_tokens")
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
+        self._began_s = time.perf_counter()
+        self._exposed_s: float | None = None
         self._first_s = self._last_s = 0.0
         self.num_tokens = 0
         self.finish_reason = "none"
@@ -128,15 +139,21 @@ class _Meter:
         if chunk.finish_reason is not None:
             self.finish_reason = chunk.finish_reason.value
         if chunk.transfer is not None:
-            BLOCKS.labels("pulled").inc(chunk.transfer.blocks)
-            BLOCKS.labels("reused").inc(chunk.transfer.blocks_reused)
-            BYTES.labels("ahead").inc(chunk.transfer.bytes_ahead)
-            BYTES.labels("in_call").inc(chunk.transfer.bytes - chunk.transfer.bytes_ahead)
-            EXPOSED_SECONDS.observe(chunk.transfer.exposed_ms / 1e3)
-            if chunk.transfer.conversion is not None:
-                _observe(chunk.transfer.conversion)
+            self._transferred(chunk.transfer)
+
+    def _transferred(self, transfer: Transfer) -> None:
+        BLOCKS.labels("pulled").inc(transfer.blocks)
+        BLOCKS.labels("reused").inc(transfer.blocks_reused)
+        BYTES.labels("ahead").inc(transfer.bytes_ahead)
+        BYTES.labels("in_call").inc(transfer.bytes - transfer.bytes_ahead)
+        EXPOSED_SECONDS.observe(transfer.exposed_ms / 1e3)
+        if transfer.conversion is not None:
+            _observe(transfer.conversion)
+        self._exposed_s = transfer.exposed_ms / 1e3
 
     def report(self) -> None:
         TOKENS.inc(self.num_tokens)
+        if self._exposed_s is not None:
+            REQUEST_SHARE.observe(self._exposed_s / max(1e-9, time.perf_counter() - self._began_s))
         if self.num_tokens > 1:
             TPOT_SECONDS.observe((self._last_s - self._first_s) / (self.num_tokens - 1))

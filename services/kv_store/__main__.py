@@ -8,6 +8,7 @@ from prometheus_client import REGISTRY
 
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.process import leave
 from sagellm_common.core.types import WorkerRole
@@ -29,7 +30,8 @@ async def compose(args: WorkerArgs) -> None:
     pool = HostKvPool(config.kv_store.budget_bytes, clock)
     REGISTRY.register(StoreCollector(pool))
     async with ChannelPool() as channels:
-        leases = HandoffSource(config.transport.lease_ttl_s, clock, pool.free)
+        handoffs = HandoffLog(clock, config.transport.backend, "transport.backend says so")
+        leases = HandoffSource(config.transport.lease_ttl_s, clock, pool.free, observer=handoffs)
         channel = make_channel(
             config.transport,
             pool.regions,
@@ -45,6 +47,7 @@ async def compose(args: WorkerArgs) -> None:
             args.worker_id,
             pool=pool,
             source=leases,
+            handoffs=handoffs,
             channel=channel,
             topology=make_topology(config, args.router, channels),
             port=args.port,

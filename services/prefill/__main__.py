@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 
 from sagellm_common.comm_backend import make_channel, overlap_min_bytes
 from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.process import leave
 from sagellm_common.core.types import WorkerRole
@@ -40,7 +41,8 @@ async def compose(args: WorkerArgs) -> None:
         stack.push_async_callback(background.close, grace_s=1.0)
         topology = make_topology(config, args.router, channels)
         transfers = KvTransferClient(channels)
-        leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free)
+        handoffs = HandoffLog(clock, config.transport.backend, "transport.backend says so")
+        leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free, observer=handoffs)
         channel = make_channel(
             config.transport,
             engine.kv.regions(),
@@ -56,6 +58,7 @@ async def compose(args: WorkerArgs) -> None:
             args.worker_id,
             pool=engine.kv,
             source=leases,
+            handoffs=handoffs,
             channel=channel,
             topology=topology,
             model=engine.model,

@@ -174,7 +174,7 @@ class PrefillLoop:
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Unpins what waits to be pulled. (A call that still runs is cancelled by cancelling it.)"""
-        self._leases.release(request_id, last_epoch(attempt), committed=False)
+        self._leases.release(request_id, last_epoch(attempt), committed=False, by="router")
 
     def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
         """The engine's callback."""

@@ -41,7 +41,7 @@ DEEP = {
     "the id comes again, expiry": ONE.but(lives=2, ahead=False),
 }
 DEEPER = pytest.mark.skipif(
-    not os.environ.get("SAGELLM_TEST_DEEP"), reason="takes minutes: set SAGELLM_TEST_DEEP=1, or `make test-states`"
+    os.environ.get("HANDOFF_STATES") != "deep", reason="takes minutes; `make test-states` sets HANDOFF_STATES=deep"
 )
 
 
@@ -83,7 +83,7 @@ def _epoch(table: HandoffSource, key: str, epoch: int) -> int:
 
 
 def free_before_the_readers_are_done(patch: pytest.MonkeyPatch) -> None:
-    def end(table: HandoffSource, key: str, outcome: str) -> Allocation:
+    def end(table: HandoffSource, key: str, outcome: str, by: str = "") -> Allocation:
         lease = table._leases.pop(key)
         lease.users = 0
         return lease.allocation
@@ -93,7 +93,7 @@ def free_before_the_readers_are_done(patch: pytest.MonkeyPatch) -> None:
 
 
 def free_before_the_writer_is_done(patch: pytest.MonkeyPatch) -> None:
-    def end(table: HandoffTarget, key: str, outcome: str) -> Allocation:
+    def end(table: HandoffTarget, key: str, outcome: str, by: str = "") -> Allocation:
         return table._leases.pop(key).allocation
 
     patch.setattr(HandoffTarget, "_end", end)
@@ -101,7 +101,7 @@ def free_before_the_writer_is_done(patch: pytest.MonkeyPatch) -> None:
 
 
 def free_twice_after_a_read(patch: pytest.MonkeyPatch) -> None:
-    def end(table: HandoffSource, key: str, outcome: str) -> Allocation:
+    def end(table: HandoffSource, key: str, outcome: str, by: str = "") -> Allocation:
         lease = table._leases.pop(key)
         lease.ended = True
         table._still_used += bool(lease.users)

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from sagellm_common.comm_backend import make_channel, overlap_min_bytes
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import Clock, SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import load_config
@@ -138,8 +139,9 @@ async def worker(
         stack.push_async_callback(background.close, grace_s=1.0)
         topology = RemoteTopology(router, channels)
         transfers = KvTransferClient(channels)
-        leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free)
-        reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free)
+        handoffs = HandoffLog(SystemClock(), config.transport.backend, "transport.backend says so")
+        leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free, observer=handoffs)
+        reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free, observer=handoffs)
         channel = make_channel(
             config.transport,
             engine.kv.regions(),
@@ -155,6 +157,7 @@ async def worker(
             worker_id or f"{role}-0",
             pool=engine.kv,
             source=leases,
+            handoffs=handoffs,
             target=reservations,
             channel=channel,
             topology=topology,
@@ -177,7 +180,7 @@ async def worker(
                 PrefillServicer(prefill, 60.0),
             )
         else:
-            puller = KvPuller(channel, transfers, releaser, runtime, engine.kv, lambda: config.transport)
+            puller = KvPuller(channel, transfers, releaser, runtime, engine.kv, lambda: config.transport, handoffs)
             aheads = PullsAhead(reservations, puller)
             offload = (
                 Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)
@@ -189,7 +192,7 @@ async def worker(
             service = Registrar(
                 "sagellm.v1.DecodeService",
                 worker_pb2_grpc.add_DecodeServiceServicer_to_server,
-                DecodeServicer(ObservedDecode(loop), 60.0),
+                DecodeServicer(ObservedDecode(loop, handoffs), 60.0),
             )
         stack.push_async_callback(runtime.close)
         await runtime.start([service], loop.load)

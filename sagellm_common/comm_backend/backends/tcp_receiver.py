@@ -7,12 +7,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.integrity import (
@@ -23,6 +24,7 @@ from sagellm_common.comm_backend.integrity import (
     verify_segment,
 )
 from sagellm_common.comm_backend.kv_dtypes import Deviation
+from sagellm_common.comm_backend.meter import PullMeter
 from sagellm_common.comm_backend.protocol import Encoding, Memory, TransferResult
 from sagellm_common.comm_backend.segments import Segment, layers_apart, views
 from sagellm_common.comm_backend.wire import Wire, split_address
@@ -129,7 +131,7 @@ class TcpReceiver:
             wire.close()
             raise Draining("this worker's KV byte path is closed")
         wire.deadline_s = deadline_s
-        job = asyncio.get_running_loop().run_in_executor(self._threads, exchange, wire)
+        job = asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, exchange, wire)
         self._active[wire] = job
         try:
             result = await asyncio.shield(job)
@@ -153,7 +155,7 @@ class TcpReceiver:
         encoding: Encoding | None,
     ) -> Deviation | None:
         """The whole exchange, on a thread of its own."""
-        size = memory.block_bytes
+        size, metered = memory.block_bytes, meter.current()
         request = frames.encode_pull(
             source.transfer_id,
             source.epoch,
@@ -170,8 +172,10 @@ class TcpReceiver:
             digests = bytearray(len(group) * DIGEST_BYTES if self._digest else 0)
             with memory.writing(group) as (region, ids):
                 wire.recv_into([*([digests] if self._digest else []), *region.runs(ids)])
+                metered.arrived(len(group) * size)
                 if self._digest:
-                    verify_blocks(region, ids, digests, source.transfer_id, group)
+                    with metered.digesting():
+                        verify_blocks(region, ids, digests, source.transfer_id, group)
         trailer = wire.recv(len(frames.TRAILER))
         if trailer != frames.TRAILER:
             raise MalformedFrame(f"ended with {bytes(trailer)!r}")
@@ -188,7 +192,7 @@ class TcpReceiver:
         encoding: Encoding | None,
     ) -> tuple[float, Deviation | None]:
         """The whole exchange, on a thread of its own; returns the seconds in which bytes moved, too."""
-        num_layers = layers_apart(memory)
+        num_layers, metered = layers_apart(memory), meter.current()
         request = frames.encode_along(
             source.transfer_id,
             source.epoch,
@@ -207,6 +211,8 @@ class TcpReceiver:
             kind, segment = frames.decode_segment(wire.recv(frames.SEGMENT.size))
             if kind == frames.SEGMENT_DONE:
                 break
+            if kind == frames.SEGMENT_WAIT:
+                metered.waited()
             if kind == frames.SEGMENT_FAILED:
                 self._expect_accepted(wire)
             if kind == frames.SEGMENT_DATA:
@@ -214,7 +220,7 @@ class TcpReceiver:
                 here = _next_layers(layers_here, segment, first_block, num_layers)
                 with memory.writing(target_blocks[here]) as (region, ids):
                     into = views(region, ids, segment, num_layers)
-                    self._take_segment(wire, source, segment, into)
+                    self._take_segment(wire, source, segment, into, metered)
                 on_bytes(sum(map(len, into)))
                 seconds += time.monotonic() - began_s
                 failpoints.hit("receiver.pulling")
@@ -222,11 +228,15 @@ class TcpReceiver:
             raise MalformedFrame("ended before all blocks were sent")
         return seconds, _deviation(wire, encoding)
 
-    def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Sequence[memoryview]) -> None:
+    def _take_segment(
+        self, wire: Wire, source: KvSource, segment: Segment, into: Sequence[memoryview], metered: PullMeter
+    ) -> None:
         digest = bytearray(DIGEST_BYTES if self._digest else 0)
         wire.recv_into([*([digest] if self._digest else []), *into])
+        metered.arrived(sum(map(len, into)))
         if self._digest:
-            verify_segment(segment, into, digest, source.transfer_id)
+            with metered.digesting():
+                verify_segment(segment, into, digest, source.transfer_id)
 
     def _expect_accepted(self, wire: Wire) -> None:
         accepted, reason_bytes, message_bytes = frames.decode_answer(wire.recv(frames.ANSWER.size))

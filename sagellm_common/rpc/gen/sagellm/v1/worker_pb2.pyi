@@ -2,12 +2,78 @@ from google.rpc import status_pb2 as _status_pb2
 from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as _common_pb2
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class HandoffSide(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HANDOFF_SIDE_UNSPECIFIED: _ClassVar[HandoffSide]
+    HANDOFF_SIDE_SOURCE: _ClassVar[HandoffSide]
+    HANDOFF_SIDE_TARGET: _ClassVar[HandoffSide]
+
+class HandoffState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HANDOFF_STATE_UNSPECIFIED: _ClassVar[HandoffState]
+    HANDOFF_STATE_RUNNING: _ClassVar[HandoffState]
+    HANDOFF_STATE_DONE: _ClassVar[HandoffState]
+    HANDOFF_STATE_FAILED: _ClassVar[HandoffState]
+    HANDOFF_STATE_CANCELLED: _ClassVar[HandoffState]
+
+class HandoffReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HANDOFF_REASON_UNSPECIFIED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_CONNECT_REFUSED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_HANDSHAKE_REFUSED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_LAYOUT_MISMATCH: _ClassVar[HandoffReason]
+    HANDOFF_REASON_LEASE_EXPIRED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_EPOCH_FENCED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_PEER_RESTARTED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_PEER_LOST_BEFORE_FIRST_BYTE: _ClassVar[HandoffReason]
+    HANDOFF_REASON_PEER_LOST_AFTER_FIRST_BYTE: _ClassVar[HandoffReason]
+    HANDOFF_REASON_STALLED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_DEADLINE: _ClassVar[HandoffReason]
+    HANDOFF_REASON_DIGEST_MISMATCH: _ClassVar[HandoffReason]
+    HANDOFF_REASON_CANCELLED_BY_ROUTER: _ClassVar[HandoffReason]
+    HANDOFF_REASON_CANCELLED_BY_PREFILL: _ClassVar[HandoffReason]
+    HANDOFF_REASON_CANCELLED_BY_DECODE: _ClassVar[HandoffReason]
+    HANDOFF_REASON_KV_EXHAUSTED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_DRAINING: _ClassVar[HandoffReason]
+    HANDOFF_REASON_ENGINE_FAILED: _ClassVar[HandoffReason]
+    HANDOFF_REASON_INVALID_REQUEST: _ClassVar[HandoffReason]
+    HANDOFF_REASON_INTERNAL: _ClassVar[HandoffReason]
+HANDOFF_SIDE_UNSPECIFIED: HandoffSide
+HANDOFF_SIDE_SOURCE: HandoffSide
+HANDOFF_SIDE_TARGET: HandoffSide
+HANDOFF_STATE_UNSPECIFIED: HandoffState
+HANDOFF_STATE_RUNNING: HandoffState
+HANDOFF_STATE_DONE: HandoffState
+HANDOFF_STATE_FAILED: HandoffState
+HANDOFF_STATE_CANCELLED: HandoffState
+HANDOFF_REASON_UNSPECIFIED: HandoffReason
+HANDOFF_REASON_CONNECT_REFUSED: HandoffReason
+HANDOFF_REASON_HANDSHAKE_REFUSED: HandoffReason
+HANDOFF_REASON_LAYOUT_MISMATCH: HandoffReason
+HANDOFF_REASON_LEASE_EXPIRED: HandoffReason
+HANDOFF_REASON_EPOCH_FENCED: HandoffReason
+HANDOFF_REASON_PEER_RESTARTED: HandoffReason
+HANDOFF_REASON_PEER_LOST_BEFORE_FIRST_BYTE: HandoffReason
+HANDOFF_REASON_PEER_LOST_AFTER_FIRST_BYTE: HandoffReason
+HANDOFF_REASON_STALLED: HandoffReason
+HANDOFF_REASON_DEADLINE: HandoffReason
+HANDOFF_REASON_DIGEST_MISMATCH: HandoffReason
+HANDOFF_REASON_CANCELLED_BY_ROUTER: HandoffReason
+HANDOFF_REASON_CANCELLED_BY_PREFILL: HandoffReason
+HANDOFF_REASON_CANCELLED_BY_DECODE: HandoffReason
+HANDOFF_REASON_KV_EXHAUSTED: HandoffReason
+HANDOFF_REASON_DRAINING: HandoffReason
+HANDOFF_REASON_ENGINE_FAILED: HandoffReason
+HANDOFF_REASON_INVALID_REQUEST: HandoffReason
+HANDOFF_REASON_INTERNAL: HandoffReason
 
 class PrefillRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority")
@@ -356,6 +422,94 @@ class DrainResponse(_message.Message):
     UNFINISHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     unfinished_requests: int
     def __init__(self, unfinished_requests: _Optional[int] = ...) -> None: ...
+
+class ListHandoffsRequest(_message.Message):
+    __slots__ = ("request_id", "last", "failed")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    last: int
+    failed: bool
+    def __init__(self, request_id: _Optional[str] = ..., last: _Optional[int] = ..., failed: _Optional[bool] = ...) -> None: ...
+
+class ListHandoffsResponse(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "records")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    records: _containers.RepeatedCompositeFieldContainer[HandoffRecord]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., records: _Optional[_Iterable[_Union[HandoffRecord, _Mapping]]] = ...) -> None: ...
+
+class HandoffRecord(_message.Message):
+    __slots__ = ("request_id", "attempt", "epoch", "side", "backend", "backend_why", "peer_id", "peer_incarnation", "state", "reason", "failed_at", "message", "queued_ms", "handshake_ms", "first_byte_ms", "transfer_ms", "exposed_ms", "digest_ms", "bytes", "blocks_moved", "blocks_reused", "stalls", "longest_stall_ms", "retries", "overlap_share", "total_ms", "age_ms", "events")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_WHY_FIELD_NUMBER: _ClassVar[int]
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    PEER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FAILED_AT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
+    HANDSHAKE_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BYTE_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_MS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_MOVED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_REUSED_FIELD_NUMBER: _ClassVar[int]
+    STALLS_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_STALL_MS_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_SHARE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    epoch: int
+    side: HandoffSide
+    backend: str
+    backend_why: str
+    peer_id: str
+    peer_incarnation: str
+    state: HandoffState
+    reason: HandoffReason
+    failed_at: str
+    message: str
+    queued_ms: float
+    handshake_ms: float
+    first_byte_ms: float
+    transfer_ms: float
+    exposed_ms: float
+    digest_ms: float
+    bytes: int
+    blocks_moved: int
+    blocks_reused: int
+    stalls: int
+    longest_stall_ms: float
+    retries: int
+    overlap_share: float
+    total_ms: float
+    age_ms: float
+    events: _containers.RepeatedCompositeFieldContainer[HandoffEvent]
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., side: _Optional[_Union[HandoffSide, str]] = ..., backend: _Optional[str] = ..., backend_why: _Optional[str] = ..., peer_id: _Optional[str] = ..., peer_incarnation: _Optional[str] = ..., state: _Optional[_Union[HandoffState, str]] = ..., reason: _Optional[_Union[HandoffReason, str]] = ..., failed_at: _Optional[str] = ..., message: _Optional[str] = ..., queued_ms: _Optional[float] = ..., handshake_ms: _Optional[float] = ..., first_byte_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., exposed_ms: _Optional[float] = ..., digest_ms: _Optional[float] = ..., bytes: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., stalls: _Optional[int] = ..., longest_stall_ms: _Optional[float] = ..., retries: _Optional[int] = ..., overlap_share: _Optional[float] = ..., total_ms: _Optional[float] = ..., age_ms: _Optional[float] = ..., events: _Optional[_Iterable[_Union[HandoffEvent, _Mapping]]] = ...) -> None: ...
+
+class HandoffEvent(_message.Message):
+    __slots__ = ("what", "at_ms")
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    what: str
+    at_ms: float
+    def __init__(self, what: _Optional[str] = ..., at_ms: _Optional[float] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
     __slots__ = ("worker_id", "role", "state", "address", "data_address", "incarnation", "pid", "model", "transport", "host_id", "engine")

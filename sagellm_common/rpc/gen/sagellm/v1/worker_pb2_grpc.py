@@ -510,6 +510,11 @@ class WorkerServiceStub:
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ListHandoffs = channel.unary_unary(
+                '/sagellm.v1.WorkerService/ListHandoffs',
+                request_serializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -536,6 +541,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListHandoffs(self, request, context):
+        """The last handoffs of this worker, as it saw them, oldest first; failed and cancelled ones too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -553,6 +565,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=sagellm_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'ListHandoffs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHandoffs,
+                    request_deserializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -638,6 +655,33 @@ class WorkerService:
             '/sagellm.v1.WorkerService/Drain',
             sagellm_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListHandoffs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.WorkerService/ListHandoffs',
+            sagellm_dot_v1_dot_worker__pb2.ListHandoffsRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.ListHandoffsResponse.FromString,
             options,
             channel_credentials,
             insecure,

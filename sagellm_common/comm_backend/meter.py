@@ -1,0 +1,85 @@
+"""What one pull tells about itself while bytes arrive; byte paths report to the meter of whoever asked for the pull.
+
+    with metering() as meter:
+        await channel.pull(...)      # within: `current()` on the event loop, handed to threads by the byte path
+
+A byte path that reports nothing is measured from outside, as one arrival.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+STALL_S = 0.1
+"""A piece that lets itself be waited for longer is a stall."""
+
+
+class PullMeter:
+    """One thread reports at a time."""
+
+    __slots__ = ("_last_s", "began_s", "bytes", "digest_s", "first_byte_s", "longest_stall_s", "stalls")
+
+    def __init__(self) -> None:
+        self.began_s = self._last_s = time.monotonic()
+        self.bytes = 0
+        self.first_byte_s: float | None = None
+        """Seconds from the beginning until the first piece was here."""
+        self.stalls = 0
+        self.longest_stall_s = 0.0
+        self.digest_s = 0.0
+
+    def arrived(self, num_bytes: int) -> None:
+        """A piece is here."""
+        now = time.monotonic()
+        if self.first_byte_s is None:
+            self.first_byte_s = now - self.began_s
+        if now - self._last_s > STALL_S:
+            self.stalls += 1
+            self.longest_stall_s = max(self.longest_stall_s, now - self._last_s)
+        self._last_s = now
+        self.bytes += num_bytes
+
+    def waited(self) -> None:
+        """The source said that it has nothing to send yet: that is no stall."""
+        self._last_s = time.monotonic()
+
+    @contextmanager
+    def digesting(self) -> Iterator[None]:
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.digest_s += time.perf_counter() - began_s
+
+    def add(self, part: PullMeter) -> None:
+        """One of several pulls of the same handoff."""
+        if self.first_byte_s is None and part.first_byte_s is not None:
+            self.first_byte_s = part.began_s - self.began_s + part.first_byte_s
+        self.bytes += part.bytes
+        self.stalls += part.stalls
+        self.longest_stall_s = max(self.longest_stall_s, part.longest_stall_s)
+        self.digest_s += part.digest_s
+
+
+_current: ContextVar[PullMeter | None] = ContextVar("pull_meter", default=None)
+
+
+def current() -> PullMeter:
+    """The meter of the pull under way; one that nobody reads outside of any."""
+    return _current.get() or PullMeter()
+
+
+@contextmanager
+def metering() -> Iterator[PullMeter]:
+    """A meter for the time of the block, added to the one outside of it, if there is one, whatever ends the block."""
+    outer, meter = _current.get(), PullMeter()
+    token = _current.set(meter)
+    try:
+        yield meter
+    finally:
+        _current.reset(token)
+        if outer is not None:
+            outer.add(meter)
