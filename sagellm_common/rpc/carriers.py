@@ -18,7 +18,7 @@ from google.protobuf.descriptor_pool import Default as default_pool
 from google.protobuf.message import Message
 
 from sagellm_common.core.errors import InvalidRequest, PeerLost
-from sagellm_common.rpc.channels import rpc_errors
+from sagellm_common.rpc.channels import MAX_MESSAGE_BYTES, rpc_errors
 from sagellm_common.rpc.framed import CLOSE_GRACE_S, FramedConnection, Kind
 from sagellm_common.rpc.framed_server import METHOD
 from sagellm_common.rpc.gen.sagellm.v1 import session_pb2, session_pb2_grpc
@@ -108,7 +108,11 @@ class FramedCarrier:
         return self._connection.full
 
     def send(self, message: Message) -> None:
-        self._connection.send(Kind.MESSAGE, message.SerializeToString())
+        """Raises InvalidRequest for a message beyond what the peer takes: it would end the session."""
+        payload = message.SerializeToString()
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise InvalidRequest(f"a message of {len(payload)} bytes; a session takes at most {MAX_MESSAGE_BYTES}")
+        self._connection.send(Kind.MESSAGE, payload)
 
     async def run(self) -> None:
         connection = self._connection

@@ -1,7 +1,7 @@
 """One end of a framed session: length-prefixed frames on a TCP connection, see `session.proto`.
 
     data_received ──► frames ──► on_frame             nothing is awaited, no task is switched to
-    send ──► transport, which sends all of a loop's turn together
+    send ──► transport                                nor here, whatever the peer does
 
 The peer is told dead after a silence that its answer to a PING would have broken. What it sends is never trusted: a
 frame that is too long, of no known kind, or refused by `on_frame` ends the connection with the error as its last frame.
@@ -113,6 +113,8 @@ class FramedConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         # Loops do this by themselves today, and a token that waits for Nagle waits 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # What the kernel takes leaves at once, not at the end of the loop's turn; what it does not take is too much.
+        self._transport.set_write_buffer_limits(high=0)
         self._heard_s = self._loop.time()
         self._beat()
 

@@ -192,6 +192,13 @@ class _Answers:
         self._waiter: asyncio.Future[None] | None = None
         connection.on_room = self._room
 
+    def write_now(self, message: Message) -> bool:
+        """As `write`, if the peer takes more now; False, and nothing is sent, if it does not."""
+        if self._connection.full:
+            return False
+        self._connection.send(Kind.MESSAGE, message.SerializeToString())
+        return True
+
     async def write(self, message: Message) -> None:
         """Returns when the peer takes more. The connection's end cancels the session."""
         self._connection.send(Kind.MESSAGE, message.SerializeToString())

@@ -16,8 +16,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -158,6 +157,39 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
             mailbox.fail(self._lost)
 
 
+class _Call(Generic[KeyT, RequestT, ReplyT]):
+    """One call's mailbox on a stream, and its timer."""
+
+    __slots__ = ("_key", "_mailbox", "_message", "_stream", "_timeout_s", "_timer")
+
+    def __init__(
+        self, stream: _Stream[KeyT, RequestT, ReplyT], key: KeyT, message: RequestT, timeout_s: float, what: str
+    ) -> None:
+        self._stream = stream
+        self._key = key
+        self._message = message
+        self._timeout_s = timeout_s
+        self._mailbox = stream.mailboxes[key] = Mailbox()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(0.0, timeout_s), _expire, self._mailbox, what, timeout_s)
+
+    async def __aenter__(self) -> Mailbox[ReplyT]:
+        try:
+            await self._stream.room(self._mailbox, self._timeout_s)
+            self._stream.send_soon(self._message)
+        except BaseException:
+            self._leave()
+            raise
+        return self._mailbox
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._timer.cancel()
+        del self._stream.mailboxes[self._key]
+
+
 class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
     """Calls to one peer over its current stream, opened on first use and again after it broke.
 
@@ -199,21 +231,12 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
     def _split(self, message: Any) -> Iterable[tuple[KeyT, ReplyT]]:
         """The replies in a message, each with the key of its call."""
 
-    @asynccontextmanager
-    async def _call(self, key: KeyT, message: RequestT, timeout_s: float, what: str) -> AsyncIterator[Mailbox[ReplyT]]:
-        """Sends `message` and yields the mailbox of its replies. One timer bounds the whole call, `what`."""
+    def _call(self, key: KeyT, message: RequestT, timeout_s: float, what: str) -> _Call[KeyT, RequestT, ReplyT]:
+        """Sends `message`; `async with` gives the mailbox of its replies. One timer bounds the whole call, `what`."""
         stream = self._live_stream()
         if key in stream.mailboxes:
             raise ValueError(f"{what} is already waiting on {self._peer}")
-        mailbox = stream.mailboxes[key] = Mailbox()
-        timer = asyncio.get_running_loop().call_later(max(0.0, timeout_s), _expire, mailbox, what, timeout_s)
-        try:
-            await stream.room(mailbox, timeout_s)
-            stream.send_soon(message)
-            yield mailbox
-        finally:
-            timer.cancel()
-            del stream.mailboxes[key]
+        return _Call(stream, key, message, timeout_s, what)
 
     def _abandon(self, key: KeyT, what: str) -> None:
         """Ends the call that waits under `key` with Cancelled."""

@@ -1,11 +1,11 @@
-"""The sending half of a session stream: many requests, one writer, one message per wake-up."""
+"""The sending half of a session stream: many requests, one writer, one message per turn of the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from sagellm_common.core.errors import PeerLost
 
@@ -19,6 +19,8 @@ class SessionWriter(Generic[M]):
 
     Adding never waits, so the engine's steps never wait for a peer. The backlog is bounded in time: a peer that takes
     no message for `stall_timeout_s` ends the session with PeerLost.
+
+    `write_now` sends without waiting, and without another task's turn, or says False: then `write` waits for the peer.
     """
 
     def __init__(
@@ -26,23 +28,44 @@ class SessionWriter(Generic[M]):
         new_message: Callable[[], M],
         write: Callable[[M], Awaitable[None]],
         *,
+        write_now: Callable[[M], bool] | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self._new_message = new_message
         self._write = write
+        self._write_now = write_now
+        self._loop = asyncio.get_running_loop()
         self._stall_timeout_s = stall_timeout_s
         self._next: M | None = None
         self._writing_since_s: float | None = None
         self._wake = asyncio.Event()
         self._closed = False
 
+    @classmethod
+    def of(cls, new_message: Callable[[], M], context: Any) -> Self:
+        """To the peer of a servicer's call, whatever carries it."""
+        return cls(new_message, context.write, write_now=getattr(context, "write_now", None))
+
     @property
     def message(self) -> M:
         """The message that leaves next. Add to it at once, on the event loop: it leaves when the caller waits."""
         if self._next is None:
             self._next = self._new_message()
-            self._wake.set()
+            if self._write_now is None:
+                self._wake.set()
+            else:
+                self._loop.call_soon(self.flush)
         return self._next
+
+    def flush(self) -> None:
+        """Sends what was added, now if the peer keeps up: for what stands between a request and its first token."""
+        message = self._next
+        if message is None:
+            return
+        if self._write_now is not None and self._writing_since_s is None and self._write_now(message):
+            self._next = None
+        else:
+            self._wake.set()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[asyncio.TaskGroup]:

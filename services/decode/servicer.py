@@ -64,12 +64,13 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
 
         Reservations outlive it: their lease does.
         """
-        writer = Writer(worker_pb2.DecodeSessionResponse, context.write)
+        writer = Writer.of(worker_pb2.DecodeSessionResponse, context)
         async with writer.serving() as running:
             async for message in requests:
                 match message.WhichOneof("op"):
                     case "reserve":
                         writer.message.reservations.append(self._reserve_result(message.reserve))
+                        writer.flush()
                     case "pull_ahead":
                         self._pull_ahead(message.pull_ahead)
                     case "decode":

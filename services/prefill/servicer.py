@@ -39,7 +39,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
 
     async def Session(self, requests: AsyncIterator[worker_pb2.PrefillSessionRequest], context: Context) -> None:
         """Each request runs in a task of the session: the stream's end, however it comes, cancels the unfinished."""
-        writer = Writer(worker_pb2.PrefillSessionResponse, context.write)
+        writer = Writer.of(worker_pb2.PrefillSessionResponse, context)
         async with writer.serving() as running:
             async for message in requests:
                 if message.HasField("prefill"):
@@ -66,6 +66,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         writer.message.results.add(
             request_id=request.request_id, attempt=request.attempt, response=response, error=error
         )
+        writer.flush()
 
     def _job(self, request: worker_pb2.PrefillRequest, announce: Announce | None = None) -> PrefillJob:
         if not request.request_id:

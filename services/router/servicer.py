@@ -55,7 +55,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
         None waits for the client to read; a client that reads nothing at all for a while loses its session.
         """
-        writer = Writer(inference_pb2.InferenceSessionResponse, context.write)
+        writer = Writer.of(inference_pb2.InferenceSessionResponse, context)
         running: dict[int, asyncio.Task[None]] = {}
         async with writer.serving() as tasks:
             async for message in requests:
@@ -79,6 +79,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with aclosing(self._pipeline.generate(asked, request.timeout_ms / 1000 or None)) as outputs:
                 async for output in outputs:
                     writer.message.results.add(call_id=call_id, output=self._encode(output))
+                    if output.index == 0:
+                        writer.flush()  # before the pipeline asks for the second token
 
     def _encode(self, output: GenerationOutput) -> inference_pb2.GenerateResponse:
         explanation = self._explain.get(output.request_id) if output.summary else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sagellm_common.core.errors import PeerLost, SageError
+from sagellm_common.core.errors import InvalidRequest, PeerLost, SageError
 from sagellm_common.rpc import carriers, server
 from sagellm_common.rpc.carriers import FramedCarrier, GrpcCarrier, Opener
 from sagellm_common.rpc.channels import ChannelPool
@@ -191,6 +191,20 @@ async def test_a_framed_connection_is_full_while_its_peer_reads_nothing() -> Non
     life.cancel()
     await asyncio.gather(life, return_exceptions=True)
     await peer.lost
+
+
+async def test_a_message_that_is_too_long_is_its_senders_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carriers, "MAX_MESSAGE_BYTES", 1000)
+    here, there = tcp_pair()
+    loop = asyncio.get_running_loop()
+    _, connection = await loop.create_connection(lambda: FramedConnection(lambda *_: None), sock=here)
+    carrier = FramedCarrier(connection, worker_pb2.DecodeSessionResponse, lambda _: None)
+    with pytest.raises(InvalidRequest, match="at most 1000"):
+        carrier.send(message(0))
+    assert not connection.ended
+    there.close()
+    with pytest.raises(PeerLost):
+        await carrier.run()
 
 
 async def test_why_a_framed_session_ended_is_told() -> None:

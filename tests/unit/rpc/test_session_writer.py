@@ -105,3 +105,44 @@ async def test_cancelling_the_session_cancels_its_requests() -> None:
     await asyncio.wait([task])
     assert task.cancelled()
     assert ended == ["cancelled"]
+
+
+class Direct(Peer):
+    """A peer that is written to without waiting while it reads."""
+
+    def write_now(self, message: list[int]) -> bool:
+        if self.reads.is_set():
+            self.messages.append(message)
+        return self.reads.is_set()
+
+
+async def test_a_peer_that_keeps_up_is_written_to_in_the_same_turn() -> None:
+    peer = Direct()
+    writer = Ints.of(list, peer)
+    async with writer.serving():
+        writer.message.append(1)
+        writer.message.append(2)
+        assert not peer.messages
+        await asyncio.sleep(0)
+        assert peer.messages == [[1, 2]]
+        writer.message.append(3)
+        writer.flush()
+        writer.message.append(4)
+        assert peer.messages == [[1, 2], [3]]
+    assert peer.messages == [[1, 2], [3], [4]]
+
+
+async def test_nothing_overtakes_what_waits_for_the_peer() -> None:
+    peer = Direct()
+    writer = Ints.of(list, peer)
+    async with writer.serving():
+        peer.reads.clear()
+        writer.message.append(1)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        writer.message.append(2)
+        peer.reads.set()  # the first is still on its way through `write`
+        writer.flush()
+        writer.message.append(3)
+        await eventually(lambda: len(peer.messages) == 2)
+    assert peer.messages == [[1], [2, 3]]
