@@ -152,27 +152,34 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._ids = [int(t) for t in context_token_ids][-self.CONTEXT_TOKENS :]
         self._read_offset = len(self._ids)
-        self._known_text = self._decode()
+        self._known: str | None = None
 
     def push(self, token_ids: Iterable[int]) -> str:
         """New text that later tokens cannot change; may be empty."""
+        known = self._known_text
         self._ids.extend(token_ids)
         text = self._decode()
-        if text == self._known_text and not text.endswith(_REPLACEMENT):
+        if text == known and not text.endswith(_REPLACEMENT):
             del self._ids[self._read_offset :]  # special tokens, skipped: kept, they would be decoded again and again
-        if len(text) <= len(self._known_text) or text.endswith(_REPLACEMENT):
+        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
             return ""
-        delta = text[len(self._known_text) :]
         self._ids = self._ids[self._read_offset :]
         self._read_offset = len(self._ids)
-        self._known_text = self._decode()
-        return delta
+        self._known = None
+        return text[len(known) :]
 
     def flush(self) -> str:
         """What was held back at the end of the generation: an incomplete character, as U+FFFD."""
-        delta = self._decode()[len(self._known_text) :]
-        self._known_text += delta
-        return delta
+        known = self._known_text
+        self._known = self._decode()
+        return self._known[len(known) :]
+
+    @property
+    def _known_text(self) -> str:
+        """Of what is read. Decoded when the next tokens come: the ones before need not wait for it."""
+        if self._known is None:
+            self._known = self._tokenizer.decode(self._ids[: self._read_offset], self._skip_special_tokens)
+        return self._known
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, self._skip_special_tokens)

@@ -139,7 +139,7 @@ def engines(view: ClusterView) -> str:
 def status_table(state: ClusterState, view: ClusterView) -> Table:
     """Processes of this machine and what the topology knows of the workers."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("ID", "ROLE", "ADDRESS", "PID", "STATE"):
+    for name in ("ID", "ROLE", "ADDRESS", "PID", "STATE", "SESSION"):
         table.add_column(name, no_wrap=True)
     for name in ("RUNNING", "KV USED", "CACHED", "FREE", "TOTAL"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -154,6 +154,7 @@ def status_table(state: ClusterState, view: ClusterView) -> Table:
             record.address,
             str(record.pid),
             record.state,
+            worker.session or "–",
             str(worker.running_requests),
             *map(str, blocks),
         )

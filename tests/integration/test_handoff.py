@@ -38,6 +38,7 @@ from sagellm_common.core.errors import (
 )
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import FinishReason, SamplingParams, WorkerRole, as_token_ids
+from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import call
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from tests.support.simulated_engine import SLOT_BYTES, SimulatedEngine, reference
@@ -61,15 +62,22 @@ async def router() -> AsyncIterator[str]:
         yield address
 
 
+@pytest.fixture(params=["framed", "grpc"])
+def carried_by(request: pytest.FixtureRequest) -> Choice:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture
-async def prefill(router: str) -> AsyncIterator[Worker]:
+async def prefill(router: str, carried_by: Choice) -> AsyncIterator[Worker]:
     async with worker(WorkerRole.PREFILL, router) as made:
+        made.carried_by = carried_by
         yield made
 
 
 @pytest.fixture
-async def decode(router: str) -> AsyncIterator[Worker]:
+async def decode(router: str, carried_by: Choice) -> AsyncIterator[Worker]:
     async with worker(WorkerRole.DECODE, router) as made:
+        made.carried_by = carried_by
         yield made
 
 

@@ -12,9 +12,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from tests.support.cluster import RunningCluster
 
 SERVICES = {
-    "router": {"InferenceService", "TopologyService"},
-    "prefill-0": {"PrefillService", "WorkerService", "KvTransferService"},
-    "decode-0": {"DecodeService", "WorkerService", "KvTransferService"},
+    "router": {"InferenceService", "TopologyService", "SessionService"},
+    "prefill-0": {"PrefillService", "WorkerService", "KvTransferService", "SessionService"},
+    "decode-0": {"DecodeService", "WorkerService", "KvTransferService", "SessionService"},
     "kv-store-0": {"KvStoreService", "WorkerService", "KvTransferService"},
 }
 TIMEOUT_S = 20.0

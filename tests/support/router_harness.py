@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import grpc
 from prometheus_client import CollectorRegistry
 
-from sagellm_common.core.config import Config, RouterConfig
+from sagellm_common.core.config import Config, RouterConfig, RpcConfig
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationSummary, SamplingParams, pack_int32
 from sagellm_common.rpc import codec
+from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, inference_pb2_grpc, topology_pb2, topology_pb2_grpc
 from sagellm_common.rpc.status import from_rpc_error
 from services.router.__main__ import Router, serving
@@ -145,8 +146,12 @@ class RouterHarness:
 
 
 @asynccontextmanager
-async def router_harness(**router: Any) -> AsyncIterator[RouterHarness]:
-    config = Config(router=RouterConfig(**({"worker_grace_s": 0.5, "resume_grace_s": 0.5} | router)))
+async def router_harness(carried_by: Choice = "auto", **router: Any) -> AsyncIterator[RouterHarness]:
+    """`carried_by` is for the router's sessions."""
+    config = Config(
+        rpc=RpcConfig(session=carried_by),
+        router=RouterConfig(**({"worker_grace_s": 0.5, "resume_grace_s": 0.5} | router)),
+    )
     topology, registry = EmbeddedTopology(), CollectorRegistry()
     async with (
         serving(config, topology, metrics=RouterMetrics(registry)) as running,

@@ -27,6 +27,7 @@ from sagellm_common.core.types import (
 )
 from sagellm_common.engines.base import Engine
 from sagellm_common.rpc.background import Background
+from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
@@ -67,18 +68,24 @@ class Worker:
     channel: grpc.aio.Channel
     prefill: IdempotentPrefill | None = None
     aheads: PullsAhead | None = None
+    carried_by: Choice = "auto"
+    """The session."""
     extras: dict[str, object] = field(default_factory=dict)
 
     @property
     def prefill_session(self) -> PrefillSession:
-        session = self.extras.get("session") or PrefillSession(self.channel, self._id, self.runtime.record.address)
+        session = self.extras.get("session") or PrefillSession(
+            self.channel, self._id, self.runtime.record.address, self.carried_by
+        )
         self.extras["session"] = session
         assert isinstance(session, PrefillSession)
         return session
 
     @property
     def decode_session(self) -> DecodeSession:
-        session = self.extras.get("session") or DecodeSession(self.channel, self._id, self.runtime.record.address)
+        session = self.extras.get("session") or DecodeSession(
+            self.channel, self._id, self.runtime.record.address, self.carried_by
+        )
         self.extras["session"] = session
         assert isinstance(session, DecodeSession)
         return session

@@ -39,10 +39,10 @@ def test_plan_diagram_aligns_what_where_and_which_tokens() -> None:
 
 def test_status_shows_workers_and_processes_the_topology_lost() -> None:
     record = WorkerRecord("prefill-0", WorkerRole.PREFILL, "h:1", "h:2", "i", 7)
-    view = ClusterView(1, "embedded", True, (WorkerView(record, KvStats(9, 4, 3, 2), 1, 0, 0, 0),))
+    view = ClusterView(1, "embedded", True, (WorkerView(record, KvStats(9, 4, 3, 2), 1, 0, 0, 0, "framed"),))
     processes = (ProcessState("router", "router", 5, "h:0"), ProcessState("decode-0", "decode", 8, "h:3"))
     lines = printed(render.status_table(ClusterState("c", 1, "/m", processes=processes), view))
-    assert lines[1].split() == ["prefill-0", "prefill", "h:1", "7", "serving", "1", "3", "2", "4", "9"]
+    assert lines[1].split() == ["prefill-0", "prefill", "h:1", "7", "serving", "framed", "1", "3", "2", "4", "9"]
     assert lines[2].split() == ["router", "router", "h:0", "5"]
     assert lines[3].split()[4:] == ["not", "in", "the", "topology"]
 

@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sagellm_common.core.errors import DeadlineExceeded, Draining, InvalidRequest, NoWorker, QueueFull
 from sagellm_common.core.types import FinishReason, SamplingParams
+from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2
 from tests.support.router_harness import PATIENCE_S, PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import ScriptedWorker, oracle
@@ -17,6 +18,11 @@ from tests.support.waiting import eventually
 POINTS = ["reserve", "reserved", "prefill", "prefilled", "pull", "token:1", "token:3"]
 STATE = {"reserve": 0, "reserved": 0, "prefill": 0, "prefilled": 0, "pull": 1, "token:1": 1, "token:3": 3}
 """Tokens the client has by then."""
+
+
+@pytest.fixture(params=["framed", "grpc"])
+def carried_by(request: pytest.FixtureRequest) -> Choice:
+    return request.param  # type: ignore[no-any-return]
 
 
 async def pair_hanging_at(router: RouterHarness, point: str) -> ScriptedWorker:

@@ -21,6 +21,7 @@ from sagellm_common.core.errors import (
 )
 from sagellm_common.core.types import FinishReason, SamplingParams, WorkerState, as_token_ids
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.rpc.carriers import Choice
 from tests.support.router_harness import PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import LAYOUT, Action, ScriptedDecode, ScriptedPrefill, ScriptedWorker, oracle
 from tests.support.waiting import eventually
@@ -36,6 +37,11 @@ FAULTS: dict[str, Callable[[ScriptedWorker], Action]] = {
     "is stopped": lambda worker: worker.refuse(Cancelled("scripted")),
     "drains": lambda worker: worker.refuse(Draining("scripted")),
 }
+
+
+@pytest.fixture(params=["framed", "grpc"])
+def carried_by(request: pytest.FixtureRequest) -> Choice:
+    return request.param  # type: ignore[no-any-return]
 
 
 async def two_pairs(router: RouterHarness) -> tuple[list[ScriptedPrefill], list[ScriptedDecode]]:

@@ -10,8 +10,8 @@ import pytest
 
 from sagellm_common.core.types import BlockHash, KvLayout, SamplingParams, as_token_ids
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
-from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2
-from tests.support.router_harness import PROMPT, RouterHarness, router_harness
+from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2, topology_pb2
+from tests.support.router_harness import PATIENCE_S, PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import LAYOUT, MODEL, ScriptedDecode, ScriptedPrefill, oracle
 from tests.support.waiting import eventually
 
@@ -132,3 +132,16 @@ async def test_no_task_is_left_when_the_router_closes() -> None:
         await router.generate()
     left = {task for task in asyncio.all_tasks() - before if not task.done()}
     assert not {task.get_name() for task in left if "grpc" not in repr(task)}
+
+
+@pytest.mark.parametrize("carried_by", ["framed", "grpc"])
+async def test_status_says_what_carries_the_sessions(router: RouterHarness, carried_by: str) -> None:
+    await router.pair()
+
+    async def sessions() -> list[str]:
+        snapshot = await router.topology_stub.Get(topology_pb2.GetTopologyRequest(), timeout=PATIENCE_S)
+        return [worker.session for worker in snapshot.workers]
+
+    assert await sessions() == ["", ""]
+    await router.generate()
+    assert await sessions() == [carried_by, carried_by]
