@@ -65,22 +65,24 @@ class _Way:
 
 
 class TokenPuller:
-    """Pulls into `pool`, whose blocks have `layout`. `settings` are asked for at each pull."""
+    """Pulls into `pool`, whose blocks have `layout`. `settings` are asked for at each pull; without, nothing is lost on
+    the way but what the two dtypes make inevitable."""
 
     def __init__(
         self,
         channel: KVTransferChannel,
         pool: KvMemory,
         layout: KvLayout,
-        settings: Callable[[], TransportConfig],
+        settings: Callable[[], TransportConfig] = TransportConfig,
         link_speed: LinkSpeed | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self._channel = channel
         self._pool = pool
         self._layout = layout
         self._settings = settings
         self._link_speed = link_speed or (lambda _: settings().link_bytes_per_s)
-        self._buffers = Buffers()
+        self._buffers = buffers or Buffers()
 
     async def pull(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +23,8 @@ from sagellm_common.core.types import (
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import ChannelPool, call
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -63,16 +66,14 @@ class StoreClient:
         """Leaves this store alone for a while. For a failure outside these calls, such as that of a pull."""
         self._skip_until_s[worker_id] = self._clock.now() + RETRY_AFTER_S
 
-    async def lookup(self, hashes: Sequence[BlockHash], *, timeout_s: float = GET_TIMEOUT_S) -> int:
-        """How many leading hashes the store holds. Raises SageError."""
-        request = kv_pb2.KvLookupRequest(
-            block_hashes=codec.encode_hashes(hashes), layout=codec.encode_layout(self._layout)
-        )
+    async def lookup(self, hashes: Sequence[BlockHash], layout: KvLayout, *, timeout_s: float = GET_TIMEOUT_S) -> int:
+        """How many leading hashes, of blocks in `layout`, the store holds. Raises SageError."""
+        request = kv_pb2.KvLookupRequest(block_hashes=codec.encode_hashes(hashes), layout=codec.encode_layout(layout))
         response = await self._call("Lookup", request, timeout_s, kv_pb2.KvLookupResponse)
         return response.num_blocks
 
     async def layout(self, *, timeout_s: float = GET_TIMEOUT_S) -> KvLayout | None:
-        """That of the store's blocks, maybe of another size than ours; None while it has none. Asked for once.
+        """That of the store's blocks, maybe of another size or dtype than ours; None while it has none. Asked for once.
 
         Raises LayoutMismatch for one that cannot be transcoded to ours, and any other SageError.
         """
@@ -83,7 +84,14 @@ class StoreClient:
             response = await self._call("Lookup", request, timeout_s, kv_pb2.KvLookupResponse)
             if not response.HasField("layout"):
                 return None
-            self._layouts = {key: codec.decode_layout(response.layout)}
+            stored = codec.decode_layout(response.layout)
+            if stored.dtype != self._layout.dtype:
+                log.warning(
+                    "kv_store keeps KV in %s, this worker in %s: what comes from it or goes to it is converted",
+                    stored.dtype,
+                    self._layout.dtype,
+                )
+            self._layouts = {key: stored}
         return self._layouts[key]
 
     async def get(
@@ -109,10 +117,11 @@ class StoreClient:
         return codec.decode_kv_source(response.source) if response.num_blocks else None
 
     async def put(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, source: KvSource, *, timeout_s: float
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, source: KvSource, layout: KvLayout, *, timeout_s: float
     ) -> PutResult:
         """Has the store pull the blocks it lacks from `source`, whose lease the caller holds and releases.
 
+        `layout` is the store's: hashes and token_ids are those of its blocks, from where source.block_table begins.
         Raises SageError.
         """
         request = kv_pb2.KvPutRequest(
@@ -120,6 +129,7 @@ class StoreClient:
             source=codec.encode_kv_source(source),
             layout=codec.encode_layout(self._layout),
             token_ids=pack_int32(token_ids),
+            stored_layout=codec.encode_layout(layout),
         )
         response = await self._call("Put", request, timeout_s, kv_pb2.KvPutResponse)
         return PutResult(response.num_stored, response.num_present, response.bytes_pulled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 
 from prometheus_client import Counter
 
@@ -88,25 +89,32 @@ class Offloader:
     async def _offload(
         self, transfer_id: str, epoch: int, block_ids: BlockIds, token_ids: TokenIds, cache_salt: str
     ) -> None:
-        size = self._layout.block_size_tokens
-        hashes = block_hashes(token_ids, size, root_hash(self._layout, cache_salt))
         timeout_s = PUT_TIMEOUT_S + len(block_ids) * self._layout.block_bytes / SLOWEST_BYTES_PER_S
         try:
             async with self._turn, asyncio.timeout(timeout_s):
-                present = await self._store.lookup(hashes)
+                layout = await self._store.layout() or self._layout
+                size, mine = layout.block_size_tokens, self._layout.block_size_tokens
+                hashes = block_hashes(token_ids, size, root_hash(layout, cache_salt))
+                present = await self._store.lookup(hashes, layout)
                 OFFLOADED_BLOCKS.labels("present").inc(present)
                 if present < len(hashes):
+                    # What the store lacks, from where a block begins on both sides.
+                    first = present * size // math.lcm(size, mine) * math.lcm(size, mine)
                     source = describe_source(
                         self._worker.record,
                         self._layout,
                         transfer_id=transfer_id,
                         epoch=epoch,
-                        block_ids=block_ids[present:],
-                        num_tokens=(len(hashes) - present) * size,
+                        block_ids=block_ids[first // mine :],
+                        num_tokens=len(token_ids) - first,
                         lease_ttl_s=self._leases.ttl_s,
                     )
                     result = await self._store.put(
-                        hashes[present:], token_ids[present * size :], source, timeout_s=timeout_s
+                        hashes[first // size :],
+                        token_ids[first : len(hashes) * size],
+                        source,
+                        layout,
+                        timeout_s=timeout_s,
                     )
                     OFFLOADED_BLOCKS.labels("stored").inc(result.num_stored)
         except (SageError, TimeoutError) as err:

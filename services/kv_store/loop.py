@@ -7,17 +7,22 @@ get   references on the leading hits → pinned under a lease → the client pul
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from sagellm_common.comm_backend.bridge import Buffers
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.types import BlockHash, KvLayout, KvSource, TokenIds, WorkerRecord
-from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
 from sagellm_common.rpc.kv_transfer_service import check_backend
 from sagellm_common.rpc.worker_service import Load
 
@@ -53,6 +58,7 @@ class KvStore:
         self._leases = leases
         self._channel = channel
         self._worker = worker
+        self._buffers = Buffers()
         self._running_puts = 0
 
     def load(self) -> Load:
@@ -106,32 +112,56 @@ class KvStore:
         )
 
     async def put(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, layout: KvLayout, source: KvSource, timeout_s: float
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        layout: KvLayout,
+        source: KvSource,
+        source_layout: KvLayout,
+        timeout_s: float,
     ) -> PutResult:
         """Pulls what is absent from `source`, whose lease the caller holds. Stores fewer when memory is short.
+
+        Hashes and tokens are those of blocks in `layout`, which the first put settles for all; those of the source,
+        from the same token on, may be cut and kept in another way.
 
         Raises InvalidRequest, LayoutMismatch, ConfigError, Draining, and what `KVTransferChannel.pull` raises.
         """
         self._worker.check_accepting()
         check_backend(self._channel.name, source.backend)
-        if len(source.block_table) != len(hashes):
+        offered = len(source.block_table) * source_layout.block_size_tokens
+        if offered < len(hashes) * layout.block_size_tokens:
             raise InvalidRequest(
-                f"source.block_table has {len(source.block_table)} blocks for {len(hashes)} block hashes"
+                f"source.block_table has {len(source.block_table)} blocks of {source_layout.block_size_tokens} tokens "
+                f"for {len(hashes)} block hashes of {layout.block_size_tokens}"
             )
+        check_bridgeable(layout, source_layout, self._worker.record.worker_id, source.worker_id)
         self._pool.adopt(layout)
         put = self._pool.begin_put(hashes, token_ids)
         self._running_puts += 1
         try:
-            pulled = await self._channel.pull(
-                source, source.block_table[put.positions], put.allocation.block_ids, timeout_s=timeout_s
-            )
+            num_bytes = await self._pull(put, source, source_layout, timeout_s)
             failpoints.hit("store.putting")
             self._pool.commit_put(put)
         finally:
             # Whatever kept it from being committed: no one may find half-filled blocks.
             self._pool.abort_put(put)
             self._running_puts -= 1
-        return PutResult(len(put.positions), put.num_present, pulled.bytes)
+        return PutResult(len(put.positions), put.num_present, num_bytes)
+
+    async def _pull(self, put: PendingPut, source: KvSource, source_layout: KvLayout, timeout_s: float) -> int:
+        """Fills the put's blocks, run by run of what was absent; returns the bytes that crossed."""
+        deadline_s, num_bytes, size = time.monotonic() + timeout_s, 0, self._pool.layout.block_size_tokens
+        tokens = TokenPuller(self._channel, self._pool.regions(), self._pool.layout, buffers=self._buffers)
+        table = np.zeros(1 + put.positions.max(initial=-1), np.int32)
+        table[put.positions] = put.allocation.block_ids
+        for run in np.split(put.positions, np.flatnonzero(np.diff(put.positions) != 1) + 1):
+            if len(run):
+                begin, end = int(run[0]) * size, (int(run[-1]) + 1) * size
+                left_s = deadline_s - time.monotonic()
+                pulled = await tokens.pull(source, source_layout, table, begin, end, timeout_s=left_s)
+                num_bytes += pulled.bytes
+        return num_bytes
 
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """Keeps blocks from eviction; returns how many."""

@@ -50,11 +50,13 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
         request: kv_pb2.KvPutRequest,
         context: grpc.aio.ServicerContext[kv_pb2.KvPutRequest, kv_pb2.KvPutResponse],
     ) -> kv_pb2.KvPutResponse:
+        layout = codec.decode_layout(request.layout)
         result = await self._store.put(
             codec.decode_hashes(request.block_hashes),
             codec.decode_token_ids(request.token_ids),
-            codec.decode_layout(request.layout),
+            codec.decode_layout(request.stored_layout) if request.HasField("stored_layout") else layout,
             codec.decode_kv_source(request.source),
+            layout,
             context.time_remaining() or DEFAULT_PUT_TIMEOUT_S,
         )
         return kv_pb2.KvPutResponse(

@@ -71,9 +71,7 @@ async def compose(args: WorkerArgs) -> None:
         store = None
         if config.kv_store.enabled:
             client = StoreClient(channels, topology, engine.kv.layout, channel.name, clock)
-            store = StoreFetch(
-                client, channel, LeaseReleaser(transfers, background), engine.kv, lambda: config.transport
-            )
+            store = StoreFetch(client, channel, LeaseReleaser(transfers, background), engine.kv)
         loop = PrefillLoop(engine, leases, runtime, store, clock, overlap_min_bytes(config.transport, channel))
         prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
         stack.push_async_callback(prefill.close)

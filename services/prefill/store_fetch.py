@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from prometheus_client import Counter
 
 from sagellm_common.comm_backend.protocol import KVTransferChannel
 from sagellm_common.comm_backend.token_pull import TokenPuller
-from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.types import KvLayout, KvSource
@@ -36,15 +34,10 @@ class StoreFetch:
     """Into blocks of `pool`, whatever the size of the store's."""
 
     def __init__(
-        self,
-        store: StoreClient,
-        channel: KVTransferChannel,
-        releaser: LeaseReleaser,
-        pool: KVBackendProtocol,
-        settings: Callable[[], TransportConfig],
+        self, store: StoreClient, channel: KVTransferChannel, releaser: LeaseReleaser, pool: KVBackendProtocol
     ) -> None:
         self._store = store
-        self._tokens = TokenPuller(channel, pool.regions(), pool.layout, settings)
+        self._tokens = TokenPuller(channel, pool.regions(), pool.layout)
         self._releaser = releaser
         self._layout = pool.layout
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import KvConversion, WorkerRole
 from sagellm_common.engines import make_engine
 from tests.support.engines import Driver, prompts, running_engine
+from tests.support.store import kv_store, sees_the_store
 from tests.support.topology_server import topology_server
 from tests.support.waiting import TIMEOUT_S
 from tests.support.workers import Generated, Worker, decode_all, generate, request, test_config, worker
@@ -40,7 +41,7 @@ ALWAYS_AHEAD = "transport.overlap_min_bytes=0"
 
 @asynccontextmanager
 async def pair(
-    model: Path, prefill: str, decode: str, *settings: str, blocks: tuple[int, int] = (16, 16)
+    model: Path, prefill: str, decode: str, *settings: str, blocks: tuple[int, int] = (16, 16), store: bool = False
 ) -> AsyncIterator[tuple[Worker, Worker]]:
     def engine(kv: str, block_size_tokens: int) -> Any:
         section = {"num_blocks": 256, "block_size_tokens": block_size_tokens, "max_prefill_tokens": 48, **KV[kv]}
@@ -49,9 +50,12 @@ async def pair(
     config = test_config(*settings)
     async with (
         topology_server(EmbeddedTopology()) as router,
-        worker(WorkerRole.PREFILL, router, engine=engine(prefill, blocks[0]), config=config) as first,
-        worker(WorkerRole.DECODE, router, engine=engine(decode, blocks[1]), config=config) as second,
+        kv_store(router) if store else nullcontext() as pool,
+        worker(WorkerRole.PREFILL, router, engine=engine(prefill, blocks[0]), config=config, store=store) as first,
+        worker(WorkerRole.DECODE, router, engine=engine(decode, blocks[1]), config=config, store=store) as second,
     ):
+        if pool is not None:
+            await sees_the_store(first, second)
         yield first, second
 
 
@@ -174,6 +178,27 @@ async def test_bytes_that_cross_are_those_of_the_smaller_dtype(tiny_llama: Path)
         assert transfer is not None
         assert transfer.bytes == 7 * decode.engine.kv.layout.block_bytes
         assert transfer.bytes < 7 * prefill.engine.kv.layout.block_bytes / 2
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [("fp32", "int8"), ("int8", "bf16")])
+async def test_what_decode_has_stored_in_its_dtype_prefill_fetches_in_its_own(
+    tiny_llama: Path, prefill: str, decode: str
+) -> None:
+    """The second turn of each conversation is not computed from the first, but from what the store has of it."""
+    async with pair(tiny_llama, prefill, decode, blocks=(16, 24), store=True) as (first, second):
+        for n, prompt in enumerate(prompts(7, LENGTHS[2:])):
+            wanted = request(prompt, NEW_TOKENS, f"r{n}", ignore_eos=True)
+            answered = await generate(first, second, wanted)
+            assert answered.prefill.store_tokens == 0
+            await second.idle()  # offloaded
+            turn = request([*prompt, *answered.tokens, 7], 4, f"again{n}", ignore_eos=True)
+            again = await generate(first, second, turn)
+            assert again.prefill.store_tokens > 0
+            assert again.prefill.cached_tokens >= (len(prompt) + NEW_TOKENS - 1) // 24 * 24 // 16 * 16
+            assert again.steps[0].transfer is not None
+            assert again.steps[0].transfer.conversion is not None
+        await first.idle()
+        await second.idle()
 
 
 async def held_blocks(driver: Driver, prompt: list[int]) -> KvRegion:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from sagellm_common.comm_backend import make_channel
-from sagellm_common.comm_backend.handoff import HandoffSource
-from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import WorkerRole
-from sagellm_common.kv_runtime.backends.host import HostKvPool
-from sagellm_common.rpc.channels import ChannelPool
-from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc
-from sagellm_common.rpc.kv_transfer_client import KvTransferClient
-from sagellm_common.rpc.server import Registrar
-from sagellm_common.rpc.topology_client import RemoteTopology
-from sagellm_common.rpc.worker_runtime import WorkerRuntime
-from services.kv_store.block_log import BlockLog
-from services.kv_store.loop import KvStore
-from services.kv_store.servicer import KvStoreServicer
 from tests.support.simulated_engine import SimulatedEngine, reference
+from tests.support.store import kv_store, sees_the_store
 from tests.support.topology_server import topology_server
 from tests.support.waiting import eventually
-from tests.support.workers import Worker, generate, request, test_config, worker
+from tests.support.workers import Worker, generate, request, worker
 
 PROMPT = list(range(1, 15))
 
@@ -39,37 +25,6 @@ async def router() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def kv_store(router: str) -> AsyncIterator[HostKvPool]:
-    config, clock = test_config(), SystemClock()
-    pool = HostKvPool(1 << 20, clock)
-    async with contextlib.AsyncExitStack() as stack:
-        channels = await stack.enter_async_context(ChannelPool())
-        leases = HandoffSource(config.transport.lease_ttl_s, clock, pool.free)
-        pull_rpc = KvTransferClient(channels).pull_rpc
-        channel = make_channel(config.transport, pool.regions, leases, config.cluster.host, 0, pull_rpc)
-        runtime = WorkerRuntime(
-            config,
-            WorkerRole.KV_STORE,
-            "kv_store-0",
-            pool=pool,
-            source=leases,
-            channel=channel,
-            topology=RemoteTopology(router, channels),
-            metrics=CollectorRegistry(),
-        )
-        store = KvStore(pool, leases, channel, runtime)
-        service = Registrar(
-            "sagellm.v1.KvStoreService",
-            kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
-            KvStoreServicer(store, BlockLog(pool)),
-        )
-        stack.push_async_callback(runtime.close)
-        await runtime.start([service], store.load)
-        yield pool
-        await eventually(lambda: runtime.load().idle, lambda: f"the store is still busy: {runtime.load()}")
-
-
-@asynccontextmanager
 async def pair(router: str, prefill_block_tokens: int = 4) -> AsyncIterator[tuple[Worker, Worker]]:
     engine = SimulatedEngine(block_size_tokens=prefill_block_tokens)
     async with (
@@ -77,12 +32,6 @@ async def pair(router: str, prefill_block_tokens: int = 4) -> AsyncIterator[tupl
         worker(WorkerRole.DECODE, router, store=True) as decode,
     ):
         yield prefill, decode
-
-
-async def sees_the_store(*workers: Worker) -> None:
-    for one in workers:
-        topology = one.topology
-        await eventually(lambda topology=topology: topology.snapshot().find("kv_store-0") is not None)  # type: ignore[misc]
 
 
 async def test_a_restarted_prefill_worker_is_served_from_the_store(router: str) -> None:
@@ -213,5 +162,30 @@ async def test_blocks_of_another_size_are_fetched_too(router: str, size: int) ->
         assert again.tokens == reference(prompt, request(prompt, max_new_tokens=10).sampling)[0]
         assert again.prefill.cached_tokens == min(30, 28) // size * size
         assert again.prefill.store_tokens == again.prefill.cached_tokens - 9 // size * size
+        await prefill.idle()
+        await decode.idle()
+
+
+@pytest.mark.parametrize("size", [3, 6, 8])
+async def test_a_decode_worker_of_other_blocks_offloads_too(router: str, size: int) -> None:
+    """The store has the first decode worker's blocks, of 4 tokens; the second's are of `size`."""
+    prompt = [7 * i % 97 + 1 for i in range(31)]
+    async with kv_store(router) as pool, pair(router) as (prefill, decode):
+        await sees_the_store(prefill, decode)
+        await generate(prefill, decode, request(prompt[:9], max_new_tokens=2))
+        await eventually(lambda: len(pool.cached_hashes()) == 2)
+        engine = SimulatedEngine(block_size_tokens=size)
+        async with worker(WorkerRole.DECODE, router, store=True, engine=engine, worker_id="decode-1") as other:
+            await sees_the_store(other)
+            await generate(prefill, other, request(prompt, max_new_tokens=2, request_id="r2"))
+            # 32 tokens have KV: 30 are in full blocks of 3 and 6 tokens, and 28 of them in the store's.
+            stored = 8 if size == 8 else 7
+            await eventually(lambda: len(pool.cached_hashes()) == stored, lambda: f"{pool.get_utilization()}")
+            await other.idle()
+        await prefill.idle()
+        prefill.engine.kv.forget()
+        again = await generate(prefill, decode, request(prompt, max_new_tokens=10, request_id="r3"))
+        assert again.tokens == reference(prompt, request(prompt, max_new_tokens=10).sampling)[0]
+        assert again.prefill.store_tokens == 28
         await prefill.idle()
         await decode.idle()

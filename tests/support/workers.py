@@ -176,7 +176,7 @@ async def worker(
         releaser = LeaseReleaser(transfers, background)
         prefill = aheads = None
         if role is WorkerRole.PREFILL:
-            fetch = StoreFetch(client, channel, releaser, engine.kv, lambda: config.transport) if store else None
+            fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
             overlap = overlap_min_bytes(config.transport, channel)
             loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), overlap)
             prefill = IdempotentPrefill(ObservedPrefill(loop), leases)

@@ -77,7 +77,7 @@ def client(channels: ChannelPool, topology: FakeTopology, clock: ManualClock) ->
 async def test_it_asks_the_store_of_the_topology(channels: ChannelPool, address: str) -> None:
     store = client(channels, FakeTopology(make_record(), store_record(address)), ManualClock())
     assert store.available
-    assert await store.lookup(HASHES, timeout_s=5.0) == 3
+    assert await store.lookup(HASHES, LAYOUT, timeout_s=5.0) == 3
     assert await store.get(HASHES, HASHES_TOKENS, LAYOUT, timeout_s=5.0) is None
 
 
@@ -102,23 +102,23 @@ async def test_a_failed_store_is_left_alone_for_a_while(
     store = client(channels, FakeTopology(store_record(address)), clock)
     servicer.fails = True
     with pytest.raises(InvalidRequest):
-        await store.lookup(HASHES, timeout_s=5.0)
+        await store.lookup(HASHES, LAYOUT, timeout_s=5.0)
     servicer.fails = False
     for _ in range(3):
         assert not store.available
         with pytest.raises(PeerLost, match="no kv_store"):
-            await store.lookup(HASHES, timeout_s=5.0)
+            await store.lookup(HASHES, LAYOUT, timeout_s=5.0)
     assert servicer.calls == 1
     clock.advance(RETRY_AFTER_S)
-    assert await store.lookup(HASHES, timeout_s=5.0) == 3
+    assert await store.lookup(HASHES, LAYOUT, timeout_s=5.0) == 3
 
 
 async def test_another_store_takes_over(channels: ChannelPool, address: str) -> None:
     dead, alive = store_record("127.0.0.1:1", "kv_store-0"), store_record(address, "kv_store-1")
     store = client(channels, FakeTopology(dead, alive), ManualClock())
     with pytest.raises(PeerLost):
-        await store.lookup(HASHES, timeout_s=5.0)
-    assert await store.lookup(HASHES, timeout_s=5.0) == 3
+        await store.lookup(HASHES, LAYOUT, timeout_s=5.0)
+    assert await store.lookup(HASHES, LAYOUT, timeout_s=5.0) == 3
 
 
 @pytest.mark.parametrize("workers", [(), (make_record(),), (store_record("127.0.0.1:1", state=WorkerState.DRAINING),)])
@@ -126,4 +126,4 @@ async def test_no_store(channels: ChannelPool, workers: tuple[WorkerRecord, ...]
     store = client(channels, FakeTopology(*workers), ManualClock())
     assert not store.available
     with pytest.raises(PeerLost):
-        await store.lookup(HASHES)
+        await store.lookup(HASHES, LAYOUT)

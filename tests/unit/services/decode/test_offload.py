@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import PeerLost
-from sagellm_common.core.types import BlockHash, KvSource, TokenIds, as_token_ids
+from sagellm_common.core.types import BlockHash, KvLayout, KvSource, TokenIds, as_token_ids
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.rpc.background import Background
@@ -26,12 +27,16 @@ class FakeStore:
     def __init__(self) -> None:
         self.available = True
         self.present = 0
+        self.stored: KvLayout | None = None
         self.go = asyncio.Event()
         self.puts: list[tuple[list[BlockHash], list[int], KvSource]] = []
         self.error: Exception | None = None
         self.under_way = 0
 
-    async def lookup(self, hashes: Sequence[BlockHash]) -> int:
+    async def layout(self) -> KvLayout | None:
+        return self.stored
+
+    async def lookup(self, hashes: Sequence[BlockHash], layout: KvLayout) -> int:
         self.under_way += 1
         await self.go.wait()
         if self.error is not None:
@@ -39,7 +44,7 @@ class FakeStore:
         return self.present
 
     async def put(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, source: KvSource, *, timeout_s: float
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, source: KvSource, layout: KvLayout, *, timeout_s: float
     ) -> PutResult:
         self.puts.append((list(hashes), token_ids.tolist(), source))
         return PutResult(len(hashes), 0, 0)
@@ -102,6 +107,25 @@ async def test_what_the_store_has_is_not_sent(setup: Setup) -> None:
     assert hashes == block_hashes(TOKENS, 16, root_hash(LAYOUT))[1:2]
     assert tokens == list(range(16, 32))
     assert source.block_table.tolist() == block_ids[1:2]
+
+
+@pytest.mark.parametrize(
+    ("size", "present", "first_hash", "first_block"), [(8, 1, 0, 0), (8, 3, 2, 1), (32, 0, 0, 0), (24, 0, 0, 0)]
+)
+async def test_a_store_of_other_blocks_is_offered_its_own(
+    setup: Setup, size: int, present: int, first_hash: int, first_block: int
+) -> None:
+    """Hashed as it has them, and from where a block begins on both sides."""
+    setup.store.stored = replace(LAYOUT, block_size_tokens=size, dtype="bfloat16")
+    setup.store.present = present
+    setup.store.go.set()
+    block_ids = setup.offer()
+    await finished(setup)
+    ((hashes, tokens, source),) = setup.store.puts
+    full = 32 // size * size
+    assert hashes == block_hashes(TOKENS[:full], size, root_hash(setup.store.stored))[first_hash:]
+    assert tokens == list(range(first_hash * size, full))
+    assert source.block_table.tolist() == block_ids[first_block:2]
 
 
 @pytest.mark.parametrize("why", ["no full block", "no store"])

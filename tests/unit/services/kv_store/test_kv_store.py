@@ -252,10 +252,10 @@ async def test_bad_requests(store: Running) -> None:
         (
             store.stub.Put,
             kv_pb2.KvPutRequest(
-                block_hashes=codec.encode_hashes(hashes[:1]), source=good_source, layout=layout, token_ids=b""
+                block_hashes=codec.encode_hashes(chain(3)[0]), source=good_source, layout=layout, token_ids=b""
             ),
             InvalidRequest,
-            "block_table has 2 blocks for 1",
+            "block_table has 2 blocks of 4 tokens for 3 block hashes of 4",
         ),
         (
             store.stub.Put,

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from sagellm_common.comm_backend.protocol import TransferResult
-from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.kv import Allocation, KvRegion
 from sagellm_common.core.types import KvLayout, KvSource, SamplingParams, as_token_ids
@@ -44,7 +43,7 @@ class Surroundings:
         self.blamed: list[str] = []
         self.released: list[bool] = []
         self.stored = LAYOUT
-        self.fetch = StoreFetch(self, self, self, Pool(), TransportConfig)  # type: ignore[arg-type]
+        self.fetch = StoreFetch(self, self, self, Pool())  # type: ignore[arg-type]
 
     async def layout(self) -> KvLayout:
         return self.stored
@@ -86,7 +85,7 @@ async def test_a_long_prompt_is_given_the_time_its_bytes_take() -> None:
     around.pull = pull  # type: ignore[method-assign]
     big = replace(LAYOUT, block_bytes=1 << 30)
     around.stored = big
-    fetch = StoreFetch(around, around, around, Pool(big), TransportConfig)  # type: ignore[arg-type]
+    fetch = StoreFetch(around, around, around, Pool(big))  # type: ignore[arg-type]
     assert await fetch.fetch(JOB, allocation()) == 32
     assert timeouts == [FETCH_TIMEOUT_S + 2 * big.block_bytes / SLOWEST_BYTES_PER_S]
 

@@ -113,16 +113,18 @@ class KvGetResponse(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class KvPutRequest(_message.Message):
-    __slots__ = ("block_hashes", "source", "layout", "token_ids")
+    __slots__ = ("block_hashes", "source", "layout", "token_ids", "stored_layout")
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    STORED_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     block_hashes: bytes
     source: _common_pb2.KvSource
     layout: _common_pb2.KvLayout
     token_ids: bytes
-    def __init__(self, block_hashes: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    stored_layout: _common_pb2.KvLayout
+    def __init__(self, block_hashes: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., stored_layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
 
 class KvPutResponse(_message.Message):
     __slots__ = ("num_stored", "num_present", "bytes_pulled")
