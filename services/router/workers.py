@@ -106,6 +106,8 @@ class Workers:
         self._index = PrefixReuseIndex()
         self._links: dict[WorkerKey, WorkerLink] = {}
         self._incompatible: set[WorkerKey] = set()
+        self._converted: set[WorkerKey] = set()
+        """Their KV is of another dtype than that of who joined first: said once."""
         self._models: dict[str, ModelInfo] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -193,17 +195,24 @@ class Workers:
         used while it is there."""
         first: dict[str, ModelInfo] = {}
         incompatible: set[WorkerKey] = set()
+        converted: set[WorkerKey] = set()
         for key, link in self._links.items():
             model = link.record.model
             if link.departed or model is None or link.record.role is WorkerRole.KV_STORE:
                 continue
-            found = obstacles(first.setdefault(model.name, model).kv_layout, model.kv_layout)
+            layout = first.setdefault(model.name, model).kv_layout
+            found = obstacles(layout, model.kv_layout)
+            if not found and model.kv_layout.dtype != layout.dtype:
+                converted.add(key)
+                if key not in self._converted:
+                    dtypes = link.worker_id, model.kv_layout.dtype, layout.dtype
+                    log.warning("worker %s keeps KV in %s, others in %s: it is converted between them", *dtypes)
             if found:
                 incompatible.add(key)
                 if key not in self._incompatible:
                     fields = ", ".join(f"{name} {theirs!r} != {ours!r}" for name, (ours, theirs) in found.items())
                     log.error("worker %s is not used, its KV layout differs: %s", link.worker_id, fields)
-        self._incompatible = incompatible
+        self._incompatible, self._converted = incompatible, converted
         self._models |= first
 
     def _depart(self, link: WorkerLink) -> None:
