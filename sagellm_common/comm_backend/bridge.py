@@ -1,9 +1,10 @@
 """Transcoding at the ends of a byte path, which moves blocks and knows no layouts.
 
     source     the pool ──reading──► Outgoing: its blocks in the dtype of the wire ──► the byte path
-    receiver   the byte path ──writing──► Incoming: blocks of the wire ──on a thread──► the pool
+    receiver   the byte path ──writing──► Incoming: blocks of the wire ──► the pool
 
-A group of blocks is transcoded while the next one is on its way.
+Numbers are converted on a thread, while the next group of blocks is on its way. Bytes that only change their places are
+moved by whoever wrote them, out of its core's cache: that is sooner done than told to another core.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Incoming:
     block 0 is that one. What is written, each block once and in order, ends in the pool's `target_blocks`, the
     sequence's block table from its token 0 on.
 
-    For one writer at a time. `wait` before anything else is done with the target blocks.
+    For one writer at a time. `wait` before anything else is done with the target blocks. `on_thread`: leaving
+    `writing` takes no time.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Incoming:
         target_blocks: BlockIds,
         tokens: range,
         buffers: Buffers,
+        *,
+        on_thread: bool = True,
     ) -> None:
         self.deviation = Deviation()
         self.seconds = 0.0
@@ -81,6 +85,7 @@ class Incoming:
         self._target_blocks = target_blocks
         self._tokens = tokens
         self._buffers = buffers
+        self._on_thread = on_thread
         self._size = transcoder.source.block_size_tokens
         self._first = tokens.start // self._size
         self.block_bytes = transcoder.source.block_bytes
@@ -124,7 +129,10 @@ class Incoming:
         left = (self._first + self._next) - stop // self._size if stop < self._tokens.stop else 0
         end = (kept + count) * self.block_bytes
         self._kept = buffer[end - left * self.block_bytes : end].copy()
-        self._job = _WORKERS.submit(self._move, buffer, region, start, tokens)
+        if self._on_thread:
+            self._job = _WORKERS.submit(self._move, buffer, region, start, tokens)
+        else:
+            self._move(buffer, region, start, tokens)
 
     def wait(self) -> None:
         """Until nothing is being transcoded. Raises what that failed with."""

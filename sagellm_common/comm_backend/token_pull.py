@@ -179,7 +179,8 @@ class TokenPuller:
     async def _incoming(self, way: _Way, target_blocks: BlockIds) -> AsyncIterator[Incoming]:
         """Left in whatever way, everything that was written to it is transcoded, and nothing more will be."""
         transcoder = Transcoder(way.wire, way.target)
-        incoming = Incoming(transcoder, self._pool, target_blocks, way.tokens, self._buffers)
+        on_thread = way.wire.dtype != way.target.dtype or not self._channel.encodes
+        incoming = Incoming(transcoder, self._pool, target_blocks, way.tokens, self._buffers, on_thread=on_thread)
         try:
             yield incoming
             await _in_thread(incoming.wait)
