@@ -4,8 +4,8 @@ Pulls between two processes, blocks permuted, digests on; those into blocks of e
 
     added    time of a pull into blocks of another layout over that into blocks of the same, minus one: of the best of
              all rounds, and of the medians; CPU: the same of the receiver's CPU seconds (the best)
-    moving   time spent on moving bytes to their places, over that of the pull. Not all of it is added: what was received
-             is in the core's cache then, and the memory is written but once
+    moving   time spent on moving bytes to their places, over that of the pull. Not all of it is added: what was
+             received is in the core's cache then, and the memory is written but once
     rate     GB/s of the source's bytes that one core converts, the deviation included
 """
 

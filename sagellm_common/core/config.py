@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sagellm_common.core.types import WorkerRole
 
@@ -182,5 +182,8 @@ class Config(Section):
     def _roles_are_valid(self) -> Self:
         """What a role changes must go with the rest of `engine`."""
         for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
-            self.of_role(role)
+            try:
+                self.of_role(role)
+            except ValidationError as err:
+                raise ValueError(f"{role}: {err.errors()[0]['msg'].removeprefix('Value error, ')}") from err
         return self

@@ -10,6 +10,7 @@ import yaml
 from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.types import WorkerRole
 
 
 def write(directory: Path, text: str) -> Path:
@@ -43,6 +44,9 @@ def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
         ("transport.timeout_s=1.5", 1.5),
         ("engine.kv_quant_bits=8", 8),
         ("prefill.block_size_tokens=32", 32),
+        ("decode.kv_quant_bits=8", 8),
+        ("prefill.dtype=bfloat16", "bfloat16"),
+        ("transport.wire_dtype=int8", "int8"),
         ("decode.prefix_caching=false", False),
         ("cluster.name=5", "5"),
         ("cluster.name=null", "null"),
@@ -84,6 +88,13 @@ def test_variables_that_are_no_settings_pass() -> None:
         ("transport: {backend: glo}", {}, [], r"transport\.backend .*: 'glo' is not allowed, must be 'tcp' or 'gloo'"),
         ("", {}, ["decode.num_blocks=1"], r"decode\.num_blocks .*: 1 is not allowed, must be greater than .* to 4"),
         ("", {}, ["prefill.device=cuda"], r"prefill\.device .*: unknown key.*"),
+        ("", {}, ["decode.kv_quant_bits=5"], r"decode\.kv_quant_bits .*: 5 is not allowed, must be 0, 4 or 8"),
+        (
+            "engine: {weights: int8}",
+            {},
+            ["decode.kv_quant_bits=8"],
+            r".*decode: weights 'int8' needs kv_quant_bits 0, not 8.*",
+        ),
         ("", {}, ["router.max_queue=0"], r"router\.max_queue .*: 0 is not allowed, must be greater than .* to 1"),
         ("", {}, ["router.max_queue="], r"router\.max_queue .*: '' is not allowed, must be a valid integer.*"),
         ("", {}, ["router.max_queue=[1"], r"router\.max_queue .*: '\[1' is no YAML value"),
@@ -149,3 +160,11 @@ def test_a_bare_off_is_what_it_says_though_yaml_reads_it_as_false(
         assert getattr(getattr(config, section), key) == "off"
     with pytest.raises(ConfigError, match=rf"{section}\.{key} .* must be {known}"):
         load_config(None, {}, [f"{section}.{key}=maybe"])
+
+
+def test_a_role_has_its_own_kv_over_the_engines() -> None:
+    config = load_config(None, {}, ["engine.dtype=bfloat16", "engine.block_size_tokens=32", "decode.kv_quant_bits=8"])
+    prefill, decode = (config.of_role(role).engine for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
+    assert (prefill.dtype, prefill.kv_quant_bits, prefill.block_size_tokens) == ("bfloat16", 0, 32)
+    assert (decode.dtype, decode.kv_quant_bits, decode.block_size_tokens) == ("bfloat16", 8, 32)
+    assert config.of_role(WorkerRole.KV_STORE) == config
