@@ -34,7 +34,7 @@ $(stamp): $(LOCK) pyproject.toml
 	@test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] $(TORCH) (200 MB; some GB where pip finds only the CUDA build)"
 	@if [ -t 1 ]; then $(pip_install) $(TORCH); else $(pip_install) -qq $(TORCH); fi
-	@echo "[3/4] the $$(grep -c == $(LOCK)) packages of $(LOCK) (400 MB, a minute or two)"
+	@echo "[3/4] the $$(grep -c == $(LOCK)) packages of $(LOCK) (550 MB, a minute or two)"
 	@$(pip_install) -qq --no-deps -r $(LOCK)
 	@echo "[4/4] sagellm itself"
 	@$(pip_install) -qq --no-deps --no-build-isolation -e .
@@ -58,11 +58,12 @@ $(kernels): $(stamp) $(wildcard $(csrc)/*) $(csrc)/../build.py
 	@echo "CPU kernels: half a minute, once"
 	@$(bin)/python -m sagellm_common.engines.lmdeploy.kernels.build --optional >/dev/null && touch $@
 
-system-deps: ## etcd and libibverbs from apt (root); `make test` skips what needs them otherwise
+system-deps: ## etcd and what Mooncake links to from apt (root); `make test` skips what needs them otherwise
 	@test "$$(id -u)" = 0 || { echo "make system-deps: needs root (sudo make system-deps)" >&2; exit 1; }
-	@command -v etcd >/dev/null && ldconfig -p | grep -q libibverbs.so.1 || \
+	@command -v etcd >/dev/null && ldconfig -p | grep -q libibverbs.so.1 && ldconfig -p | grep -q libnuma.so.1 && \
+	  ldconfig -p | grep -q libcurl.so.4 || \
 	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
-	    etcd-server etcd-client libibverbs1; }
+	    etcd-server etcd-client libibverbs1 libnuma1 libcurl4; }
 
 run: setup ## a cluster in the foreground: 1 prefill, 1 decode, kv_store, router, gateway
 	@$(bin)/sagellm up

@@ -92,7 +92,7 @@ class RoleConfig(Section):
 
 
 class TransportConfig(Section):
-    backend: Literal["tcp", "gloo"] = "tcp"
+    backend: Literal["tcp", "gloo", "mooncake", "rdma"] = "tcp"
     digest: bool = Field(True, description="checks an xxh3 digest per block")
     wire_dtype: Literal["same", "auto", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
         "same",

@@ -19,6 +19,7 @@ TIMEOUT_S = 10.0
 DIGESTS = {
     "tcp": "sagellm_common.comm_backend.backends.tcp_source",
     "gloo": "sagellm_common.comm_backend.backends.gloo",
+    "mooncake": "sagellm_common.comm_backend.backends.mooncake_source",
     "mock": "sagellm_common.comm_backend.backends.mock",
 }
 """Where a source takes its digests: the place to come between them and the bytes."""
@@ -200,7 +201,7 @@ def gate(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> Gate:
     return gate
 
 
-threaded = pytest.mark.parametrize("workers", ["tcp", "staged", "gloo"], indirect=True)
+threaded = pytest.mark.parametrize("workers", ["tcp", "staged", "gloo", "mooncake"], indirect=True)
 """The mock's source has no thread that could be stopped: it runs on the event loop."""
 
 BIG = {"num_blocks": 16, "block_bytes": 1 << 20}

@@ -18,10 +18,10 @@ from sagellm_common.core.errors import LayoutMismatch, PeerLost
 from sagellm_common.core.types import KvSource
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
-from tests.support.kv_channels import Cluster, Side, a_layout, blocks_of, random_region
+from tests.support.kv_channels import Cluster, Side, a_layout, blocks_of, missing, random_region
 from tests.support.kv_source_process import BLOCK_BYTES, NUM_BLOCKS, SEED
 
-BACKENDS = ("tcp", "gloo")
+BACKENDS = ("tcp", "gloo", "mooncake")
 ALL = np.arange(NUM_BLOCKS, dtype=np.int32)
 
 
@@ -47,6 +47,8 @@ class SourceProcess:
 
 @contextlib.asynccontextmanager
 async def source_process(backend: str, pause_at: int = -1) -> AsyncIterator[SourceProcess]:
+    if why := missing(backend):
+        pytest.skip(why)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

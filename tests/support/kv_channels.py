@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 
+from sagellm_common.comm_backend.backends import End, load
 from sagellm_common.comm_backend.backends.mock import Faults, MockChannel, MockNetwork
 from sagellm_common.comm_backend.backends.tcp import TcpChannel
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, PullRpc
 from sagellm_common.core.clock import ManualClock
+from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.kv import Allocation, KvMemory, KvRegion, LayerPart
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
-BACKENDS = ("tcp", "staged", "gloo", "mock")
+BACKENDS = ("tcp", "staged", "gloo", "mooncake", "mock")
 """`staged` is tcp between pools that are no host memory to it, as with a GPU."""
 HOST = "127.0.0.1"
+
+
+@functools.cache
+def missing(backend: str) -> str:
+    """Why the byte path cannot be tested here, and how it could; empty: it can."""
+    if backend == "mooncake":
+        try:
+            import mooncake.engine  # noqa: F401
+        except ModuleNotFoundError as err:
+            return f"Mooncake's Transfer Engine is not installed ({err}): make setup"
+        except ImportError as err:
+            return f"Mooncake's Transfer Engine cannot be loaded ({err}): make system-deps"
+    return ""
 
 
 def a_layout(block_bytes: int = 64, block_size_tokens: int = 4, model_fingerprint: str = "tiny") -> KvLayout:
@@ -117,6 +134,8 @@ class Cluster:
     """Makes sides that can reach each other over one backend, and closes them."""
 
     def __init__(self, backend: str) -> None:
+        if why := missing(backend):
+            pytest.skip(why)
         self._staged = backend == "staged"
         self.backend = "tcp" if self._staged else backend
         self.sides: dict[str, Side] = {}
@@ -147,6 +166,9 @@ class Cluster:
 
             rpc = pull_rpc or self._pull_rpc
             channel = GlooChannel(lambda: region, watched, HOST, 0, rpc, digest=digest, silence_s=silence_s)
+        elif self.backend == "mooncake":
+            config = TransportConfig(backend="mooncake", digest=digest, timeout_s=silence_s)
+            channel = load("mooncake").open_channel(End(config, lambda: region, watched, HOST, 0))
         else:
             channel = MockChannel(self._network, lambda: region, watched, faults, digest=digest)
         side = self.sides[name] = Side(name, region, clock, leases, watched, channel, freed)

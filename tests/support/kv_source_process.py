@@ -8,6 +8,7 @@ Prints one JSON line when it serves, and `paused` when it has come to step PAUSE
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 import threading
@@ -45,11 +46,10 @@ def pausing(step: Callable[..., Any], pause_at: int) -> Callable[..., Any]:
 
 
 def pause(backend: str, at: int) -> None:
-    """tcp takes the digests of a group before it sends it; gloo cuts a message for each group."""
-    if backend == "tcp":
-        from sagellm_common.comm_backend.backends import tcp_source
-
-        tcp_source.block_digests = pausing(tcp_source.block_digests, at)
+    """tcp and mooncake take the digests of a group before they send anything of it; gloo cuts a message for each."""
+    if backend in ("tcp", "mooncake"):
+        source = importlib.import_module(f"sagellm_common.comm_backend.backends.{backend}_source")
+        source.block_digests = pausing(source.block_digests, at)
     else:
         from sagellm_common.comm_backend.backends.gloo_pair import GlooPair
 

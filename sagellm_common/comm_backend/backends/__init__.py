@@ -13,6 +13,8 @@ from sagellm_common.core.kv import KvMemory, KvRegion
 
 MODULES = {
     "gloo": "sagellm_common.comm_backend.backends.gloo",
+    "mooncake": "sagellm_common.comm_backend.backends.mooncake",
+    "rdma": "sagellm_common.comm_backend.backends.rdma",
     "tcp": "sagellm_common.comm_backend.backends.tcp",
 }
 

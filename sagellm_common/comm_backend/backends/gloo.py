@@ -21,10 +21,11 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
 
 from sagellm_common.comm_backend.backends import End
-from sagellm_common.comm_backend.backends.gloo_pair import RECEIVER, SOURCE, GlooPair, WriteGate, join
+from sagellm_common.comm_backend.backends.gloo_pair import RECEIVER, SOURCE, GlooPair, join
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
 from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, PullRpc, Regions, TransferResult, as_they_are
+from sagellm_common.comm_backend.write_gate import WriteGate
 from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, InvalidRequest, PeerLost
 from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource

@@ -7,7 +7,6 @@ arrives after a pull was given up lands there.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: i
 
 from sagellm_common.comm_backend.frames import groups
 from sagellm_common.comm_backend.wire import split_address
+from sagellm_common.comm_backend.write_gate import WriteGate
 from sagellm_common.core.errors import LayoutMismatch, PeerLost
 from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BlockIds
@@ -74,24 +74,6 @@ class GlooPair:
 
     def _message(self, turn: int, num_blocks: int) -> torch.Tensor:
         return self._staging[turn][: num_blocks * self._block_bytes]
-
-
-class WriteGate:
-    """Lets a thread write into blocks until their owner shuts it; after `shut` returns nothing is written."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.open = True
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def shut(self) -> None:
-        with self._lock:
-            self.open = False
 
 
 def join(address: str, pair_id: str, rank: int, host: str, block_bytes: int, timeout_s: float) -> GlooPair:

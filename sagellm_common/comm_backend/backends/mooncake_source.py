@@ -1,0 +1,95 @@
+"""Source side of the Mooncake byte path: says where the blocks are and holds them while the receiver reads.
+
+In the answer to a pull there are no blocks but the place of the pool:
+
+    receiver → source   request (frames.encode_pull)
+    source → receiver   accepted, READING, the engine's name; then the digests of all blocks, if asked for
+    receiver → source   one byte for each group of blocks that it has read, another one when it has them all
+    source → receiver   trailer: the lease was held until here
+
+The connection is the receiver's hold on the lease: when it breaks, or is silent for too long, the blocks are free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import threading
+
+from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend.backends.mooncake_engine import Engine, address_of
+from sagellm_common.comm_backend.backends.tcp_source import TcpSource, _check_layout
+from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
+from sagellm_common.comm_backend.integrity import block_digests
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions
+from sagellm_common.comm_backend.wire import Buffer, Wire
+from sagellm_common.core import failpoints
+from sagellm_common.core.errors import InvalidRequest, SageError
+from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.types import BlockIds
+
+READING = struct.Struct("<HQ")
+"""Bytes of the engine's name; address of block 0 in the source."""
+GROUP_READ, ALL_READ = b"g", b"a"
+
+
+class MooncakeSource(TcpSource):
+    """Serves pulls by letting receivers read."""
+
+    def __init__(self, regions: Regions, leases: LeasedBlocks, silence_s: float, engine: Engine) -> None:
+        super().__init__(regions, leases, silence_s)
+        self._regions = regions
+        self._engine = engine
+        self._exposed: tuple[int, int] | None = None
+        """(address, bytes) that peers can read."""
+        self._expose_lock = threading.Lock()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        super().close(timeout_s)
+        self._expose(None)
+
+    def _expose(self, region: KvRegion | None) -> int:
+        """Lets peers read this region and no other; returns the address of its block 0. Raises ConfigError.
+
+        A store's region comes, and changes, with its layout.
+        """
+        wanted = None if region is None else (address_of(region.view), len(region.view))
+        with self._expose_lock:
+            if wanted != self._exposed:
+                if self._exposed is not None:
+                    self._engine.unserve(self._exposed[0])
+                    self._exposed = None
+                if wanted is not None:
+                    self._engine.serve(*wanted)
+                    self._exposed = wanted
+        return 0 if wanted is None else wanted[0]
+
+    def _answer(self, wire: Wire, header: PullHeader, transfer_id: str, block_ids: BlockIds) -> None:
+        region = self._regions()
+        with contextlib.ExitStack() as held:
+            try:
+                _check_layout(region, header, transfer_id)
+                held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
+                address = self._expose(region)
+            except SageError as err:
+                wire.send([frames.encode_refusal(err.reason, err.message)])
+                return
+            session = self._engine.session.encode()
+            head: list[Buffer] = [frames.encode_accepted(), READING.pack(len(session), address), session]
+            for group in frames.groups(block_ids, region.block_bytes):
+                # The first of them before the receiver can read: what it reads is what was there then, or is noticed.
+                digests = [block_digests(region, group)] if header.digest else []
+                wire.send([*head, *digests])
+                head = []
+                failpoints.hit("source.sending")
+            while (said := bytes(wire.recv(1))) == GROUP_READ:
+                pass
+            if said != ALL_READ:
+                raise MalformedFrame(f"ended a read with {said!r}")
+            wire.send([frames.TRAILER])
+
+    def _answer_along(
+        self, wire: Wire, header: PullHeader, transfer_id: str, first_block: int, num_layers: int
+    ) -> None:
+        refusal = InvalidRequest("this source lets whole blocks be read, once they are all computed")
+        wire.send([frames.encode_refusal(refusal.reason, refusal.message)])
