@@ -9,6 +9,7 @@ from dataclasses import replace
 from sagellm_common.comm_backend.backends import End, load
 from sagellm_common.comm_backend.bridge import Encoder
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, Memory, PullRpc
+from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.kv import KvMemory
@@ -25,9 +26,10 @@ def make_channel(
     port: int,
     pull_rpc: PullRpc | None = None,
     layout: Callable[[], KvLayout] | None = None,
-) -> KVTransferChannel:
-    """The configured byte path between `memory` and peers, measured. It listens on host:port (0: any) once started.
+) -> PullQueue:
+    """The configured byte path between `memory` and peers, measured, its pulls in turns by priority.
 
+    It listens on host:port (0: any) once started.
     `layout` is asked for that of the memory when a receiver wants it in another dtype; None: there is no way to know.
     Raises ConfigError where the byte path cannot work here.
     """
@@ -48,7 +50,7 @@ def make_channel(
         log.info(
             "KV crosses in the dtype it has: over %s, transport.wire_dtype auto finds nothing to choose", channel.name
         )
-    return InstrumentedChannel(channel)
+    return PullQueue(InstrumentedChannel(channel), cfg.max_pulls, cfg.max_waiting_pulls)
 
 
 def overlap_min_bytes(cfg: TransportConfig, channel: KVTransferChannel) -> int | None:

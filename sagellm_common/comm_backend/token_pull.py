@@ -18,7 +18,8 @@ import numpy as np
 from sagellm_common.comm_backend.bridge import Buffers, Incoming
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.kv_dtypes import Deviation
-from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, TransferResult
+from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.transcode import Transcoder
 from sagellm_common.comm_backend.wire_dtype import wire_layout
 from sagellm_common.core.config import TransportConfig
@@ -70,7 +71,7 @@ class TokenPuller:
 
     def __init__(
         self,
-        channel: KVTransferChannel,
+        channel: PullQueue,
         pool: KvMemory,
         layout: KvLayout,
         settings: Callable[[], TransportConfig] = TransportConfig,
@@ -93,18 +94,21 @@ class TokenPuller:
         end_token: int,
         *,
         timeout_s: float,
+        priority: int = 0,
     ) -> TransferResult:
         """Fills target_blocks, a sequence's block table from its token 0 on, with tokens [begin, end).
 
         So is source.block_table. `begin_token` is the first of a block of ours. The result counts our blocks and the
-        bytes that crossed. Raises LayoutMismatch where there is no bridge, and what `KVTransferChannel.pull` raises.
+        bytes that crossed. Raises LayoutMismatch where there is no bridge, and what `PullQueue.pull` raises.
         When it returns or raises, nobody writes to the blocks any more.
         """
         way = await self._way(source, source_layout, range(begin_token, end_token))
         table = source.block_table[way.theirs]
         if way.direct:
             ours = target_blocks[way.ours]
-            pulled = await self._channel.pull(source, table, ours, timeout_s=timeout_s, encoding=way.encoding)
+            pulled = await self._channel.pull(
+                source, table, ours, timeout_s=timeout_s, encoding=way.encoding, priority=priority
+            )
             return _reported(way, pulled)
         began_s = time.monotonic()
         async with self._incoming(way, target_blocks) as incoming:
@@ -116,9 +120,10 @@ class TokenPuller:
                     timeout_s=timeout_s,
                     into=incoming,
                     encoding=way.encoding,
+                    priority=priority,
                 )
             else:
-                pulled = await self._pull_in_steps(source, table, incoming, timeout_s)
+                pulled = await self._pull_in_steps(source, table, incoming, timeout_s, priority)
         return _reported(way, replace(pulled, seconds=time.monotonic() - began_s), incoming)
 
     async def pull_along(
@@ -190,7 +195,7 @@ class TokenPuller:
             raise
 
     async def _pull_in_steps(
-        self, source: KvSource, table: BlockIds, incoming: Incoming, timeout_s: float
+        self, source: KvSource, table: BlockIds, incoming: Incoming, timeout_s: float, priority: int
     ) -> TransferResult:
         """One group is transcoded while the next is pulled."""
         deadline_s = time.monotonic() + timeout_s
@@ -199,7 +204,12 @@ class TokenPuller:
             ids = np.arange(at, min(at + step, len(table)), dtype=np.int32)
             with incoming.writing(ids) as (region, staged):
                 pulled = await self._channel.pull(
-                    source, table[ids], staged, timeout_s=deadline_s - time.monotonic(), into=region
+                    source,
+                    table[ids],
+                    staged,
+                    timeout_s=deadline_s - time.monotonic(),
+                    into=region,
+                    priority=priority,
                 )
                 await _in_thread(incoming.wait)  # or leaving would block the loop
             num_bytes, seconds = num_bytes + pulled.bytes, seconds + pulled.seconds

@@ -92,7 +92,9 @@ class RoleConfig(Section):
 
 
 class TransportConfig(Section):
-    backend: Literal["tcp", "gloo", "mooncake", "rdma"] = "tcp"
+    backend: Literal["tcp", "gloo", "mooncake", "rdma"] = Field(
+        "tcp", description="mooncake: Mooncake's Transfer Engine over TCP; rdma: the same over InfiniBand or RoCE"
+    )
     digest: bool = Field(True, description="checks an xxh3 digest per block")
     wire_dtype: Literal["same", "auto", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
         "same",
@@ -111,6 +113,8 @@ class TransportConfig(Section):
         description="KV below this is pulled after prefill: moving it takes no longer than arranging more",
     )
     timeout_s: float = Field(10.0, gt=0, description="longest silence of a peer during a pull")
+    max_pulls: int = Field(32, ge=1, le=64, description="pulls of one worker at a time; more wait, by their priority")
+    max_waiting_pulls: int = Field(256, ge=0, description="beyond these the least urgent get QUEUE_FULL")
     lease_ttl_s: float = Field(30.0, gt=0, description="after which blocks held for a dead party are freed")
 
     @field_validator("overlap", mode="before")

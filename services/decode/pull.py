@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from sagellm_common.comm_backend.handoff_record import HandoffLog
-from sagellm_common.comm_backend.protocol import KVTransferChannel, TransferResult
+from sagellm_common.comm_backend.protocol import TransferResult
+from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.telemetry import observe_handoff
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.config import TransportConfig
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class KvPuller:
     def __init__(
         self,
-        channel: KVTransferChannel,
+        channel: PullQueue,
         transfers: KvTransferClient,
         releaser: LeaseReleaser,
         worker: WorkerView,
@@ -57,7 +58,7 @@ class KvPuller:
     async def pull(self, job: DecodeJob, source: KvSource, allocation: Allocation) -> Transfer:
         """Fills the blocks that are not valid yet and raises `allocation.num_cached_tokens` to what is ready.
 
-        Raises LayoutMismatch, ConfigError (another byte path), PeerLost, LeaseExpired, KvCorrupt.
+        Raises LayoutMismatch, ConfigError (another byte path), QueueFull, PeerLost, LeaseExpired, KvCorrupt.
         """
         with self._handoffs.pulling(job.request_id, job.attempt, source, "pull") as pulling:
             theirs = await self._handshake(source)
@@ -73,7 +74,13 @@ class KvPuller:
             return Transfer(0, 0.0, 0, end, self._channel.name)
         async with self.renewed(source):
             result = await self._tokens.pull(
-                source, theirs, allocation.block_ids, begin * size, ready, timeout_s=job.timeout_s
+                source,
+                theirs,
+                allocation.block_ids,
+                begin * size,
+                ready,
+                timeout_s=job.timeout_s,
+                priority=job.priority,
             )
         allocation.num_cached_tokens = ready
         return Transfer.of(result, begin, self._channel.name)

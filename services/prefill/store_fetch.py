@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from prometheus_client import Counter
 
-from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
@@ -34,7 +34,7 @@ class StoreFetch:
     """Into blocks of `pool`, whatever the size of the store's."""
 
     def __init__(
-        self, store: StoreClient, channel: KVTransferChannel, releaser: LeaseReleaser, pool: KVBackendProtocol
+        self, store: StoreClient, channel: PullQueue, releaser: LeaseReleaser, pool: KVBackendProtocol
     ) -> None:
         self._store = store
         self._tokens = TokenPuller(channel, pool.regions(), pool.layout)
@@ -57,7 +57,7 @@ class StoreFetch:
             async with asyncio.timeout(min(timeout_s, job.timeout_s / 2)):
                 found = await self._find(job, begin * size, end * size)
                 if found is not None:
-                    await self._pull(found, allocation, begin * size, timeout_s)
+                    await self._pull(found, allocation, begin * size, timeout_s, job.priority)
         except (SageError, TimeoutError) as err:
             if found is not None:
                 self._store.failed(found.source.worker_id)
@@ -88,7 +88,9 @@ class StoreFetch:
         full = min(len(table) * size, end_token) // self._layout.block_size_tokens
         return _Found(replace(source, block_table=table), layout, full * self._layout.block_size_tokens)
 
-    async def _pull(self, found: _Found, allocation: Allocation, begin_token: int, timeout_s: float) -> None:
+    async def _pull(
+        self, found: _Found, allocation: Allocation, begin_token: int, timeout_s: float, priority: int
+    ) -> None:
         committed = False
         try:
             if begin_token < found.end_token:
@@ -99,6 +101,7 @@ class StoreFetch:
                     begin_token,
                     found.end_token,
                     timeout_s=timeout_s,
+                    priority=priority,
                 )
             committed = True
         finally:

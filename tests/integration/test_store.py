@@ -11,11 +11,14 @@ import pytest
 from tests.integration.test_token_equality import complete_all
 from tests.support.checks import all_serving, assert_nothing_leaked
 from tests.support.cluster import RunningCluster
+from tests.support.kv_channels import missing
 from tests.support.oracle import greedy
 
 
-@pytest.mark.parametrize("transport", ["tcp", "gloo"])
+@pytest.mark.parametrize("transport", ["tcp", "gloo", "mooncake"])
 async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, transport: str) -> None:
+    if why := missing(transport):
+        pytest.skip(why)
     rng = random.Random(3)
     prompts = [[rng.randrange(3, 250) for _ in range(n)] for n in (15, 16, 32, 64, 65, 100)]
     expected = [greedy(tiny_llama, prompt, 12) for prompt in prompts]

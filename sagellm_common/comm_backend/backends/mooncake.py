@@ -36,11 +36,11 @@ from sagellm_common.comm_backend.backends.mooncake_source import ALL_READ, GROUP
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
-from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions, TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, Regions, TransferResult, as_they_are
 from sagellm_common.comm_backend.wire import split_address
 from sagellm_common.comm_backend.write_gate import WriteGate
 from sagellm_common.core.errors import Draining, InvalidRequest, PeerLost, error_for
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 
@@ -53,6 +53,7 @@ class MooncakeChannel:
     """A `KVTransferChannel`. `silence_s` bounds each wait for a peer, a pull's own timeout the whole of it."""
 
     pulls_along = False
+    encodes = False
 
     def __init__(
         self,
@@ -100,6 +101,8 @@ class MooncakeChannel:
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
         raise InvalidRequest(f"over {self.name} nothing is pulled along the computation: whole blocks are read at once")
 
@@ -115,9 +118,10 @@ class MooncakeChannel:
         target_blocks: BlockIds,
         *,
         timeout_s: float,
-        into: KvRegion | None = None,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
     ) -> TransferResult:
-        region = into or self._regions()
+        region = as_they_are(self, into, encoding) or self._regions()
         check_pull(region, source_blocks, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")

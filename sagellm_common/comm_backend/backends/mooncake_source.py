@@ -18,7 +18,7 @@ import threading
 
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.backends.mooncake_engine import Engine, address_of
-from sagellm_common.comm_backend.backends.tcp_source import TcpSource, _check_layout
+from sagellm_common.comm_backend.backends.tcp_source import TcpSource
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
 from sagellm_common.comm_backend.integrity import block_digests
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions
@@ -65,10 +65,9 @@ class MooncakeSource(TcpSource):
         return 0 if wanted is None else wanted[0]
 
     def _answer(self, wire: Wire, header: PullHeader, transfer_id: str, block_ids: BlockIds) -> None:
-        region = self._regions()
         with contextlib.ExitStack() as held:
             try:
-                _check_layout(region, header, transfer_id)
+                region = self._readable(header, transfer_id, int(block_ids[-1]))
                 held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
                 address = self._expose(region)
             except SageError as err:
