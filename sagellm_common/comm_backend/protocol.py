@@ -1,11 +1,12 @@
-"""How KV bytes move: the receiver pulls blocks of a leased source straight into its own memory."""
+"""How KV bytes move (the receiver pulls blocks of a leased source), and how processes exchange tensors in groups."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import enum
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sagellm_common.comm_backend.bridge import Outgoing
 from sagellm_common.comm_backend.kv_dtypes import Deviation
@@ -13,6 +14,9 @@ from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import Allocation, KvMemory, KvRegion
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvConversion, KvSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +155,66 @@ def as_they_are(channel: KVTransferChannel, into: KvMemory | None, encoding: Enc
     if encoding is not None or not isinstance(into, KvRegion | None):
         raise InvalidRequest(f"over {channel.name} blocks come in the source's dtype, into memory of the host")
     return into
+
+
+class ReduceOp(enum.Enum):
+    SUM = "sum"
+    MAX = "max"
+    MIN = "min"
+
+
+class CommGroup(Protocol):
+    """Processes that exchange tensors: this one is `rank` of `size`. Used from one event loop.
+
+    Every member calls the same collectives in the same order; what one rank sends to another arrives in the order of
+    the calls. Several calls may be under way at once. Before payload moves all who take part compare what they were
+    called with: LayoutMismatch on each of them where dtype, shape, root or operation differ.
+
+    `timeout_s` bounds each call, waiting for the others included. Whatever ends a call half-way (LayoutMismatch,
+    PeerLost: a member died, left, or was silent for timeout_s; KvCorrupt; a cancellation) breaks the group for all:
+    tensors that were being filled hold garbage, nobody writes to them any more, and each further call raises PeerLost.
+    Form another group then. InvalidRequest (no such rank, a dtype that cannot be reduced) leaves it whole.
+    """
+
+    rank: int
+    size: int
+
+    async def send(self, tensor: Tensor, to: int, *, timeout_s: float) -> None:
+        """Returns once rank `to` has taken it, or will without our help."""
+
+    async def recv(self, into: Tensor, source: int, *, timeout_s: float) -> None:
+        """Fills `into` with what rank `source` sends, of the same dtype and shape."""
+
+    async def broadcast(self, tensor: Tensor, root: int, *, timeout_s: float) -> None:
+        """Fills the tensors of all ranks with that of `root`."""
+
+    async def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, *, timeout_s: float) -> None:
+        """Reduces the tensors of all ranks, each in place, to the same bits on all of them."""
+
+    async def all_gather(self, tensor: Tensor, *, timeout_s: float) -> list[Tensor]:
+        """The tensors of all ranks, by rank: of one dtype, but of any shape."""
+
+    async def close(self) -> None:
+        """Leaves; calls of the others end with PeerLost. Idempotent."""
+
+
+class CommBackendProtocol(Protocol):
+    """One process's end of a way to form groups, whenever and of whomever: there is no fixed world."""
+
+    name: str
+
+    @property
+    def address(self) -> str:
+        """host:port; empty before `start`."""
+
+    async def start(self) -> str:
+        """Begins to listen; returns the address. Raises ConfigError."""
+
+    async def join(self, group: str, members: Sequence[str], *, timeout_s: float) -> CommGroup:
+        """Forms a group with the ends at these addresses, in order of rank; our own is one of them.
+
+        All of them join under the same name, which is used once. Raises InvalidRequest, PeerLost.
+        """
+
+    async def close(self) -> None:
+        """Stops listening and leaves all groups. Idempotent."""

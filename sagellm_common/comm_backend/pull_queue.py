@@ -52,7 +52,9 @@ class PullQueue:
         priority: int = 0,
     ) -> TransferResult:
         async with self._pulls.turn(priority, timeout_s) as left_s:
-            return await self._inner.pull(source, source_blocks, target_blocks, timeout_s=left_s, into=into, encoding=encoding)
+            return await self._inner.pull(
+                source, source_blocks, target_blocks, timeout_s=left_s, into=into, encoding=encoding
+            )
 
     async def pull_along(
         self,

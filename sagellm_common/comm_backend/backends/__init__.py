@@ -6,7 +6,15 @@ import importlib
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from sagellm_common.comm_backend.protocol import Encode, KVTransferChannel, LeasedBlocks, Memory, PullRpc, Regions
+from sagellm_common.comm_backend.protocol import (
+    CommBackendProtocol,
+    Encode,
+    KVTransferChannel,
+    LeasedBlocks,
+    Memory,
+    PullRpc,
+    Regions,
+)
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.kv import KvMemory, KvRegion
@@ -55,6 +63,24 @@ class End:
 class Backend(Protocol):
     def open_channel(self, end: End) -> KVTransferChannel:
         """Raises ConfigError naming what the machine or the configuration lacks."""
+
+
+COLLECTIVES = {
+    "gloo": "sagellm_common.comm_backend.backends.gloo",
+    "nccl": "sagellm_common.comm_backend.backends.nccl",
+    "tcp": "sagellm_common.comm_backend.backends.tcp",
+}
+"""Those that form groups: modules with `open_comm`. The others only let one side read what the other has."""
+
+
+def open_comm(name: str, host: str, port: int) -> CommBackendProtocol:
+    """This process's end of the groups that are formed over `name`. It listens on host:port (0: any) once started.
+
+    Raises ConfigError for a byte path that has no groups, and where it cannot work here.
+    """
+    if name not in COLLECTIVES:
+        raise ConfigError(f"collectives: {name!r} has none, it only moves KV; use {' or '.join(COLLECTIVES)}")
+    return cast(CommBackendProtocol, importlib.import_module(COLLECTIVES[name]).open_comm(host, port))
 
 
 def load(name: str) -> Backend:

@@ -22,6 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in _
 
 from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.gloo_pair import RECEIVER, SOURCE, GlooPair, join
+from sagellm_common.comm_backend.backends.torch_group import TorchComm
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
 from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, PullRpc, Regions, TransferResult, as_they_are
@@ -48,6 +49,10 @@ def open_channel(end: End) -> GlooChannel:
     return GlooChannel(
         end.in_place(), end.leases, end.host, end.port, end.pull_rpc, digest=cfg.digest, silence_s=cfg.timeout_s
     )
+
+
+def open_comm(host: str, port: int) -> TorchComm:
+    return TorchComm("gloo", host, port)
 
 
 class GlooChannel:

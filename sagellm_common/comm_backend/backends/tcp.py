@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
@@ -13,12 +14,21 @@ from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds, KvSource
 
+if TYPE_CHECKING:
+    from sagellm_common.comm_backend.backends.tcp_group import TcpComm
+
 
 def open_channel(end: End) -> TcpChannel:
     cfg = end.config
     return TcpChannel(
         end.ask, end.leases, end.host, end.port, digest=cfg.digest, silence_s=cfg.timeout_s, encode=end.encode
     )
+
+
+def open_comm(host: str, port: int) -> TcpComm:
+    from sagellm_common.comm_backend.backends.tcp_group import TcpComm  # imports torch
+
+    return TcpComm(host, port)
 
 
 class TcpChannel:
