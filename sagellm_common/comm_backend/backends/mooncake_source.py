@@ -67,7 +67,8 @@ class MooncakeSource(TcpSource):
     def _answer(self, wire: Wire, header: PullHeader, transfer_id: str, block_ids: BlockIds) -> None:
         with contextlib.ExitStack() as held:
             try:
-                region = self._readable(header, transfer_id, int(block_ids[-1]))
+                self._readable(header, transfer_id, int(block_ids[-1]))
+                region = self._regions()
                 held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
                 address = self._expose(region)
             except SageError as err:
