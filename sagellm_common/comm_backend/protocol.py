@@ -174,6 +174,9 @@ class CommGroup(Protocol):
     PeerLost: a member died, left, or was silent for timeout_s; KvCorrupt; a cancellation) breaks the group for all:
     tensors that were being filled hold garbage, nobody writes to them any more, and each further call raises PeerLost.
     Form another group then. InvalidRequest (no such rank, a dtype that cannot be reduced) leaves it whole.
+
+    Comparing costs a round trip for each call. Ranks of one engine, which reduce in every layer and cannot differ, keep
+    to torch's own group (`device_cpu.tensor_parallel`).
     """
 
     rank: int

@@ -280,8 +280,9 @@ async def test_where_only_one_side_tells_layers_apart_blocks_come_whole(
     assert blocks_of(target.region, TARGETS) == blocks_of(source.region, TABLE)
 
 
-async def test_memory_that_is_staged_sends_and_takes_whole_blocks() -> None:
-    workers = Cluster("staged")
+@pytest.mark.parametrize("backend", ["staged", "mock"])
+async def test_some_send_and_take_whole_blocks_only(backend: str) -> None:
+    workers = Cluster(backend)
     source, target = await workers.side("source"), await workers.side("target")
     with computing(source, target) as it:
         it.begin()
@@ -293,7 +294,7 @@ async def test_memory_that_is_staged_sends_and_takes_whole_blocks() -> None:
     await workers.close()
 
 
-@pytest.mark.parametrize("backend", ["gloo", "mock"])
+@pytest.mark.parametrize("backend", ["gloo", "mooncake"])
 async def test_others_say_that_they_cannot(backend: str) -> None:
     workers = Cluster(backend)
     source, target = await workers.side("source"), await workers.side("target")

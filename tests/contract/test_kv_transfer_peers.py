@@ -13,6 +13,8 @@ from sagellm_common.comm_backend.backends.mock import Faults
 from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.errors import KvCorrupt, LeaseExpired, PeerLost, QueueFull
+from sagellm_common.core.kv import Allocation
+from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import KvSource
 from tests.support.cut_proxy import cut_proxy
 from tests.support.kv_channels import BACKENDS, HOST, Cluster, Side, blocks_of
@@ -133,6 +135,37 @@ async def test_many_pulls_take_turns(workers: Cluster) -> None:
     for n in set(range(20)) - set(refused):
         assert isinstance(outcomes[n], TransferResult), outcomes[n]
         assert blocks_of(target.region, to[n]) == blocks_of(source.region, pinned[n].block_table)
+
+
+@pytest.mark.parametrize(
+    ("faults", "error"),
+    [
+        (Faults(), None),
+        (Faults(drop_after_bytes=64), PeerLost),
+        (Faults(stall_after_bytes=130), PeerLost),
+        (Faults(corrupt_at_byte=191), KvCorrupt),
+    ],
+)
+async def test_the_mock_pulls_along_with_the_same_faults(faults: Faults, error: type[Exception] | None) -> None:
+    workers = Cluster("mock")
+    source, target = await workers.side("source"), await workers.side("target", faults=faults)
+    progress = KvProgress(12, 0, 4)
+    with source.leases.computing("t", 1, Allocation(FROM), progress):
+        pull = asyncio.create_task(
+            target.channel.pull_along(source.source("t", FROM), 0, TO, timeout_s=0.5, on_bytes=lambda _: None)
+        )
+        progress.chunk_begins(8)
+        progress.chunk_done()
+        await asyncio.wait([pull], timeout=0.05)
+        assert error is PeerLost or not pull.done()
+        progress.complete()
+        (outcome,) = await asyncio.gather(pull, return_exceptions=True)
+    if error is None:
+        assert blocks_of(target.region, TO) == blocks_of(source.region, FROM)
+    else:
+        assert isinstance(outcome, error), outcome
+    assert source.watched.quiet.is_set()
+    await workers.close()
 
 
 async def test_pulls_of_a_mock_that_fails_at_random_are_right_or_errors() -> None:

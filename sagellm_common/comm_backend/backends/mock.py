@@ -9,11 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
+from sagellm_common.comm_backend.integrity import block_digests, check_pull, check_targets, verify_blocks
 from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, Regions, TransferResult, as_they_are
+from sagellm_common.comm_backend.segments import SegmentCutter
 from sagellm_common.core.errors import Draining, InvalidRequest, LayoutMismatch, PeerLost
 from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.kv_progress import Watermark
 from sagellm_common.core.types import BlockIds, KvSource
+
+WAIT_S = 0.05
+"""How often a pull along looks whether it was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class MockChannel:
     """A `KVTransferChannel` between all channels of one `MockNetwork`."""
 
     name = "mock"
-    pulls_along = False
+    pulls_along = True
     encodes = False
 
     def __init__(
@@ -106,7 +111,19 @@ class MockChannel:
         into: KvMemory | None = None,
         encoding: Encoding | None = None,
     ) -> TransferResult:
-        raise InvalidRequest("over mock nothing is pulled along the computation: mock copies whole blocks")
+        region = as_they_are(self, into, encoding) or self._regions()
+        check_targets(region, target_blocks)
+        if self._closed:
+            raise Draining("this worker's KV byte path is closed")
+        began_s = time.monotonic()
+        if len(target_blocks):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._copy_along(region, source, first_block, target_blocks, on_bytes)
+            except TimeoutError as err:
+                raise PeerLost(f"transfer {source.transfer_id!r}: the source was silent for {timeout_s:g} s") from err
+        num_bytes = len(target_blocks) * region.block_bytes
+        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         raise InvalidRequest("KvTransferService.Pull is for byte paths like gloo; mock asks its network")
@@ -116,12 +133,7 @@ class MockChannel:
         self._network.channels.pop(self.address, None)
 
     async def _copy(self, mine: KvRegion, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
-        peer = self._network.channels.get(source.data_address)
-        if peer is None:
-            raise PeerLost(f"transfer {source.transfer_id!r}: nobody is at {source.data_address!r}")
-        theirs = peer._regions()
-        if mine.block_bytes != theirs.block_bytes:
-            raise LayoutMismatch(f"blocks have {mine.block_bytes} bytes here and {theirs.block_bytes} at the source")
+        peer, theirs = self._peer(source, mine)
         with peer._leases.reading(source.transfer_id, source.epoch, source_blocks):
             digests = block_digests(theirs, source_blocks)
             await asyncio.sleep(self.faults.delay_s)
@@ -131,6 +143,50 @@ class MockChannel:
             self._corrupt(mine, target_blocks)
         if self._digest:
             verify_blocks(mine, target_blocks, digests, source.transfer_id)
+
+    async def _copy_along(
+        self,
+        mine: KvRegion,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Whole blocks, as they become ready. Faults count their bytes in order."""
+        peer, theirs = self._peer(source, mine)
+        allocation, progress = peer._leases.progress(source.transfer_id, source.epoch)
+        if first_block < 0 or first_block + len(target_blocks) != len(allocation.block_ids):
+            raise InvalidRequest(
+                f"{len(target_blocks)} blocks from {first_block} on are not the rest of the "
+                f"{len(allocation.block_ids)} leased ones"
+            )
+        cutter = SegmentCutter(first_block, progress.num_tokens, progress.block_size_tokens, num_layers=1)
+        mark = None
+        while not cutter.finished:
+            mark = await asyncio.to_thread(progress.wait, mark, WAIT_S)
+            for segment in cutter.cut(Watermark(mark.tokens)):
+                here = slice(segment.first_block - first_block, segment.end_block - first_block)
+                block_ids, into = allocation.block_ids[segment.first_block : segment.end_block], target_blocks[here]
+                with peer._leases.reading(source.transfer_id, source.epoch, block_ids):
+                    digests = block_digests(theirs, block_ids)
+                    for n, (theirs_id, mine_id) in enumerate(zip(block_ids.tolist(), into.tolist(), strict=True)):
+                        await self._fail(source, (here.start + n) * mine.block_bytes, mine.block_bytes)
+                        mine.block(mine_id)[:] = theirs.block(theirs_id)
+                if here.stop == len(target_blocks):
+                    self._corrupt(mine, target_blocks)
+                if self._digest:
+                    verify_blocks(mine, into, digests, source.transfer_id)
+                on_bytes(len(into) * mine.block_bytes)
+
+    def _peer(self, source: KvSource, mine: KvRegion) -> tuple[MockChannel, KvRegion]:
+        """Who is at the source's address, and its pool. Raises PeerLost, LayoutMismatch."""
+        peer = self._network.channels.get(source.data_address)
+        if peer is None:
+            raise PeerLost(f"transfer {source.transfer_id!r}: nobody is at {source.data_address!r}")
+        theirs = peer._regions()
+        if mine.block_bytes != theirs.block_bytes:
+            raise LayoutMismatch(f"blocks have {mine.block_bytes} bytes here and {theirs.block_bytes} at the source")
+        return peer, theirs
 
     async def _fail(self, source: KvSource, begin: int, size: int) -> None:
         """The fault that lies within the block of `size` bytes from offset `begin`, if any."""
