@@ -14,7 +14,7 @@ from sagellm_common.comm_backend.backends.mock_group import LinkFaults
 from sagellm_common.comm_backend.protocol import CommGroup, ReduceOp
 from sagellm_common.comm_backend.tensor_calls import DTYPES, REDUCIBLE
 from sagellm_common.core.errors import ConfigError, InvalidRequest, KvCorrupt, LayoutMismatch, PeerLost, SageError
-from tests.support.comm_groups import BACKENDS, HOST, TIMEOUT_S, Members, on_all
+from tests.support.comm_groups import BACKENDS, HOST, NUM_RANKS, TIMEOUT_S, Members, on_all, same
 
 SHORT_S = 0.3
 """For calls that nobody answers."""
@@ -23,19 +23,13 @@ SHORT_S = 0.3
 @pytest.fixture(params=BACKENDS)
 async def members(request: pytest.FixtureRequest) -> AsyncIterator[Members]:
     members = Members(request.param)
-    await members.start(3)
+    await members.start(NUM_RANKS)
     yield members
     await members.close()
 
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-async def sent(group: list[CommGroup], tensor: torch.Tensor, into: torch.Tensor, source: int = 0, to: int = 1) -> None:
-    await asyncio.gather(
-        group[source].send(tensor, to, timeout_s=TIMEOUT_S), group[to].recv(into, source, timeout_s=TIMEOUT_S)
-    )
 
 
 # ---- right answers ----
@@ -47,27 +41,23 @@ async def test_send_brings_every_dtype(members: Members) -> None:
     group = await members.group(0, 1)
     for dtype in DTYPES:
         tensor = members.tensor(5, 3, dtype=dtype, seed=1)
-        into = torch.zeros_like(tensor)
-        await sent(group, tensor, into)
-        assert bits(into) == bits(tensor), dtype
+        into = await members.sent(group, tensor)
+        assert (into.dtype, bits(into)) == (dtype, bits(tensor))
 
 
 async def test_every_call_takes_any_shape(members: Members) -> None:
     group = await members.group()
     for shape in SHAPES:
-        tensors = [members.tensor(*shape, seed=rank) for rank in range(3)]
-        into = torch.zeros_like(tensors[0])
-        await sent(group, tensors[2], into, source=2, to=0)
-        assert torch.equal(into, tensors[2])
-        gathered = await on_all(group, "all_gather", tensors)
-        for found in gathered:
-            assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))
+        tensors = [members.tensor(*shape, seed=rank, rank=rank) for rank in range(3)]
+        total = [sum(tensor.cpu() for tensor in tensors)]
+        assert same([await members.sent(group, tensors[2], source=2, to=0)], [tensors[2]])
+        for found in await on_all(group, "all_gather", tensors):
+            assert same(found, tensors)
         copies = [tensor.clone() for tensor in tensors]
         assert await on_all(group, "broadcast", copies, 1) == [None] * 3
-        assert all(torch.equal(copy, tensors[1]) for copy in copies)
-        copies = [tensor.clone() for tensor in tensors]
-        assert await on_all(group, "all_reduce", copies) == [None] * 3
-        assert all(torch.equal(copy, sum(tensors)) for copy in copies)
+        assert same(copies, [tensors[1]] * 3)
+        assert await on_all(group, "all_reduce", tensors) == [None] * 3
+        assert same(tensors, total * 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -76,46 +66,49 @@ async def test_all_reduce_over_dtypes_and_sizes(members: Members, size: int) -> 
     reduced = {ReduceOp.SUM: lambda s: s.sum(0), ReduceOp.MAX: lambda s: s.amax(0), ReduceOp.MIN: lambda s: s.amin(0)}
     for op, reference in reduced.items():
         for dtype in REDUCIBLE:
-            tensors = [members.tensor(11, dtype=dtype, seed=rank) for rank in range(size)]
-            expected = reference(torch.stack([t.double() for t in tensors])).to(dtype)
+            tensors = [members.tensor(11, dtype=dtype, seed=rank, rank=rank) for rank in range(size)]
+            expected = reference(torch.stack([tensor.cpu().double() for tensor in tensors])).to(dtype)
             assert await on_all(group, "all_reduce", tensors, op) == [None] * size
-            assert all(torch.equal(tensor, expected) for tensor in tensors), (op, dtype)
+            assert same(tensors, [expected] * size), (op, dtype)
 
 
 async def test_all_reduce_leaves_the_same_bits_everywhere(members: Members) -> None:
     """However floats round: ranks that went on with different bits would drift apart."""
     group = await members.group()
-    tensors = [torch.randn(1001, generator=torch.Generator().manual_seed(r)).to(members.device) for r in range(3)]
-    await on_all(group, "all_reduce", tensors)
+    tensors = [torch.randn(1001, generator=torch.Generator().manual_seed(r)).to(members.device(r)) for r in range(3)]
+    assert await on_all(group, "all_reduce", tensors) == [None] * 3
     assert bits(tensors[0]) == bits(tensors[1]) == bits(tensors[2])
 
 
 @pytest.mark.parametrize("root", [0, 1, 2])
 async def test_broadcast_from_any_root(members: Members, root: int) -> None:
     group = await members.group()
-    tensors = [members.tensor(9, seed=rank) for rank in range(3)]
+    tensors = [members.tensor(9, seed=rank, rank=rank) for rank in range(3)]
     expected = tensors[root].clone()
-    await on_all(group, "broadcast", tensors, root)
-    assert all(torch.equal(tensor, expected) for tensor in tensors)
+    assert await on_all(group, "broadcast", tensors, root) == [None] * 3
+    assert same(tensors, [expected] * 3)
 
 
 async def test_all_gather_of_ragged_tensors(members: Members) -> None:
     group = await members.group()
-    tensors = [members.tensor(*shape, dtype=torch.int64, seed=n) for n, shape in enumerate([(5, 2), (0,), (1,)])]
+    shapes = [(5, 2), (0,), (1,)]
+    tensors = [members.tensor(*shape, dtype=torch.int64, seed=n, rank=n) for n, shape in enumerate(shapes)]
     for found in await on_all(group, "all_gather", tensors):
-        assert [tuple(part.shape) for part in found] == [(5, 2), (0,), (1,)]
-        assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))
+        assert [tuple(part.shape) for part in found] == shapes
+        assert same(found, tensors)
 
 
 async def test_tensors_that_are_not_contiguous(members: Members) -> None:
     group = await members.group(0, 1)
-    wide = [members.tensor(4, 6, seed=rank) for rank in range(2)]
-    before = [w.clone() for w in wide]
-    await sent(group, wide[0][:, ::2], wide[1][:, ::2])
-    assert torch.equal(wide[1][:, ::2], before[0][:, ::2]) and torch.equal(wide[1][:, 1::2], before[1][:, 1::2])
-    expected = wide[0].t() + wide[1].t()
-    await on_all(group, "all_reduce", [w.t() for w in wide])
-    assert torch.equal(wide[0].t(), expected) and torch.equal(wide[1].t(), expected)
+    wide = [members.tensor(4, 6, seed=rank, rank=rank) for rank in range(2)]
+    before = [tensor.clone() for tensor in wide]
+    await asyncio.gather(
+        group[0].send(wide[0][:, ::2], 1, timeout_s=TIMEOUT_S), group[1].recv(wide[1][:, ::2], 0, timeout_s=TIMEOUT_S)
+    )
+    assert same([wide[1][:, ::2], wide[1][:, 1::2]], [before[0][:, ::2], before[1][:, 1::2]])
+    expected = wide[0].t().cpu() + wide[1].t().cpu()
+    assert await on_all(group, "all_reduce", [tensor.t() for tensor in wide]) == [None] * 2
+    assert same([tensor.t() for tensor in wide], [expected] * 2)
 
 
 # ---- groups, order, concurrency ----
@@ -124,22 +117,19 @@ async def test_tensors_that_are_not_contiguous(members: Members) -> None:
 async def test_groups_form_of_any_members_at_any_time(members: Members) -> None:
     pair, all_three = await members.group(2, 0), await members.group()
     assert [g.rank for g in pair] == [0, 1] and [g.size for g in all_three] == [3, 3, 3]
-    into = members.tensor(3)
-    await sent(pair, members.tensor(3, seed=5), into)
-    assert torch.equal(into, members.tensor(3, seed=5))
+    assert same([await members.sent(pair, members.tensor(3, seed=5))], [members.tensor(3, seed=5)])
     for one in pair:
         await one.close()
     again = await members.group(0, 2)
-    await sent(again, members.tensor(3, seed=6), into)
-    assert torch.equal(into, members.tensor(3, seed=6))
+    assert same([await members.sent(again, members.tensor(3, seed=6))], [members.tensor(3, seed=6)])
 
 
 async def test_messages_arrive_in_order(members: Members) -> None:
     group = await members.group(0, 1)
-    intos = [torch.zeros(n % 5 + 1, dtype=torch.int64, device=members.device) for n in range(20)]
+    intos = [torch.zeros(n % 5 + 1, dtype=torch.int64, device=members.device(1)) for n in range(20)]
     async with asyncio.TaskGroup() as calls:
         for n, into in enumerate(intos):
-            calls.create_task(group[0].send(torch.full_like(into, n), 1, timeout_s=TIMEOUT_S))
+            calls.create_task(group[0].send(torch.full_like(into, n, device=members.device(0)), 1, timeout_s=TIMEOUT_S))
             calls.create_task(group[1].recv(into, 0, timeout_s=TIMEOUT_S))
     assert [set(into.tolist()) for into in intos] == [{n} for n in range(20)]
 
@@ -152,23 +142,23 @@ async def test_everything_at_once(members: Members) -> None:
     async with asyncio.TaskGroup() as calls:
         for which, group in enumerate(groups):
             for a, b in [(a, b) for a in range(3) for b in range(3) if a != b]:
-                intos[which, a, b] = into = torch.zeros(num, device=members.device)
-                calls.create_task(group[a].send(members.tensor(num, seed=10 * a + b), b, timeout_s=TIMEOUT_S))
+                intos[which, a, b] = into = torch.zeros(num, device=members.device(b))
+                calls.create_task(group[a].send(members.tensor(num, seed=10 * a + b, rank=a), b, timeout_s=TIMEOUT_S))
                 calls.create_task(group[b].recv(into, a, timeout_s=TIMEOUT_S))
             for member in group:
                 for n in range(3):
-                    totals.append((n, torch.full((7,), float(n), device=members.device)))
+                    totals.append((n, torch.full((7,), float(n), device=members.device(member.rank))))
                     calls.create_task(member.all_reduce(totals[-1][1], timeout_s=TIMEOUT_S))
     for (_, a, b), into in intos.items():
-        assert torch.equal(into, members.tensor(num, seed=10 * a + b))
+        assert same([into], [members.tensor(num, seed=10 * a + b)])
     assert all(total.tolist() == [3.0 * n] * 7 for n, total in totals)
 
 
 # ---- what does not fit ----
 
 
-async def is_broken(group: list[CommGroup]) -> None:
-    for outcome in await on_all(group, "all_gather", [torch.ones(1)] * 3):
+async def is_broken(members: Members, group: list[CommGroup]) -> None:
+    for outcome in await on_all(group, "all_gather", [members.tensor(1, rank=rank) for rank in range(3)]):
         assert isinstance(outcome, SageError), outcome
 
 
@@ -183,7 +173,7 @@ async def test_sizes_that_do_not_fit_are_a_mismatch_on_both_sides(
     group = await members.group(0, 1)
     outcomes = await asyncio.gather(
         group[0].send(members.tensor(*ours), 1, timeout_s=TIMEOUT_S),
-        group[1].recv(members.tensor(*theirs), 0, timeout_s=TIMEOUT_S),
+        group[1].recv(members.tensor(*theirs, rank=1), 0, timeout_s=TIMEOUT_S),
         return_exceptions=True,
     )
     assert [type(outcome) for outcome in outcomes] == [LayoutMismatch] * 2, outcomes
@@ -193,9 +183,10 @@ async def test_sizes_that_do_not_fit_are_a_mismatch_on_both_sides(
 
 
 async def test_collectives_that_differ_are_a_mismatch_on_all(members: Members) -> None:
-    tensor = members.tensor(4)
+    tensors = [members.tensor(4, rank=rank) for rank in range(3)]
+    tensor = tensors[1]
     for odd, other, *args in (
-        ("all_reduce", members.tensor(5)),
+        ("all_reduce", members.tensor(5, rank=1)),
         ("all_reduce", tensor.double()),
         ("all_reduce", tensor, ReduceOp.MAX),
         ("all_gather", tensor),
@@ -203,9 +194,9 @@ async def test_collectives_that_differ_are_a_mismatch_on_all(members: Members) -
     ):
         group = await members.group()
         outcomes = await asyncio.gather(
-            group[0].all_reduce(tensor.clone(), timeout_s=TIMEOUT_S),
+            group[0].all_reduce(tensors[0], timeout_s=TIMEOUT_S),
             getattr(group[1], odd)(other, *args, timeout_s=TIMEOUT_S),
-            group[2].all_reduce(tensor.clone(), timeout_s=TIMEOUT_S),
+            group[2].all_reduce(tensors[2], timeout_s=TIMEOUT_S),
             return_exceptions=True,
         )
         assert [type(outcome) for outcome in outcomes] == [LayoutMismatch] * 3, outcomes
@@ -225,9 +216,7 @@ async def test_what_is_wrong_from_the_start_leaves_the_group_whole(members: Memb
     ):
         with pytest.raises(InvalidRequest):
             await call()
-    into = members.tensor(1)
-    await sent(group, members.tensor(1, seed=3), into)
-    assert torch.equal(into, members.tensor(1, seed=3))
+    assert same([await members.sent(group, members.tensor(1, seed=3))], [members.tensor(1, seed=3)])
 
 
 async def test_a_group_needs_its_own_address_once(members: Members) -> None:
@@ -248,13 +237,13 @@ def test_byte_paths_without_collectives_say_so(name: str) -> None:
 
 async def test_a_slow_member_is_waited_for(members: Members) -> None:
     group = await members.group(0, 1)
-    into = members.tensor(2)
+    into = members.tensor(2, rank=1)
     receiving = asyncio.create_task(group[1].recv(into, 0, timeout_s=TIMEOUT_S))
     done, _ = await asyncio.wait([receiving], timeout=0.05)
     assert not done
     await group[0].send(members.tensor(2, seed=4), 1, timeout_s=TIMEOUT_S)
     await receiving
-    assert torch.equal(into, members.tensor(2, seed=4))
+    assert same([into], [members.tensor(2, seed=4)])
 
 
 @pytest.mark.parametrize("call", ["send", "recv", "broadcast", "all_reduce", "all_gather"])
@@ -278,10 +267,9 @@ async def test_a_member_that_never_comes(members: Members) -> None:
 
 async def test_a_member_that_leaves_ends_the_waits_of_the_others(members: Members) -> None:
     group = await members.group()
-    tensor = members.tensor(8)
     waiting = [
-        asyncio.create_task(group[0].recv(tensor, 2, timeout_s=60.0)),
-        asyncio.create_task(group[1].all_reduce(tensor.clone(), timeout_s=60.0)),
+        asyncio.create_task(group[0].recv(members.tensor(8), 2, timeout_s=60.0)),
+        asyncio.create_task(group[1].all_reduce(members.tensor(8, rank=1), timeout_s=60.0)),
     ]
     await asyncio.wait(waiting, timeout=0.05)
     await group[2].close()
@@ -289,19 +277,19 @@ async def test_a_member_that_leaves_ends_the_waits_of_the_others(members: Member
     async with asyncio.timeout(10):
         for outcome in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(outcome, PeerLost), outcome
-    await is_broken(group)
+    await is_broken(members, group)
 
 
 @pytest.mark.parametrize("call", ["recv", "broadcast", "all_reduce"])
 async def test_nothing_is_written_after_a_cancellation(members: Members, call: str) -> None:
     group = await members.group(0, 1)
-    into, args = torch.zeros(64, device=members.device), {"recv": (1,), "broadcast": (1,), "all_reduce": ()}[call]
+    into, args = torch.zeros(64, device=members.device(0)), {"recv": (1,), "broadcast": (1,), "all_reduce": ()}[call]
     task = asyncio.create_task(getattr(group[0], call)(into, *args, timeout_s=1.0))
     await asyncio.wait([task], timeout=0.05)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    late = torch.ones(64, device=members.device)
+    late = torch.ones(64, device=members.device(1))
     if call == "recv":
         other = group[1].send(late, 0, timeout_s=SHORT_S)
     else:
@@ -329,7 +317,7 @@ async def test_nothing_is_written_after_a_cancellation(members: Members, call: s
 async def test_faults_of_links_are_noticed(faults: LinkFaults, errors: tuple[type[Exception], ...]) -> None:
     """Right bytes or an error, never wrong bytes."""
     members = Members("mock")
-    await members.start(3)
+    await members.start(NUM_RANKS)
     group = await members.group()
     members.net.go_wrong(faults)
     failed = False
@@ -338,7 +326,7 @@ async def test_faults_of_links_are_noticed(faults: LinkFaults, errors: tuple[typ
         expected = sum(tensors)
         outcomes = await on_all(group, "all_reduce", tensors, timeout_s=SHORT_S)
         for tensor, outcome in zip(tensors, outcomes, strict=True):
-            assert isinstance(outcome, errors) if outcome is not None else torch.equal(tensor, expected)
+            assert isinstance(outcome, errors) if outcome is not None else same([tensor], [expected])
         if failed := any(outcome is not None for outcome in outcomes):
             break
     assert failed
@@ -347,11 +335,11 @@ async def test_faults_of_links_are_noticed(faults: LinkFaults, errors: tuple[typ
 
 async def test_a_link_that_is_only_slow_is_right() -> None:
     members = Members("mock")
-    await members.start(3)
+    await members.start(NUM_RANKS)
     group = await members.group()
     members.net.go_wrong(LinkFaults(max_delay_s=0.005))
     tensors = [members.tensor(33, seed=rank) for rank in range(3)]
     expected = sum(tensors)
-    await on_all(group, "all_reduce", tensors)
-    assert all(torch.equal(tensor, expected) for tensor in tensors)
+    assert await on_all(group, "all_reduce", tensors) == [None] * 3
+    assert same(tensors, [expected] * 3)
     await members.close()

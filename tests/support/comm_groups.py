@@ -17,6 +17,7 @@ from sagellm_common.core.errors import ConfigError
 BACKENDS = (*COLLECTIVES, "mock")
 HOST = "127.0.0.1"
 TIMEOUT_S = 20.0
+NUM_RANKS = 3
 
 
 class Members:
@@ -25,9 +26,12 @@ class Members:
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.net = MockNet()
-        self.device = "cuda" if backend == "nccl" else "cpu"
         self.ends: list[CommBackendProtocol] = []
         self._names = (f"group-{n}" for n in itertools.count())
+
+    def device(self, rank: int) -> str:
+        """NCCL wants a GPU for each rank."""
+        return f"cuda:{rank}" if self.backend == "nccl" else "cpu"
 
     async def start(self, count: int) -> None:
         for _ in range(count):
@@ -37,9 +41,12 @@ class Members:
 
     def _open(self) -> CommBackendProtocol:
         try:
-            return open_comm(self.backend, HOST, 0)
+            end = open_comm(self.backend, HOST, 0)
         except ConfigError as err:
             pytest.skip(err.message)
+        if self.backend == "nccl" and (found := torch.cuda.device_count()) < NUM_RANKS:
+            pytest.skip(f"nccl: {NUM_RANKS} ranks need as many GPUs, this machine has {found}")
+        return end
 
     async def group(self, *which: int, timeout_s: float = TIMEOUT_S) -> list[CommGroup]:
         """One of these ends, in this order; all of them by default."""
@@ -51,10 +58,24 @@ class Members:
         for end in self.ends:
             await end.close()
 
-    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-        """Random bytes, whole numbers below ten where they are computed with."""
+    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, rank: int = 0) -> torch.Tensor:
+        """Random whole numbers below ten, where `rank` has its tensors."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(0, 10, shape, generator=generator).to(dtype).to(self.device)
+        return torch.randint(0, 10, shape, generator=generator).to(dtype).to(self.device(rank))
+
+    async def sent(self, group: list[CommGroup], tensor: torch.Tensor, source: int = 0, to: int = 1) -> torch.Tensor:
+        """What rank `to` has received."""
+        into = torch.zeros_like(tensor, device=self.device(to))
+        await asyncio.gather(
+            group[source].send(tensor, to, timeout_s=TIMEOUT_S), group[to].recv(into, source, timeout_s=TIMEOUT_S)
+        )
+        return into
+
+
+def same(tensors: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Wherever they are."""
+    pairs = zip(tensors, expected, strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
 async def on_all(

@@ -201,7 +201,7 @@ class _Joined:
         agreed({self._rank: call, to: Call.decode(theirs.numpy().data)})
         if len(payload):
             group, peer = (self._gloo, to) if self._device == "cpu" else (self._pair(self._rank, to, limit), 1)
-            self._wait(group.send([payload], peer, PAYLOAD), limit)
+            self._wait(group.send([payload], peer, PAYLOAD), payload, limit)
 
     def recv(self, call: Call, into: torch.Tensor, source: int, limit: timedelta) -> None:
         theirs = torch.empty(CALL_BYTES, dtype=torch.uint8)
@@ -210,19 +210,19 @@ class _Joined:
         agreed({self._rank: call, source: Call.decode(theirs.numpy().data)})
         if len(into):
             group, peer = (self._gloo, source) if self._device == "cpu" else (self._pair(source, self._rank, limit), 0)
-            self._wait(group.recv([into], peer, PAYLOAD), limit)
+            self._wait(group.recv([into], peer, PAYLOAD), into, limit)
 
     def broadcast(self, call: Call, payload: torch.Tensor, limit: timedelta) -> None:
         self._agree(call, limit)
         if len(payload):
-            self._wait(self._payload.broadcast(payload, call.root, limit), limit)
+            self._wait(self._payload.broadcast(payload, call.root, limit), payload, limit)
 
     def all_reduce(self, call: Call, tensor: torch.Tensor, limit: timedelta) -> None:
         self._agree(call, limit)
         options = AllreduceOptions()
         options.reduceOp, options.timeout = OPS[call.op], limit
         if tensor.numel():
-            self._wait(self._payload.allreduce([tensor], options), limit)
+            self._wait(self._payload.allreduce([tensor], options), tensor, limit)
 
     def all_gather(self, call: Call, payload: torch.Tensor, limit: timedelta) -> list[torch.Tensor]:
         calls = self._agree(call, limit)
@@ -232,7 +232,7 @@ class _Joined:
         if rows.numel():
             padded = payload.new_zeros(rows.size(1))
             padded[: len(payload)] = payload
-            self._wait(self._payload.allgather([list(rows)], [padded]), limit)
+            self._wait(self._payload.allgather([list(rows)], [padded]), rows, limit)
         for part, row in zip(parts, rows, strict=True):
             as_bytes(part).copy_(row[: part.nbytes])
         return parts
@@ -260,11 +260,12 @@ class _Joined:
                 self._pairs[lane] = _nccl(f"pair/{sender}/{receiver}", self._store, lane.index(self._rank), 2, limit)
             return self._pairs[lane]
 
-    def _wait(self, work: Any, limit: timedelta) -> None:
+    @staticmethod
+    def _wait(work: Any, tensor: torch.Tensor, limit: timedelta) -> None:
         work.wait(limit)
-        if self._device != "cpu":
+        if tensor.is_cuda:
             # NCCL's wait is one of the stream's, not of the host's.
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
