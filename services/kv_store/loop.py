@@ -16,7 +16,7 @@ import numpy as np
 
 from sagellm_common.comm_backend.bridge import Buffers
 from sagellm_common.comm_backend.handoff import HandoffSource
-from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core import failpoints
@@ -51,7 +51,7 @@ class KvStore:
         self,
         pool: HostKvPool,
         leases: HandoffSource,
-        channel: KVTransferChannel,
+        channel: PullQueue,
         worker: Worker,
     ) -> None:
         self._pool = pool
