@@ -101,6 +101,12 @@ test-integration: setup ## real processes
 test-faults: setup ## kill -9 at every stage
 	@$(bin)/pytest $(PARALLEL) tests/faults $(PYTEST_ARGS)
 
+test-faults-long: setup ## every fault at every state of a handoff, 3400 seeded runs; ten minutes
+	@SAGELLM_TEST_FAULT_TIMES=10 $(bin)/pytest $(PARALLEL) tests/faults/test_conformance.py $(PYTEST_ARGS)
+
+soak: setup ## 10,000 handoffs of random sizes through a cluster: memory and descriptors stay
+	@$(bin)/python -m bench.soak
+
 test-long: setup ## prompts of 32K, 64K and 128K tokens; minutes each
 	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py $(PYTEST_ARGS)
 

@@ -17,7 +17,16 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError
 
 ENV_PREFIX = "SAGELLM_"
-NOT_SETTINGS = frozenset({"SAGELLM_HOME", "SAGELLM_CACHE", "SAGELLM_TEST_CLUSTER", "SAGELLM_FAILPOINTS"})
+NOT_SETTINGS = frozenset(
+    {
+        "SAGELLM_HOME",
+        "SAGELLM_CACHE",
+        "SAGELLM_FAILPOINTS",
+        "SAGELLM_TEST_CLUSTER",
+        "SAGELLM_TEST_FAULT_TIMES",
+        "SAGELLM_TEST_LONG",
+    }
+)
 """Variables of ours that are no settings: where files are kept, and the tests' switches."""
 
 Key = tuple[str, ...]

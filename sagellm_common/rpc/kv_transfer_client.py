@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from sagellm_common.comm_backend.transcode import check_bridgeable
-from sagellm_common.core.errors import PeerRestarted, SageError
+from sagellm_common.core.errors import DeadlineExceeded, PeerLost, PeerRestarted, SageError
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import ChannelPool, call
@@ -17,8 +17,11 @@ CALL_TIMEOUT_S = 2.0
 
 
 class KvTransferClient:
-    def __init__(self, channels: ChannelPool) -> None:
+    """`timeout_s` bounds each call to a source, unless it says otherwise."""
+
+    def __init__(self, channels: ChannelPool, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._channels = channels
+        self._timeout_s = timeout_s
         self._agreed: dict[str, tuple[str, KvLayout, KvLayout]] = {}
         """control address → incarnation of the source, our layout, its layout"""
 
@@ -29,12 +32,11 @@ class KvTransferClient:
         worker_id: str,
         incarnation: str,
         layout: KvLayout,
-        timeout_s: float = CALL_TIMEOUT_S,
     ) -> KvLayout:
         """The layout of `source`'s blocks, which is ours or can be transcoded: one call per incarnation, then none.
 
         `worker_id`, `incarnation` and `layout` are the caller's. Raises LayoutMismatch, ConfigError (another byte
-        path), PeerLost (also when the source was restarted since it handed the blocks out), DeadlineExceeded.
+        path), PeerLost (also when the source is silent, or was restarted since it handed the blocks out).
         """
         agreed = self._agreed.get(source.control_address)
         if agreed is not None and agreed[:2] == (source.incarnation, layout):
@@ -43,7 +45,13 @@ class KvTransferClient:
             worker_id=worker_id, incarnation=incarnation, layout=codec.encode_layout(layout), backend=source.backend
         )
         stub = self._stub(source)
-        response = await call(stub.Handshake, request, timeout_s=timeout_s, response=kv_pb2.HandshakeResponse)
+        try:
+            response = await call(stub.Handshake, request, timeout_s=self._timeout_s, response=kv_pb2.HandshakeResponse)
+        except DeadlineExceeded as err:
+            # Not the request's deadline, which the router would take it for.
+            raise PeerLost(
+                f"transfer {source.transfer_id!r}: worker {source.worker_id!r} was silent for {self._timeout_s:g} s"
+            ) from err
         theirs = codec.decode_layout(response.layout)
         check_bridgeable(layout, theirs, worker_id, source.worker_id)
         if response.incarnation != source.incarnation:
@@ -53,19 +61,19 @@ class KvTransferClient:
         self._agreed[source.control_address] = source.incarnation, layout, theirs
         return theirs
 
-    async def renew(self, source: KvSource, *, timeout_s: float = CALL_TIMEOUT_S) -> float:
+    async def renew(self, source: KvSource) -> float:
         """Starts the lease's time anew; returns its seconds. Raises LeaseExpired, PeerLost, DeadlineExceeded."""
         request = kv_pb2.RenewLeaseRequest(transfer_id=source.transfer_id, epoch=source.epoch)
         stub = self._stub(source)
-        response = await call(stub.RenewLease, request, timeout_s=timeout_s, response=kv_pb2.RenewLeaseResponse)
+        response = await call(stub.RenewLease, request, timeout_s=self._timeout_s, response=kv_pb2.RenewLeaseResponse)
         return response.expires_in_ms / 1000
 
-    async def release(self, source: KvSource, committed: bool, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    async def release(self, source: KvSource, committed: bool) -> None:
         """Lets the source have its blocks back. A source out of reach is logged, not raised: its lease runs out."""
         request = kv_pb2.ReleaseLeaseRequest(transfer_id=source.transfer_id, epoch=source.epoch, committed=committed)
         try:
             stub = self._stub(source)
-            await call(stub.ReleaseLease, request, timeout_s=timeout_s, response=kv_pb2.ReleaseLeaseResponse)
+            await call(stub.ReleaseLease, request, timeout_s=self._timeout_s, response=kv_pb2.ReleaseLeaseResponse)
         except SageError as err:
             log.info(
                 "transfer %s: worker %s keeps its lease until it runs out: %s",

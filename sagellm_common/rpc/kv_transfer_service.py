@@ -7,6 +7,7 @@ import grpc
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel
 from sagellm_common.comm_backend.transcode import check_bridgeable
+from sagellm_common.core import failpoints
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.types import KvLayout
 from sagellm_common.rpc import codec
@@ -38,6 +39,7 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         request: kv_pb2.HandshakeRequest,
         context: grpc.aio.ServicerContext[kv_pb2.HandshakeRequest, kv_pb2.HandshakeResponse],
     ) -> kv_pb2.HandshakeResponse:
+        failpoints.hit("source.handshaking")
         theirs = codec.decode_layout(request.layout)
         check_backend(self._channel.name, request.backend)
         if self._layout is not None:

@@ -51,6 +51,7 @@ class _Tokens:
         self._emit(DecodeChunk(index, output.token_ids, output.logprobs, reason, self._transfer))
         self._transfer = None
         self.new += output.token_ids
+        failpoints.hit("decode.streaming")
 
 
 class DecodeLoop:
@@ -139,6 +140,7 @@ class DecodeLoop:
                 else:
                     transfer = await self._receive(job, job.source, blocks)
                     failpoints.hit("decode.pulled")
+            failpoints.hit("decode.committed")
             token_ids = await self._generate(job, blocks, transfer, emit)
             if self._offload is not None and blocks.held:
                 self._offload.offer(job.request_id, job.attempt, token_ids, job.cache_salt, blocks)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from tests.support.checks import all_serving, assert_nothing_leaked
 from tests.support.cluster import RunningCluster
 
-Arm = Callable[[str], None]
+
+class Arm(Protocol):
+    def __call__(self, name: str, number: signal.Signals = signal.SIGKILL) -> None: ...
 
 
 @pytest.fixture(scope="package")
@@ -42,12 +46,15 @@ async def healthy(faulty_cluster: RunningCluster) -> AsyncIterator[RunningCluste
 
 @pytest.fixture
 def arm(failpoints: Path) -> Iterator[Arm]:
-    """Arms a failpoint: the first process that passes it dies by SIGKILL. The test fails if none did."""
+    """Arms a failpoint: the first process that passes it gets the signal. The test fails if none did."""
     armed: list[Path] = []
 
-    def arm(name: str) -> None:
+    def arm(name: str, number: signal.Signals = signal.SIGKILL) -> None:
         armed.append(failpoints / name)
-        armed[-1].touch()
+        # At once, or a process might read half of it.
+        scratch = failpoints / f".{name}"
+        scratch.write_text(number.name)
+        scratch.rename(armed[-1])
 
     yield arm
     left = [path.name for path in armed if path.exists()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,13 @@ from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import Clock, SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import load_config
+from sagellm_common.core.topology import Registration
 from sagellm_common.core.types import (
     FinishReason,
     GenerationRequest,
     KvSource,
     SamplingParams,
+    WorkerRecord,
     WorkerRole,
     as_token_ids,
 )
@@ -30,7 +32,7 @@ from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
-from sagellm_common.rpc.kv_transfer_client import KvTransferClient
+from sagellm_common.rpc.kv_transfer_client import CALL_TIMEOUT_S, KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.server import Registrar
 from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcome, PrefillSession
@@ -116,6 +118,24 @@ class Worker:
         assert pool.get_utilization().balanced, f"{self._id}: {pool.get_utilization()}"
 
 
+Facade = Callable[[WorkerRecord], Awaitable[WorkerRecord]]
+
+
+class _Announced(RemoteTopology):
+    """Registers, and thereby everywhere announces, the addresses that `facade` says."""
+
+    runtime: WorkerRuntime
+
+    def __init__(self, router: str, channels: ChannelPool, facade: Facade | None) -> None:
+        super().__init__(router, channels)
+        self._facade = facade
+
+    async def register(self, record: WorkerRecord, ttl_s: float) -> Registration:
+        if self._facade is not None:
+            record = self.runtime._record = await self._facade(record)
+        return await super().register(record, ttl_s)
+
+
 def test_config(*overrides: str) -> Config:
     return load_config(None, {}, ("topology.lease_ttl_s=1.0", "transport.timeout_s=5.0", *overrides))
 
@@ -133,8 +153,10 @@ async def worker(
     config: Config | None = None,
     clock: Clock | None = None,
     store: bool = False,
+    facade: Facade | None = None,
 ) -> AsyncIterator[Worker]:
-    """Composes a worker as `__main__` does. `clock` is that of the leases; `store` lets it use a kv_store."""
+    """Composes a worker as `__main__` does. `clock` is that of the leases; `store` lets it use a kv_store. `facade`
+    says under which addresses others are to find it."""
     config, clock = config or test_config(), clock or SystemClock()
     engine = engine or SimulatedEngine()
     async with contextlib.AsyncExitStack() as stack:
@@ -144,8 +166,8 @@ async def worker(
         channels = await stack.enter_async_context(ChannelPool())
         background = Background()
         stack.push_async_callback(background.close, grace_s=1.0)
-        topology = RemoteTopology(router, channels)
-        transfers = KvTransferClient(channels)
+        topology = _Announced(router, channels, facade)
+        transfers = KvTransferClient(channels, min(CALL_TIMEOUT_S, config.transport.timeout_s))
         handoffs = HandoffLog(SystemClock(), config.transport.backend, "transport.backend says so")
         leases = HandoffSource(config.transport.lease_ttl_s, clock, engine.kv.free, observer=handoffs)
         reservations = HandoffTarget(config.transport.lease_ttl_s, clock, engine.kv.free, observer=handoffs)
@@ -171,6 +193,7 @@ async def worker(
             model=engine.model,
             metrics=CollectorRegistry(),
         )
+        topology.runtime = runtime
         layout = engine.kv.layout
         client = StoreClient(channels, topology, layout, channel.name, SystemClock())
         releaser = LeaseReleaser(transfers, background)
