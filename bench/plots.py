@@ -10,7 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#d08770", "#b48ead")
+COLOURS = (
+    *("#4c566a", "#5e81ac", "#a3be8c", "#d08770", "#b48ead"),
+    *("#bf616a", "#ebcb8b", "#88c0d0", "#3b7a57", "#8c5a3c"),
+)
 
 
 def grouped_bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, out: Path) -> None:
@@ -41,10 +44,16 @@ def _legend_below(figure: plt.Figure, axes: Sequence[plt.Axes]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
 
 
-def lines(panels: Mapping[str, Mapping[str, Mapping[float | str, float]]], title: str, out: Path) -> None:
-    """One panel per metric: {metric: {series: {x: value}}}, from zero up."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, (metric, series) in zip(axes[0], panels.items(), strict=True):
+def lines(
+    panels: Mapping[str, Mapping[str, Mapping[float | str, float]]], title: str, out: Path, columns: int = 0
+) -> None:
+    """One panel per metric: {metric: {series: {x: value}}}, from zero up. `columns` in a row, with one legend for all;
+    0: all panels in one, each with its own."""
+    across = columns or len(panels)
+    down = -(-len(panels) // across)
+    size = (4.6 * across, 3.6 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for axis, (metric, series) in zip(axes.flat, panels.items(), strict=False):
         for i, (name, points) in enumerate(series.items()):
             axis.plot(list(points), list(points.values()), "o-", ms=3, label=name, color=COLOURS[i % len(COLOURS)])
             if any(isinstance(x, str) for x in points):
@@ -52,8 +61,10 @@ def lines(panels: Mapping[str, Mapping[str, Mapping[float | str, float]]], title
         axis.set_ylim(bottom=0)
         axis.set_title(metric, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
+        if len(series) > 1 and not columns:
             axis.legend(frameon=False, fontsize=8)
+    if columns:
+        _legend_below(figure, axes.flat)
     figure.suptitle(title, fontsize=10)
     figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -22,7 +22,7 @@ from sagellm_common.comm_backend.hardware import probe_all
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.engines.lmdeploy.overlay import existing_overlay
-from services.cli import doctor, patches, render, run
+from services.cli import benchmarks, doctor, patches, render, run
 from services.cli.cluster import Cluster, StartFailed
 from services.cli.home import ClusterHome
 from services.cli.status import NotRunning, running_state, status_document, view_of
@@ -262,6 +262,15 @@ def devices(json_: Json = False) -> None:
         _print_json([asdict(device) | {"usable": device.usable} for device in found])
     else:
         render.out.print(render.devices_table(found))
+
+
+@app.command(
+    "bench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench_(context: typer.Context, name: Annotated[str, typer.Argument(metavar="BENCHMARK")] = "") -> None:
+    """Run a benchmark of a checkout: `sagellm bench transfer --help`."""
+    raise typer.Exit(benchmarks.run(name, context.args))
 
 
 # ---- helpers ----

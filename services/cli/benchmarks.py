@@ -1,0 +1,30 @@
+"""`sagellm bench`: benchmarks are no part of the installed packages, a checkout has them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import services
+from sagellm_common.core.errors import ConfigError
+
+BENCHMARKS = {"transfer": "KV between two processes over every byte path"}
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Exit code of the benchmark, in a process of its own. Raises ConfigError."""
+    if name not in BENCHMARKS:
+        known = ", ".join(f"{known} ({what})" for known, what in BENCHMARKS.items())
+        raise ConfigError(f"bench {name!r}: unknown benchmark; known: {known}")
+    root = Path(next(iter(services.__path__))).parent
+    if not (root / "bench" / "benchmarks" / name / "__main__.py").exists():
+        raise ConfigError(
+            f"bench {name}: benchmarks are not installed in {root}; run `sagellm` from a checkout of the repository "
+            "(`make setup` there)"
+        )
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", f"bench.benchmarks.{name}", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
