@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from sagellm_common.core.config import Config, RouterConfig
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import WorkerRecord, WorkerRole
+from sagellm_common.rpc.server import GrpcServer
 from services.router import workers as router_workers
 from services.router.__main__ import Router, serving
 from services.router.observed import RouterMetrics
@@ -34,16 +35,17 @@ MAX_ATTEMPTS = 5
 
 @dataclass(slots=True)
 class Member:
-    """A worker and the ways to it: gRPC, the byte path, and its own way to the router's topology."""
+    """A worker and the ways to it: gRPC, its sessions, the byte path, and its own way to the router's topology."""
 
     worker: Worker
     control: FaultProxy
+    sessions: FaultProxy
     data: FaultProxy
     uplink: FaultProxy
 
     @property
     def proxies(self) -> Sequence[FaultProxy]:
-        return self.control, self.data, self.uplink
+        return self.control, self.sessions, self.data, self.uplink
 
     @property
     def busy(self) -> bool:
@@ -124,7 +126,9 @@ async def _member(stack: AsyncExitStack, router: str, role: WorkerRole, number: 
         stack.push_async_callback(proxies[name].close)
         return await proxies[name].start()
 
-    async def facade(record: WorkerRecord) -> WorkerRecord:
+    async def facade(record: WorkerRecord, server: GrpcServer) -> WorkerRecord:
+        sessions = server._sessions
+        sessions._port = int((await behind("sessions", f"127.0.0.1:{sessions._port}")).rpartition(":")[2])
         return replace(
             record,
             address=await behind("control", record.address),
@@ -136,4 +140,4 @@ async def _member(stack: AsyncExitStack, router: str, role: WorkerRole, number: 
     made = await stack.enter_async_context(
         worker(role, uplink, engine=engine, worker_id=f"{role}-{number}", config=config, facade=facade)
     )
-    return Member(made, proxies["control"], proxies["data"], proxies["uplink"])
+    return Member(made, **proxies)

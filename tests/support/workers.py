@@ -34,7 +34,7 @@ from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import CALL_TIMEOUT_S, KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
-from sagellm_common.rpc.server import Registrar
+from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcome, PrefillSession
 from sagellm_common.rpc.store_client import StoreClient
 from sagellm_common.rpc.topology_client import RemoteTopology
@@ -118,7 +118,7 @@ class Worker:
         assert pool.get_utilization().balanced, f"{self._id}: {pool.get_utilization()}"
 
 
-Facade = Callable[[WorkerRecord], Awaitable[WorkerRecord]]
+Facade = Callable[[WorkerRecord, GrpcServer], Awaitable[WorkerRecord]]
 
 
 class _Announced(RemoteTopology):
@@ -132,7 +132,9 @@ class _Announced(RemoteTopology):
 
     async def register(self, record: WorkerRecord, ttl_s: float) -> Registration:
         if self._facade is not None:
-            record = self.runtime._record = await self._facade(record)
+            server = self.runtime._server
+            assert server is not None
+            record = self.runtime._record = await self._facade(record, server)
         return await super().register(record, ttl_s)
 
 
