@@ -8,11 +8,14 @@ from collections.abc import Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+import uvloop
+
 from sagellm_common.client.aio import AsyncClient, Completion, Options, Prompt
 from sagellm_common.client.chat_template import Message
 from sagellm_common.client.generation import TextOutput
 from sagellm_common.client.router import ClusterView, Explanation
 from sagellm_common.core.types import ModelInfo
+from sagellm_common.rpc.carriers import Choice
 
 T = TypeVar("T")
 
@@ -24,13 +27,20 @@ class Client:
         print(client.complete("Once upon a time", max_tokens=20).text)
     """
 
-    def __init__(self, router_address: str, *, model_path: str | None = None, timeout_s: float = 300.0) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(
+        self,
+        router_address: str,
+        *,
+        model_path: str | None = None,
+        timeout_s: float = 300.0,
+        session: Choice = "auto",
+    ) -> None:
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sagellm-client", daemon=True)
         self._thread.start()
 
         async def make() -> AsyncClient:  # gRPC channels belong to the loop they are made on
-            return AsyncClient(router_address, model_path=model_path, timeout_s=timeout_s)
+            return AsyncClient(router_address, model_path=model_path, timeout_s=timeout_s, session=session)
 
         self._client = self._run(make())
 
