@@ -26,6 +26,8 @@ from sagellm_common.rpc.status import from_status, to_status
 _HEADER = struct.Struct("!IB")
 
 MAX_HELLO_BYTES = 4096
+STOOD_STILL_S = 1.0
+"""A timer that comes so late was not late for the peer's sake: this process did not run."""
 CLOSE_GRACE_S = 0.2
 """For a peer to read what was sent last."""
 
@@ -60,6 +62,8 @@ class FramedConnection(asyncio.Protocol):
         self._max_bytes = MAX_HELLO_BYTES
         self._heard_s = self._loop.time()
         self._pulse: asyncio.TimerHandle | None = None
+        self._pulse_due_s = self._heard_s
+        self._aborted = False
         self.full = False
         self.error: SageError | None = None
         self.lost: asyncio.Future[None] = self._loop.create_future()
@@ -91,7 +95,8 @@ class FramedConnection(asyncio.Protocol):
         self._loop.call_later(CLOSE_GRACE_S, self.abort)
 
     def abort(self) -> None:
-        """Closes at once. Idempotent."""
+        """Closes at once, also what is only about to be opened. Idempotent."""
+        self._aborted = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -104,18 +109,21 @@ class FramedConnection(asyncio.Protocol):
     def resume_reading(self) -> None:
         if not self.ended:
             cast(asyncio.Transport, self._transport).resume_reading()
-            self._heard_s = self._loop.time()
+            self._heard_s = self._pulse_due_s = self._loop.time()
             self._beat()
 
     # ---- what asyncio calls ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self._aborted:
+            self._transport.abort()
+            return
         # Loops do this by themselves today, and a token that waits for Nagle waits 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # What the kernel takes leaves at once, not at the end of the loop's turn; what it does not take is too much.
         self._transport.set_write_buffer_limits(high=0)
-        self._heard_s = self._loop.time()
+        self._heard_s = self._pulse_due_s = self._loop.time()
         self._beat()
 
     def data_received(self, data: bytes) -> None:
@@ -178,7 +186,10 @@ class FramedConnection(asyncio.Protocol):
 
     def _beat(self) -> None:
         """Asks a silent peer for a sign of life, and gives up one that gives none."""
-        silent_s = self._loop.time() - self._heard_s
+        now_s = self._loop.time()
+        if now_s - self._pulse_due_s > STOOD_STILL_S:
+            self._heard_s = now_s - KEEPALIVE_S  # what the peer sent meanwhile is still to be read: ask once more
+        silent_s = now_s - self._heard_s
         if silent_s >= KEEPALIVE_S + KEEPALIVE_TIMEOUT_S:
             self.error = PeerLost(f"the peer was silent for {silent_s:.0f} s")
             self.abort()
@@ -187,7 +198,8 @@ class FramedConnection(asyncio.Protocol):
         if silent_s >= KEEPALIVE_S:
             self.send(Kind.PING)
             next_s += KEEPALIVE_TIMEOUT_S
-        self._pulse = self._loop.call_at(self._heard_s + next_s, self._beat)
+        self._pulse_due_s = self._heard_s + next_s
+        self._pulse = self._loop.call_at(self._pulse_due_s, self._beat)
 
     def _stop_pulse(self) -> None:
         if self._pulse is not None:

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from google.rpc import status_pb2
 
-from sagellm_common.core.errors import InvalidRequest, SageError
+from sagellm_common.core.errors import InvalidRequest, PeerLost, SageError
 from sagellm_common.rpc import framed, framed_server
 from sagellm_common.rpc.framed import FramedConnection, Kind
 from sagellm_common.rpc.framed_server import FramedServer, session_methods
@@ -237,6 +238,38 @@ async def test_a_peer_that_answers_pings_is_kept_and_a_silent_one_is_lost(
             peer.send(Kind.PONG)
         assert not echo.ended
         await eventually(lambda: echo.ended == ["cancelled"])
+
+
+async def test_silence_does_not_count_while_this_process_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after SIGSTOP and SIGCONT: timers fire before what waits in the socket is read."""
+    clock, transport = Mock(), Mock()
+    clock.time.return_value = 0.0
+    transport.is_closing.return_value = False
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
+    connection = FramedConnection(lambda *_: None)
+    connection.connection_made(transport)
+
+    def beat(at_s: float) -> list[Kind]:
+        transport.write.reset_mock()
+        clock.time.return_value = at_s
+        connection._beat()
+        return [Kind(call.args[0][4]) for call in transport.write.call_args_list]
+
+    assert clock.call_at.call_args.args[0] == 10.0
+    assert beat(100.0) == [Kind.PING]
+    assert clock.call_at.call_args.args[0] == 105.0
+    assert beat(140.0) == [Kind.PING]
+    transport.abort.assert_not_called()
+    beat(clock.call_at.call_args.args[0])
+    transport.abort.assert_called_once()
+    assert isinstance(connection.error, PeerLost)
+
+
+async def test_what_is_aborted_before_it_is_open_is_closed_then() -> None:
+    connection, transport = FramedConnection(lambda *_: None), Mock()
+    connection.abort()
+    connection.connection_made(transport)
+    transport.abort.assert_called_once()
 
 
 async def test_a_peer_that_is_gone_cancels_the_session_at_once(server: FramedServer, echo: Echo) -> None:
