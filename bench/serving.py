@@ -4,7 +4,8 @@
 
 All three use the same model, the same prompts' lengths and one torch thread per engine. The cluster has two engines on
 the machine's cores, the single engine one; read the columns as what a user sees, not as equal hardware. Prompts are
-random token ids, so no cache helps anybody.
+random token ids, so no cache helps anybody. The single engine and the clients run on uvloop, as the cluster's processes
+and the synchronous SDK do.
 
 What the gRPC path adds to one request is measured apart, request by request in turns with the bare engine (`paired`),
 with SmolLM2 and with a tiny model whose steps are too short to hide it.
@@ -32,6 +33,7 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.paired import Estimate, added, estimate, in_turns
@@ -351,7 +353,7 @@ def main() -> None:
     parser.add_argument("--out", default="bench/results/serving.json")
     args = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    result = asyncio.run(measure(args))
+    result = uvloop.run(measure(args))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1, default=str))
