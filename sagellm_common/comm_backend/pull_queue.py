@@ -69,7 +69,15 @@ class PullQueue:
         priority: int = 0,
     ) -> TransferResult:
         async with self._along.turn(priority, timeout_s) as left_s:
-            return await self._inner.pull_along(source, first_block, target_blocks, timeout_s=left_s, on_bytes=on_bytes)
+            return await self._inner.pull_along(
+                source,
+                first_block,
+                target_blocks,
+                timeout_s=left_s,
+                on_bytes=on_bytes,
+                into=into,
+                encoding=encoding,
+            )
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         return await self._inner.serve_pull(transfer_id, epoch, block_ids, pair_id)

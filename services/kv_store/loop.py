@@ -125,7 +125,7 @@ class KvStore:
         Hashes and tokens are those of blocks in `layout`, which the first put settles for all; those of the source,
         from the same token on, may be cut and kept in another way.
 
-        Raises InvalidRequest, LayoutMismatch, ConfigError, Draining, and what `KVTransferChannel.pull` raises.
+        Raises InvalidRequest, LayoutMismatch, ConfigError, Draining, and what `PullQueue.pull` raises.
         """
         self._worker.check_accepting()
         check_backend(self._channel.name, source.backend)

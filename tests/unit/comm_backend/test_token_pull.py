@@ -13,6 +13,7 @@ from sagellm_common.comm_backend.backends.mock import MockChannel, MockNetwork
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.protocol import Encoding, TransferResult
+from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.comm_backend.transcode import row_bytes
 from sagellm_common.core.clock import ManualClock
@@ -82,8 +83,12 @@ class FakeChannel:
         return await self.pull(source, source.block_table[first_block:], target_blocks, **how)
 
 
+def queue(channel: FakeChannel) -> PullQueue:
+    return PullQueue(channel, 4, 4)  # type: ignore[arg-type]
+
+
 def puller(channel: FakeChannel, layout: KvLayout, **transport: Any) -> TokenPuller:
-    return TokenPuller(channel, a_pool(layout), layout, lambda: TransportConfig(**transport))  # type: ignore[arg-type]
+    return TokenPuller(queue(channel), a_pool(layout), layout, lambda: TransportConfig(**transport))
 
 
 TABLE = np.array([5, 3, 9, 1], np.int32)
@@ -138,6 +143,25 @@ async def test_a_byte_path_that_does_not_encode_brings_blocks_as_they_are() -> N
         )
 
 
+async def test_a_pull_along_of_other_blocks_never_names_blocks_of_the_pool() -> None:
+    """Its numbers are those of the memory it is told to fill: in the pool they would be somebody else's."""
+    channel, wire = FakeChannel(encodes=True), a_layout(4, "int8/float32")
+    tokens = puller(channel, a_layout(2), wire_dtype="int8")
+    await tokens.pull_along(
+        a_source(4, 14),
+        a_layout(4),
+        np.arange(15, 8, -1, dtype=np.int32),
+        4,
+        timeout_s=TIMEOUT_S,
+        on_bytes=lambda _: None,
+    )
+    ((source_blocks, target_blocks, into, encoding),) = channel.asked
+    assert (source_blocks, target_blocks) == ([1, 2, 3], [0, 1, 2])
+    assert into is not None
+    assert into.block_bytes == wire.block_bytes
+    assert encoding == Encoding("int8/float32", wire.block_bytes, 2)
+
+
 @pytest.mark.parametrize("link_bytes_per_s", [0.0, 1e12])
 async def test_auto_leaves_a_fast_or_unknown_link_exact(link_bytes_per_s: float) -> None:
     channel = FakeChannel(encodes=True)
@@ -154,7 +178,7 @@ async def test_auto_asks_how_fast_the_link_to_this_source_is() -> None:
         return 10.0
 
     settings = TransportConfig(wire_dtype="auto")
-    tokens = TokenPuller(channel, a_pool(a_layout(4)), a_layout(4), lambda: settings, link_speed)  # type: ignore[arg-type]
+    tokens = TokenPuller(queue(channel), a_pool(a_layout(4)), a_layout(4), lambda: settings, link_speed)
     await tokens.pull(a_source(4, 16), a_layout(4), TABLE, 0, 16, timeout_s=TIMEOUT_S)
     assert asked == ["prefill-0"]
     encoding = channel.asked[0][3]
@@ -164,7 +188,7 @@ async def test_auto_asks_how_fast_the_link_to_this_source_is() -> None:
 async def test_an_error_on_the_way_is_the_answer_and_ends_the_writing() -> None:
     mine, lost = a_layout(2), PeerLost("gone")
     pool = a_pool(mine)
-    tokens = TokenPuller(FakeChannel(encodes=True, error=lost), pool, mine)  # type: ignore[arg-type]
+    tokens = TokenPuller(queue(FakeChannel(encodes=True, error=lost)), pool, mine)
     with pytest.raises(PeerLost, match="gone"):
         await tokens.pull(a_source(4, 16), a_layout(4), np.arange(8, dtype=np.int32), 0, 16, timeout_s=TIMEOUT_S)
 
