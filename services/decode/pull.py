@@ -148,20 +148,32 @@ class KvPuller:
 
     @asynccontextmanager
     async def renewed(self, source: KvSource) -> AsyncIterator[None]:
-        """Keeps the source's lease alive for the time of the block."""
-        renewing = asyncio.create_task(self._renew(source), name=f"renew-{source.transfer_id}")
+        """Keeps the source's lease alive for the time of the block, which is seldom long enough to need it."""
+        renewing: list[asyncio.Task[None]] = []
+
+        def begin() -> None:
+            renewing.append(asyncio.create_task(self._renew(source), name=f"renew-{source.transfer_id}"))
+
+        delay_s = _before(source.lease_expires_in_ms / 1e3)
+        timer = asyncio.get_running_loop().call_later(delay_s, begin)
         try:
             yield
         finally:
-            renewing.cancel()
-            await asyncio.wait([renewing])
+            timer.cancel()
+            for task in renewing:
+                task.cancel()
+                await asyncio.wait([task])
 
     async def _renew(self, source: KvSource) -> None:
         """A renewal that fails is no error of its own: the pull finds out for itself."""
-        left_s = source.lease_expires_in_ms / 1e3
         try:
             while True:
-                await asyncio.sleep(max(left_s / 3, 0.05))
                 left_s = await self._transfers.renew(source)
+                await asyncio.sleep(_before(left_s))
         except SageError as err:
             log.info("transfer %s: the lease could not be renewed: %s", source.transfer_id, err)
+
+
+def _before(left_s: float) -> float:
+    """Seconds until a lease with so many left is renewed: early enough to try again."""
+    return max(left_s / 3, 0.05)
