@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sagellm_common.comm_backend.backends.mock import Faults
-from sagellm_common.comm_backend.protocol import TransferResult
+from sagellm_common.comm_backend.protocol import KVTransferChannel, TransferResult
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.errors import KvCorrupt, LeaseExpired, PeerLost, QueueFull
 from sagellm_common.core.kv import Allocation
@@ -18,6 +19,7 @@ from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import KvSource
 from tests.support.cut_proxy import cut_proxy
 from tests.support.kv_channels import BACKENDS, HOST, Cluster, Side, blocks_of
+from tests.support.waiting import eventually
 
 TIMEOUT_S = 10.0
 FROM = np.array([5, 2, 3], dtype=np.int32)
@@ -120,18 +122,43 @@ async def test_a_source_that_was_restarted_has_no_such_lease(workers: Cluster) -
     assert blocks_of(target.region, TO) == blocks_of(again.region, FROM)
 
 
+class Held:
+    """A channel whose pulls begin when they are let go: however short they are, they are under way together."""
+
+    def __init__(self, channel: KVTransferChannel) -> None:
+        self._channel = channel
+        self.name, self.pulls_along, self.encodes = channel.name, channel.pulls_along, channel.encodes
+        self.let_go = asyncio.Event()
+        self.most = 0
+        self._now = 0
+
+    async def pull(self, *args: Any, **how: Any) -> TransferResult:
+        self._now += 1
+        self.most = max(self.most, self._now)
+        try:
+            await self.let_go.wait()
+            return await self._channel.pull(*args, **how)
+        finally:
+            self._now -= 1
+
+
 async def test_many_pulls_take_turns(workers: Cluster) -> None:
     """Three at a time, twelve may wait, and the rest is turned away: the least urgent ones."""
     source, target = await workers.side("source", num_blocks=64), await workers.side("target", num_blocks=64)
-    queue = PullQueue(target.channel, 3, 12)
+    held = Held(target.channel)
+    queue = PullQueue(held, 3, 12)  # type: ignore[arg-type]
     pinned = [source.pin(f"t{n}", np.array([n, n + 20], dtype=np.int32)) for n in range(20)]
     to = [np.array([3 * n, 3 * n + 1], dtype=np.int32) for n in range(20)]
-    outcomes = await asyncio.gather(
-        *(queue.pull(pinned[n], pinned[n].block_table, to[n], timeout_s=TIMEOUT_S, priority=n % 2) for n in range(20)),
-        return_exceptions=True,
-    )
+    pulls = [
+        asyncio.create_task(queue.pull(pinned[n], pinned[n].block_table, to[n], timeout_s=TIMEOUT_S, priority=n % 2))
+        for n in range(20)
+    ]
+    await eventually(lambda: sum(pull.done() for pull in pulls) == 5, lambda: "nobody was turned away")
+    held.let_go.set()
+    outcomes = await asyncio.gather(*pulls, return_exceptions=True)
     refused = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, QueueFull)]
     assert len(refused) == 5 and all(n % 2 == 0 for n in refused)
+    assert held.most == 3
     for n in set(range(20)) - set(refused):
         assert isinstance(outcomes[n], TransferResult), outcomes[n]
         assert blocks_of(target.region, to[n]) == blocks_of(source.region, pinned[n].block_table)

@@ -190,9 +190,10 @@ class MockChannel:
 
     async def _fail(self, source: KvSource, begin: int, size: int) -> None:
         """The fault that lies within the block of `size` bytes from offset `begin`, if any."""
-        if self.faults.drop_after_bytes in range(begin, begin + size):
+        drop_at, stall_at = self.faults.drop_after_bytes, self.faults.stall_after_bytes
+        if drop_at is not None and begin <= drop_at < begin + size:
             raise PeerLost(f"transfer {source.transfer_id!r}: source {source.worker_id!r} was lost")
-        if self.faults.stall_after_bytes in range(begin, begin + size):
+        if stall_at is not None and begin <= stall_at < begin + size:
             await asyncio.Event().wait()
 
     def _corrupt(self, region: KvRegion, target_blocks: BlockIds) -> None:
