@@ -16,7 +16,7 @@ import numpy as np
 from sagellm_common.client.chat_template import Message
 from sagellm_common.client.generation import TextOutput, generate_text
 from sagellm_common.client.models import ModelDirectory, ServedModel
-from sagellm_common.client.router import ClusterView, Explanation, RouterClient
+from sagellm_common.client.router import ClusterView, Explanation, ProbedLinks, RouterClient, WorkerTransport
 from sagellm_common.core.errors import ContextTooLong, InvalidRequest
 from sagellm_common.core.types import (
     FinishReason,
@@ -137,6 +137,16 @@ class AsyncClient:
 
     async def topology(self) -> ClusterView:
         return await self._router.topology()
+
+    async def probe_links(self, target_ids: Sequence[str] = (), max_bytes: int = 0) -> ProbedLinks:
+        """See `RouterClient.probe_links`."""
+        return await self._router.probe_links(target_ids, max_bytes)
+
+    async def set_transport(
+        self, settings: Mapping[str, str], worker_ids: Sequence[str] = ()
+    ) -> tuple[WorkerTransport, ...]:
+        """See `RouterClient.set_transport`."""
+        return await self._router.set_transport(settings, worker_ids)
 
     async def explain(self, request_id: str) -> Explanation:
         return await self._router.explain(request_id)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from sagellm_common.core.topology import LinkCost
 from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvStats, ModelInfo, WorkerRecord
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.carriers import Choice
@@ -37,16 +38,40 @@ class WorkerView:
     reservations: int
     pinned_transfers: int
     session: str = ""
+    transport_changes: tuple[tuple[str, str, str], ...] = ()
+    """(key, loaded, now) of transport settings that were changed while it runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTransport:
+    """Transport settings of one worker that can be changed while it runs. `error`: nothing was changed there, and why.
+
+    `changes` are (key, loaded, now).
+    """
+
+    worker_id: str
+    in_force: dict[str, str]
+    changes: tuple[tuple[str, str, str], ...]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedLinks:
+    """`failures` say, for people, which links could not be measured."""
+
+    links: tuple[LinkCost, ...]
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """`connected` is False while the topology's backend is away and the last snapshot serves."""
+    """`connected` is False while the topology's backend is away and the last snapshot serves. `links` were measured."""
 
     revision: int
     backend: str
     connected: bool
     workers: tuple[WorkerView, ...]
+    links: tuple[LinkCost, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +100,7 @@ class RouterClient:
 
     CONTROL_TIMEOUT_S = 5.0
     """Deadline of the calls that do not generate."""
+    PROBE_TIMEOUT_S = 120.0
 
     def __init__(self, router_address: str, *, session: Choice = "auto") -> None:
         self._channels = ChannelPool()
@@ -114,7 +140,35 @@ class RouterClient:
             response=topology_pb2.TopologySnapshot,
         )
         workers = tuple(_decode_worker(worker) for worker in snapshot.workers)
-        return ClusterView(snapshot.revision, snapshot.backend, snapshot.connected, workers)
+        links = tuple(codec.decode_link(link) for link in snapshot.links)
+        return ClusterView(snapshot.revision, snapshot.backend, snapshot.connected, workers, links)
+
+    async def probe_links(self, target_ids: Sequence[str] = (), max_bytes: int = 0) -> ProbedLinks:
+        """Has workers (none named: all) measure the links to them, with so many bytes (0: their default)."""
+        reply = await call(
+            self._topology.ProbeLinks,
+            topology_pb2.ProbeLinksRequest(target_ids=target_ids, max_bytes=max_bytes),
+            timeout_s=self.PROBE_TIMEOUT_S,
+            response=topology_pb2.ProbeLinksResponse,
+        )
+        return ProbedLinks(tuple(codec.decode_link(link) for link in reply.links), tuple(reply.failures))
+
+    async def set_transport(
+        self, settings: Mapping[str, str], worker_ids: Sequence[str] = ()
+    ) -> tuple[WorkerTransport, ...]:
+        """Changes settings (keys of the section `transport`, values as YAML) of running workers, none named: all.
+
+        Without settings it only tells what is in force. A worker that refuses says so in its `error`.
+        """
+        reply = await call(
+            self._topology.SetTransport,
+            topology_pb2.SetTransportRequest(settings=settings, worker_ids=worker_ids),
+            timeout_s=self.CONTROL_TIMEOUT_S,
+            response=topology_pb2.SetTransportResponse,
+        )
+        return tuple(
+            WorkerTransport(w.worker_id, dict(w.in_force), _decode_changes(w.changes), w.error) for w in reply.workers
+        )
 
     async def explain(self, request_id: str) -> Explanation:
         """Raises InvalidRequest when the router does not (or no longer) know the request."""
@@ -150,7 +204,12 @@ def _decode_worker(status: worker_pb2.WorkerStatus) -> WorkerView:
         reservations=status.reservations,
         pinned_transfers=status.pinned_transfers,
         session=status.session,
+        transport_changes=_decode_changes(status.transport_changes),
     )
+
+
+def _decode_changes(changes: Iterable[worker_pb2.TransportChange]) -> tuple[tuple[str, str, str], ...]:
+    return tuple((change.key, change.loaded, change.now) for change in changes)
 
 
 def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
@@ -158,7 +217,16 @@ def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
         return PlanNodeKind(plan_pb2.PlanNodeKind.Name(number).removeprefix("PLAN_NODE_KIND_").lower())
 
     nodes = tuple(
-        PlanNode(n.node_id, kind(n.kind), n.worker_id, tuple(n.depends_on), n.start_token, n.end_token)
+        PlanNode(
+            n.node_id,
+            kind(n.kind),
+            n.worker_id,
+            tuple(n.depends_on),
+            n.start_token,
+            n.end_token,
+            n.overlap if n.HasField("overlap") else None,
+            n.segment_bytes,
+        )
         for n in plan.nodes
     )
     return ExecutionPlan(plan.plan_id, plan.request_id, plan.strategy, nodes, plan.reason)

@@ -2,11 +2,11 @@
 
 receiver → source   request   magic, version, op, flags, dtype (0: as the blocks are, or a place in kv_dtypes.NAMES
                               from 1 on), len(transfer_id), tokens of the last block, timeout_ms, epoch, num_blocks,
-                              block_bytes (on the wire)
+                              block_bytes (on the wire), group_blocks
                               transfer_id (UTF-8); pull: block ids (int32 each), along: first block, layers (int32)
 source → receiver   answer    magic, status, len(reason), len(message); reason and message when refused
                     then, when accepted,
-             pull   for each group of blocks: digests (8 bytes each, if asked for), the blocks
+             pull   for each group of at most group_blocks blocks: digests (8 bytes each, if asked for), the blocks
                     trailer   magic: all was sent and the lease was held until here; for another dtype the deviation
             along   for each segment of blocks x layers that has become ready:
                     segment   kind, layers, blocks; data: digest (8 bytes, if asked for) and the bytes, block after
@@ -33,14 +33,16 @@ OP_PULL, OP_ALONG = 1, 2
 SEGMENT_DATA, SEGMENT_WAIT, SEGMENT_DONE, SEGMENT_FAILED = 1, 2, 3, 4
 FLAG_DIGEST = 1
 ACCEPTED, REFUSED = 0, 1
-MAX_GROUP_BYTES = 1 << 20
-"""One group stays in a core's cache between its digest and its copy."""
+GROUP_BYTES = 1 << 20
+"""Unless configured: one group stays in a core's cache between its digest and its copy."""
+MAX_GROUP_BYTES = 64 << 20
+"""No receiver makes a source stage any more at a time (but for one block)."""
 MAX_GROUP_BLOCKS = 1000
 """Below IOV_MAX (1024) together with the digests."""
 MAX_TIMEOUT_MS = 600_000
 """No receiver makes a source hold blocks for it any longer."""
 
-REQUEST = struct.Struct("<4sBBBBHHIqIQ")
+REQUEST = struct.Struct("<4sBBBBHHIqIQHxx")
 ANSWER = struct.Struct("<4sBxHI")
 ALONG = struct.Struct("<ii")
 SEGMENT = struct.Struct("<BxHHxxII")
@@ -66,6 +68,7 @@ class PullHeader:
     num_blocks: int
     block_bytes: int
     encoding: Encoding | None
+    group_blocks: int
 
 
 def encode_pull(
@@ -76,9 +79,14 @@ def encode_pull(
     block_bytes: int,
     digest: bool,
     timeout_s: float,
+    group_blocks: int | None = None,
     encoding: Encoding | None = None,
 ) -> bytes:
-    header = _encode_header(OP_PULL, transfer_id, epoch, len(block_ids), block_bytes, digest, timeout_s, encoding)
+    """`group_blocks` None: as many as GROUP_BYTES take."""
+    if group_blocks is None:
+        group_blocks = max(1, min(MAX_GROUP_BLOCKS, GROUP_BYTES // block_bytes))
+    count = len(block_ids)
+    header = _encode_header(OP_PULL, transfer_id, epoch, count, block_bytes, digest, timeout_s, encoding, group_blocks)
     return header + pack_int32(block_ids)
 
 
@@ -108,21 +116,22 @@ def _encode_header(
     digest: bool,
     timeout_s: float,
     encoding: Encoding | None,
+    group_blocks: int = 1,
 ) -> bytes:
     name = transfer_id.encode()
     flags = FLAG_DIGEST if digest else 0
     timeout_ms = max(1, min(MAX_TIMEOUT_MS, int(timeout_s * 1000)))
     dtype = 1 + NAMES.index(encoding.dtype) if encoding else 0
     last = encoding.last_block_tokens if encoding else 0
-    fixed = (MAGIC, VERSION, op, flags, dtype, len(name), last, timeout_ms, epoch, num_blocks, block_bytes)
+    sizes = (timeout_ms, epoch, num_blocks, block_bytes, group_blocks)
+    fixed = (MAGIC, VERSION, op, flags, dtype, len(name), last, *sizes)
     return REQUEST.pack(*fixed) + name
 
 
 def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
     """Raises MalformedFrame, also for more blocks than the pool has: nothing is allocated for such a request."""
-    magic, version, op, flags, dtype, name_bytes, last, timeout_ms, epoch, num_blocks, block_bytes = REQUEST.unpack(
-        header
-    )
+    magic, version, op, flags, dtype, name_bytes, last, *sizes = REQUEST.unpack(header)
+    timeout_ms, epoch, num_blocks, block_bytes, group_blocks = sizes
     if magic != MAGIC:
         raise MalformedFrame(f"starts with {magic!r}, not {MAGIC!r}")
     if version != VERSION or op not in (OP_PULL, OP_ALONG):
@@ -131,6 +140,8 @@ def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
         raise MalformedFrame(f"asks for {num_blocks} blocks of a pool of {max_blocks}")
     if dtype > len(NAMES):
         raise MalformedFrame(f"asks for dtype {dtype}; known are 0 to {len(NAMES)}")
+    if not 0 < group_blocks <= max_group_blocks(block_bytes):
+        raise MalformedFrame(f"asks for groups of {group_blocks} blocks of {block_bytes} bytes")
     return PullHeader(
         op,
         bool(flags & FLAG_DIGEST),
@@ -140,6 +151,7 @@ def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
         num_blocks,
         block_bytes,
         Encoding(NAMES[dtype - 1], block_bytes, last) if dtype else None,
+        group_blocks,
     )
 
 
@@ -181,10 +193,14 @@ def decode_answer(header: bytes | bytearray) -> tuple[bool, int, int]:
     return status == ACCEPTED, reason_bytes, message_bytes
 
 
-def groups(block_ids: BlockIds, block_bytes: int, max_bytes: int = MAX_GROUP_BYTES) -> list[BlockIds]:
-    """The blocks in groups of at most `max_bytes` (but at least one block): the same on both sides."""
-    per_group = max(1, min(MAX_GROUP_BLOCKS, max_bytes // block_bytes))
-    return [block_ids[at : at + per_group] for at in range(0, len(block_ids), per_group)]
+def max_group_blocks(block_bytes: int) -> int:
+    """The most blocks of this size that a group may have, however large it is wished."""
+    return max(1, min(MAX_GROUP_BLOCKS, MAX_GROUP_BYTES // max(1, block_bytes)))
+
+
+def groups(block_ids: BlockIds, group_blocks: int) -> list[BlockIds]:
+    """The blocks in groups: the same on both sides."""
+    return [block_ids[at : at + group_blocks] for at in range(0, len(block_ids), group_blocks)]
 
 
 def unpack_ids(packed: bytes | bytearray) -> BlockIds:

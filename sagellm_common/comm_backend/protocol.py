@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """`seconds` in which bytes moved: a pull along the computation spends more, waiting for it."""
+    """`seconds` in which bytes moved: a pull along the computation spends more, waiting for it.
+
+    `backend` is the byte path they took and `why` says so for people, where there was a choice.
+    """
 
     bytes: int
     seconds: float
@@ -31,6 +34,8 @@ class TransferResult:
     wire_dtype: str = ""
     transcode_s: float = 0.0
     """Spent on other dtypes and blocks by the receiver, beside the transfer."""
+    backend: str = ""
+    why: str = ""
 
     @property
     def conversion(self) -> KvConversion | None:

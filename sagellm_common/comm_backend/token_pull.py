@@ -18,8 +18,8 @@ import numpy as np
 from sagellm_common.comm_backend.bridge import Buffers, Incoming
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.kv_dtypes import Deviation
+from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.protocol import Encoding, TransferResult
-from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.transcode import Transcoder
 from sagellm_common.comm_backend.wire_dtype import wire_layout
 from sagellm_common.core.config import TransportConfig
@@ -71,7 +71,7 @@ class TokenPuller:
 
     def __init__(
         self,
-        channel: PullQueue,
+        channel: PathsChannel,
         pool: KvMemory,
         layout: KvLayout,
         settings: Callable[[], TransportConfig] = TransportConfig,
@@ -99,7 +99,7 @@ class TokenPuller:
         """Fills target_blocks, a sequence's block table from its token 0 on, with tokens [begin, end).
 
         So is source.block_table. `begin_token` is the first of a block of ours. The result counts our blocks and the
-        bytes that crossed. Raises LayoutMismatch where there is no bridge, and what `PullQueue.pull` raises.
+        bytes that crossed. Raises LayoutMismatch where there is no bridge, and what `PathsChannel.pull` raises.
         When it returns or raises, nobody writes to the blocks any more.
         """
         way = await self._way(source, source_layout, range(begin_token, end_token))

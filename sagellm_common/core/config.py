@@ -92,8 +92,13 @@ class RoleConfig(Section):
 
 
 class TransportConfig(Section):
-    backend: Literal["tcp", "gloo", "mooncake", "rdma"] = Field(
-        "tcp", description="mooncake: Mooncake's Transfer Engine over TCP; rdma: the same over InfiniBand or RoCE"
+    preset: Literal["", "high-bw", "low-latency", "low-cost"] = Field(
+        "", description="values for the keys of this section that are not set themselves; see core/presets.yaml"
+    )
+    backend: Literal["auto", "tcp", "gloo", "mooncake", "rdma"] = Field(
+        "tcp",
+        description="auto: for each peer the best byte path that both sides have, and tcp where it fails; mooncake: "
+        "Mooncake's Transfer Engine over TCP; rdma: the same over InfiniBand or RoCE",
     )
     digest: bool = Field(True, description="checks an xxh3 digest per block")
     wire_dtype: Literal["same", "auto", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
@@ -102,22 +107,43 @@ class TransportConfig(Section):
         "same: nothing is lost on the way; auto: bf16 or int8 where the link is so slow that it pays",
     )
     link_bytes_per_s: float = Field(
-        0.0, ge=0, description="speed of the links for wire_dtype auto, where it is not measured; 0: unknown, as same"
+        0.0, ge=0, description="speed of the links for wire_dtype auto, until it is measured; 0: unknown, as same"
+    )
+    chunk_bytes: int = Field(
+        0,
+        ge=0,
+        le=64 << 20,
+        description="KV in one message at most; 0: as it suits the byte path (tcp: 1 MiB, gloo: 4 MiB)",
+    )
+    pipeline_depth: int = Field(
+        2, ge=1, le=16, description="messages under way at a time, where a byte path has buffers"
+    )
+    fusion: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: small blocks share a message as far as the link's measured costs make that faster, within "
+        "chunk_bytes; off: always chunk_bytes",
     )
     overlap: Literal["auto", "off"] = Field(
         "auto", description="decode pulls a prompt's KV while prefill still computes it; auto: where backend can (tcp)"
     )
-    overlap_min_bytes: int = Field(
-        4 << 20,
+    overlap_min_bytes: int | None = Field(
+        None,
         ge=0,
-        description="KV below this is pulled after prefill: moving it takes no longer than arranging more",
+        description="KV below this is pulled after prefill; unset: as planned from the costs of the link and the speed "
+        "of prefill, and 4 MiB as long as those are not known",
+    )
+    segment_min_bytes: int = Field(
+        256 << 10,
+        ge=1,
+        le=64 << 20,
+        description="layers of a chunk are gathered up to this before they are pulled, unless the plan says otherwise",
     )
     timeout_s: float = Field(10.0, gt=0, description="longest silence of a peer during a pull")
     max_pulls: int = Field(32, ge=1, le=64, description="pulls of one worker at a time; more wait, by their priority")
     max_waiting_pulls: int = Field(256, ge=0, description="beyond these the least urgent get QUEUE_FULL")
     lease_ttl_s: float = Field(30.0, gt=0, description="after which blocks held for a dead party are freed")
 
-    @field_validator("overlap", mode="before")
+    @field_validator("overlap", "fusion", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # how YAML reads `overlap: off`

@@ -1,4 +1,4 @@
-"""Loads the configuration: built-in defaults ← YAML file ← SAGELLM_* environment ← flags, each over the last.
+"""Loads the configuration: defaults ← preset ← YAML file ← SAGELLM_* environment ← flags, each over the last.
 
 A key that nobody knows is an error wherever it stands, for it is a typing error more often than not.
 """
@@ -29,6 +29,8 @@ NOT_SETTINGS = frozenset(
 )
 """Variables of ours that are no settings: where files are kept, and the tests' switches."""
 
+PRESETS = Path(__file__).with_name("presets.yaml")
+
 Key = tuple[str, ...]
 
 
@@ -52,6 +54,7 @@ def load_config(path: Path | None, env: Mapping[str, str], overrides: Sequence[s
                 problems.append(f"{'.'.join(key)} ({origin}): {problem}")
             else:
                 values[key], origins[key] = value, origin
+    _add_preset(values, origins)
     try:
         config = Config.model_validate(_tree(values))
     except ValidationError as err:
@@ -71,7 +74,22 @@ def config_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
+def transport_presets() -> dict[str, dict[str, Any]]:
+    """name → keys of the section `transport` and their values."""
+    presets: dict[str, dict[str, Any]] = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    return presets
+
+
 # ---- sources ----
+
+
+def _add_preset(values: dict[Key, Any], origins: dict[Key, str]) -> None:
+    """Below everything that was said. An unknown name is left to the validation."""
+    name = values.get(("transport", "preset"))
+    for setting, value in transport_presets().get(str(name), {}).items():
+        key = ("transport", setting)
+        if key not in values:
+            values[key], origins[key] = value, f"preset {name}"
 
 
 def _from_file(path: Path) -> dict[str, Any]:

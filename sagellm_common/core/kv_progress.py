@@ -27,13 +27,16 @@ class Watermark:
 class KvProgress:
     """The watermark of one sequence. Thread-safe; it only grows. A step of it costs its writer about a microsecond.
 
+    `segment_bytes` of its KV are gathered before they are sent on; 0: as the sender is configured.
+
     An engine calls `chunk_begins`, `layer_done` for each layer in order (or for none, if it cannot tell), and
     `chunk_done`. Whoever gave it to the engine calls `complete` or `fail` in the end.
     """
 
-    def __init__(self, num_tokens: int, num_cached_tokens: int, block_size_tokens: int) -> None:
+    def __init__(self, num_tokens: int, num_cached_tokens: int, block_size_tokens: int, segment_bytes: int = 0) -> None:
         self.num_tokens = num_tokens
         self.block_size_tokens = block_size_tokens
+        self.segment_bytes = segment_bytes
         self._mark = Watermark(num_cached_tokens)
         self._error: SageError | None = None
         self._changed = threading.Condition(threading.Lock())

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
 from sagellm_common.core.errors import DeadlineExceeded, LeaseExpired, SageError, Unreachable, WorkerIdTaken
+from sagellm_common.core.topology import LinkCost
 from sagellm_common.core.types import WorkerRecord
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ class LeaseStore(Protocol):
     async def keep_alive(self, lease_id: str, record: WorkerRecord) -> None:
         """Renews the lease; the entry is `record` afterwards. Raises LeaseExpired, WorkerIdTaken."""
 
+    async def put_links(self, lease_id: str, links: Sequence[LinkCost]) -> None:
+        """Keeps links to the worker as long as its lease. Raises LeaseExpired."""
+
     async def revoke(self, lease_id: str) -> None:
         """Removes the entry. An unknown lease is fine."""
 
@@ -48,6 +53,10 @@ class LeasedRegistration:
         self._record = record
         self._ttl_s = ttl_s
         self._lease_id = lease_id
+        self._links: dict[str, LinkCost] = {}
+        """By source; all that were published."""
+        self._unwritten: set[str] = set()
+        """Sources whose link the store does not have yet under this lease."""
         self._failing = False
         self._lost = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
@@ -59,6 +68,11 @@ class LeasedRegistration:
 
     async def update(self, record: WorkerRecord) -> None:
         self._record = record
+        await self._renew()
+
+    async def publish_links(self, links: Sequence[LinkCost]) -> None:
+        self._links |= {link.source_id: link for link in links}
+        self._unwritten |= {link.source_id for link in links}
         await self._renew()
 
     async def close(self) -> None:
@@ -92,7 +106,12 @@ class LeasedRegistration:
                     await self._store.keep_alive(self._lease_id, record)
                 except LeaseExpired:
                     self._lease_id = await self._store.grant(record, self._ttl_s)
+                    self._unwritten = set(self._links)
                     log.info("worker %s registered again", record.worker_id)
+                if self._unwritten:
+                    writing = [self._links[source_id] for source_id in sorted(self._unwritten)]
+                    await self._store.put_links(self._lease_id, writing)
+                    self._unwritten -= {link.source_id for link in writing if self._links[link.source_id] is link}
             except WorkerIdTaken as err:
                 log.error("worker %s lost its id to another process: %s", record.worker_id, err)
                 self._lost.set()

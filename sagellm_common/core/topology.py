@@ -2,7 +2,7 @@
 
         worker ── register(record, ttl) ──► store ──► changes() ──► router
                   keep alive each ttl/3       │
-                                              └─ a silent worker is gone after ttl
+                  publish_links(costs)        └─ a silent worker is gone after ttl, and the links to it
 
 `EtcdTopology` keeps it in etcd, `EmbeddedTopology` in the router's process, and `rpc.topology_client.RemoteTopology`
 reaches the embedded one from the workers.
@@ -11,7 +11,7 @@ reaches the embedded one from the workers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,8 +19,29 @@ from sagellm_common.core.types import WorkerRecord
 
 
 @dataclass(frozen=True, slots=True)
+class LinkCost:
+    """What it costs to move KV from `source_id` to `target_id` over one byte path: latency_s + bytes / bytes_per_s.
+
+    Each message of a transfer costs `per_message_s` on top, 0 where that is not known. `measured_at_s` is Unix time at
+    the target, which measures; `samples` are the transfers that it knows this from.
+    """
+
+    source_id: str
+    target_id: str
+    backend: str
+    latency_s: float
+    bytes_per_s: float
+    per_message_s: float = 0.0
+    measured_at_s: float = 0.0
+    samples: int = 0
+
+    def seconds(self, num_bytes: int) -> float:
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
 class TopologySnapshot:
-    """The workers at one moment, sorted by id.
+    """The workers at one moment, sorted by id, and the links between them that were measured.
 
     `revision` grows with each change within one life of the backend. `connected` is False while the backend is
     away and this is the last thing known of it.
@@ -30,6 +51,7 @@ class TopologySnapshot:
     backend: str
     connected: bool
     workers: tuple[WorkerRecord, ...] = ()
+    links: tuple[LinkCost, ...] = ()
 
     def find(self, worker_id: str) -> WorkerRecord | None:
         return next((record for record in self.workers if record.worker_id == worker_id), None)
@@ -44,6 +66,12 @@ class Registration(Protocol):
 
     async def update(self, record: WorkerRecord) -> None:
         """Changes the entry (role, state). While the store is away the change waits for its return."""
+
+    async def publish_links(self, links: Sequence[LinkCost]) -> None:
+        """Adds links to this worker to its entry, or replaces those from the same source. They go when it goes.
+
+        While the store is away they wait for its return.
+        """
 
     async def close(self) -> None:
         """Removes the entry; if the store is away, the lease's end does. Idempotent."""

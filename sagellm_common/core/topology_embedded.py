@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sagellm_common.core.clock import Clock, SystemClock
 from sagellm_common.core.errors import LeaseExpired, WorkerIdTaken
 from sagellm_common.core.registration import open_registration
-from sagellm_common.core.topology import Registration, SnapshotFeed, TopologySnapshot
+from sagellm_common.core.topology import LinkCost, Registration, SnapshotFeed, TopologySnapshot
 from sagellm_common.core.types import WorkerRecord
 
 TICK_S = 0.1
@@ -24,6 +24,8 @@ class _Entry:
     lease_id: str
     ttl_s: float
     expires_at: float
+    links: dict[str, LinkCost] = field(default_factory=dict)
+    """To this worker, by source."""
 
 
 class EmbeddedTopology:
@@ -68,6 +70,8 @@ class EmbeddedTopology:
                 metadata={"worker_id": record.worker_id, "address": held.record.address},
             )
         entry = _Entry(record, secrets.token_hex(8), ttl_s, self._clock.now() + ttl_s)
+        if held:
+            entry.links = held.links
         self._entries[record.worker_id] = entry
         self._publish()
         return entry.lease_id
@@ -83,6 +87,14 @@ class EmbeddedTopology:
                 raise LeaseExpired(f"lease {lease_id} belongs to another worker than {record.worker_id!r}")
             entry.record = record
             self._publish()
+
+    async def put_links(self, lease_id: str, links: Sequence[LinkCost]) -> None:
+        self.expire()
+        entry = self._entry(lease_id)
+        if entry is None:
+            raise LeaseExpired(f"lease {lease_id} is unknown or expired; register again")
+        entry.links |= {link.source_id: link for link in links}
+        self._publish()
 
     async def revoke(self, lease_id: str) -> None:
         entry = self._entry(lease_id)
@@ -110,9 +122,10 @@ class EmbeddedTopology:
 
     def _publish(self) -> None:
         workers = tuple(self._entries[worker_id].record for worker_id in sorted(self._entries))
-        if workers != self._feed.current.workers:
+        links = tuple(link for entry in self._entries.values() for _, link in sorted(entry.links.items()))
+        if (workers, links) != (self._feed.current.workers, self._feed.current.links):
             self._revision += 1
-            self._feed.publish(TopologySnapshot(self._revision, "embedded", True, workers))
+            self._feed.publish(TopologySnapshot(self._revision, "embedded", True, workers, links))
 
     async def _tick(self) -> None:
         while True:

@@ -1,6 +1,7 @@
 """The topology in etcd: one key per worker under a lease, followed by a watch from the revision of a list.
 
-    /sagellm/v1/<cluster>/workers/<worker_id> = JSON of the WorkerRecord
+    /sagellm/v1/<cluster>/workers/<worker_id>     = JSON of the WorkerRecord
+    /sagellm/v1/<cluster>/links/<source>/<target> = JSON of the LinkCost, under the target's lease
 
 Client: etcd3aio, because etcd3 0.12.0 does not import with protobuf >= 4, and this one is grpc.aio over all endpoints.
 """
@@ -30,7 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sagellm_common.core.errors import ConfigError, LeaseExpired, PeerLost, WorkerIdTaken
 from sagellm_common.core.registration import RETRY_S, open_registration
-from sagellm_common.core.topology import Registration, SnapshotFeed, TopologySnapshot
+from sagellm_common.core.topology import LinkCost, Registration, SnapshotFeed, TopologySnapshot
 from sagellm_common.core.types import WorkerRecord
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ hangs or has lost its data, and heals a watch whose member was cut off."""
 _ETCD_ERRORS = (EtcdError, RpcError, UsageError, OSError, TimeoutError)
 _PUT = 0
 _record_json = TypeAdapter(WorkerRecord)
+_link_json = TypeAdapter(LinkCost)
 
 
 class EtcdTopology:
@@ -56,10 +58,13 @@ class EtcdTopology:
         self._endpoints = [_host_port(endpoint) for endpoint in endpoints]
         if not self._endpoints:
             raise ConfigError("topology.endpoints is empty: list etcd's host:port, or use topology.backend embedded")
-        self._prefix = f"/sagellm/v1/{cluster}/workers/"
+        self._root = f"/sagellm/v1/{cluster}/"
+        self._prefix = f"{self._root}workers/"
+        self._links_prefix = f"{self._root}links/"
         self._connect_timeout_s = connect_timeout_s
         self._etcd: _Etcd | None = None
-        self._records: dict[str, WorkerRecord] = {}
+        self._records: dict[bytes, WorkerRecord] = {}
+        self._links: dict[bytes, LinkCost] = {}
         self._revision = 0
         self._feed = SnapshotFeed(TopologySnapshot(revision=0, backend="etcd", connected=False))
         self._follower: asyncio.Task[None] | None = None
@@ -129,6 +134,12 @@ class EtcdTopology:
             if held.value != value:
                 await etcd.kv.put(key, value, lease=int(lease_id))
 
+    async def put_links(self, lease_id: str, links: Sequence[LinkCost]) -> None:
+        async with self._calling() as etcd:
+            for link in links:
+                key = f"{self._links_prefix}{link.source_id}/{link.target_id}"
+                await etcd.kv.put(key, _link_json.dump_json(link), lease=int(lease_id))
+
     async def revoke(self, lease_id: str) -> None:
         async with self._calling() as etcd:
             await etcd.lease.revoke(int(lease_id))
@@ -180,17 +191,20 @@ class EtcdTopology:
     async def _list(self, etcd: _Etcd) -> None:
         known = self._revision
         async with asyncio.timeout(CALL_TIMEOUT_S):
-            answer = await etcd.kv.get(self._prefix, range_end=prefix_range_end(self._prefix))
+            answer = await etcd.kv.get(self._root, range_end=prefix_range_end(self._root))
         if answer.header.revision < known:
             raise EtcdError(f"etcd went back from revision {known} to {answer.header.revision}")
         # Not when the watch has overtaken the list meanwhile.
         if answer.header.revision >= self._revision:
             self._revision = answer.header.revision
-            self._records = {kv.key: record for kv in answer.kvs if (record := _decode(kv.value))}
+            self._records.clear()
+            self._links.clear()
+            for kv in answer.kvs:
+                self._take(kv.key, kv.value)
         self._publish(connected=True)
 
     async def _watch(self, etcd: _Etcd, revision: int) -> None:
-        async with aclosing(etcd.watch.once(self._prefix, revision)) as responses:
+        async with aclosing(etcd.watch.once(self._root, revision)) as responses:
             async for response in responses:
                 if response.canceled or response.compact_revision:
                     raise EtcdError("the watch fell behind etcd's compaction")
@@ -200,19 +214,26 @@ class EtcdTopology:
     def _apply(self, events: Sequence[Any]) -> None:
         for event in events:
             self._revision = event.kv.mod_revision
-            record = _decode(event.kv.value) if event.type == _PUT else None
-            if record:
-                self._records[event.kv.key] = record
-            else:
-                self._records.pop(event.kv.key, None)
+            self._records.pop(event.kv.key, None)
+            self._links.pop(event.kv.key, None)
+            if event.type == _PUT:
+                self._take(event.kv.key, event.kv.value)
         if events:
             self._publish(connected=True)
 
+    def _take(self, key: bytes, value: bytes) -> None:
+        if key.startswith(self._prefix.encode()):
+            if record := _decode(value):
+                self._records[key] = record
+        elif key.startswith(self._links_prefix.encode()) and (link := _decode_link(value)):
+            self._links[key] = link
+
     def _publish(self, *, connected: bool) -> None:
         workers = tuple(self._records[key] for key in sorted(self._records))
+        links = tuple(self._links[key] for key in sorted(self._links))
         current = self._feed.current
-        if (connected, workers) != (current.connected, current.workers):
-            self._feed.publish(TopologySnapshot(self._revision, "etcd", connected, workers))
+        if (connected, workers, links) != (current.connected, current.workers, current.links):
+            self._feed.publish(TopologySnapshot(self._revision, "etcd", connected, workers, links))
 
     @property
     def _whom(self) -> str:
@@ -316,6 +337,16 @@ def _decode(value: bytes) -> WorkerRecord | None:
         return _record_json.validate_json(value)
     except ValidationError as err:
         log.warning("ignoring a value in etcd that is no worker record: %s", err.errors()[0]["msg"])
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _decode_link(value: bytes) -> LinkCost | None:
+    """As `_decode`."""
+    try:
+        return _link_json.validate_json(value)
+    except ValidationError as err:
+        log.warning("ignoring a value in etcd that is no link cost: %s", err.errors()[0]["msg"])
         return None
 
 

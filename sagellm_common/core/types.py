@@ -115,8 +115,23 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class DataPath:
+    """One of the byte paths that lead to a worker's KV.
+
+    Where `reach` is set, only peers that say the same of their own path get there: one host, one fabric.
+    """
+
+    backend: str
+    address: str
+    reach: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """What a worker says of itself in the topology. `incarnation` is new at each start, `engine` for people."""
+    """What a worker says of itself in the topology. `incarnation` is new at each start, `engine` for people.
+
+    `paths` are all of its byte paths, `transport` and `data_address` the one for peers that know of no others.
+    """
 
     worker_id: str
     role: WorkerRole
@@ -129,6 +144,7 @@ class WorkerRecord:
     host_id: str = ""
     engine: str = ""
     state: WorkerState = WorkerState.SERVING
+    paths: tuple[DataPath, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +163,7 @@ class KvStats:
 
 @dataclass(frozen=True, slots=True)
 class KvSource:
-    """Where pinned KV blocks can be pulled from, under a lease of the source."""
+    """Where pinned KV blocks can be pulled from, under a lease of the source. `paths` as in `WorkerRecord`."""
 
     transfer_id: str
     epoch: int
@@ -161,6 +177,7 @@ class KvSource:
     lease_expires_in_ms: int
     layers_ready: int = 0
     tokens_ready: int = 0
+    paths: tuple[DataPath, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.core.topology import LinkCost
 from sagellm_common.core.types import (
     BLOCK_HASH_BYTES,
     BlockHash,
     BlockIds,
+    DataPath,
     FinishReason,
     GenerationOutput,
     GenerationRequest,
@@ -176,6 +178,7 @@ def encode_worker_record(record: WorkerRecord) -> worker_pb2.WorkerRecord:
         transport=record.transport,
         host_id=record.host_id,
         engine=record.engine,
+        paths=encode_paths(record.paths),
     )
 
 
@@ -192,6 +195,49 @@ def decode_worker_record(message: worker_pb2.WorkerRecord, field: str = "record"
         transport=message.transport,
         host_id=message.host_id,
         engine=message.engine,
+        paths=decode_paths(message.paths, f"{field}.paths"),
+    )
+
+
+def encode_paths(paths: Iterable[DataPath]) -> list[common_pb2.DataPath]:
+    return [common_pb2.DataPath(backend=p.backend, address=p.address, reach=p.reach) for p in paths]
+
+
+def decode_paths(messages: Iterable[common_pb2.DataPath], field: str = "paths") -> tuple[DataPath, ...]:
+    return tuple(
+        DataPath(_not_empty(m.backend, f"{field}.backend"), _not_empty(m.address, f"{field}.address"), m.reach)
+        for m in messages
+    )
+
+
+def encode_link(link: LinkCost) -> common_pb2.LinkCost:
+    return common_pb2.LinkCost(
+        source_id=link.source_id,
+        target_id=link.target_id,
+        backend=link.backend,
+        latency_us=link.latency_s * 1e6,
+        bytes_per_s=link.bytes_per_s,
+        per_message_us=link.per_message_s * 1e6,
+        measured_at_s=link.measured_at_s,
+        samples=link.samples,
+    )
+
+
+def decode_link(message: common_pb2.LinkCost, field: str = "link") -> LinkCost:
+    if not message.bytes_per_s > 0 or message.latency_us < 0 or message.per_message_us < 0:
+        raise InvalidRequest(
+            f"{field} has bytes_per_s {message.bytes_per_s}, latency_us {message.latency_us} and per_message_us "
+            f"{message.per_message_us}; the first must be above 0, the others at least 0"
+        )
+    return LinkCost(
+        source_id=_not_empty(message.source_id, f"{field}.source_id"),
+        target_id=message.target_id,
+        backend=message.backend,
+        latency_s=message.latency_us / 1e6,
+        bytes_per_s=message.bytes_per_s,
+        per_message_s=message.per_message_us / 1e6,
+        measured_at_s=message.measured_at_s,
+        samples=message.samples,
     )
 
 
@@ -229,6 +275,7 @@ def encode_kv_source(source: KvSource) -> common_pb2.KvSource:
         num_tokens=source.num_tokens,
         watermark=common_pb2.KvWatermark(layers_ready=source.layers_ready, tokens_ready=source.tokens_ready),
         lease_expires_in_ms=source.lease_expires_in_ms,
+        paths=encode_paths(source.paths),
     )
 
 
@@ -246,6 +293,7 @@ def decode_kv_source(message: common_pb2.KvSource, field: str = "source") -> KvS
         layers_ready=_at_least(0, message.watermark.layers_ready, f"{field}.watermark.layers_ready"),
         tokens_ready=_at_least(0, message.watermark.tokens_ready, f"{field}.watermark.tokens_ready"),
         lease_expires_in_ms=message.lease_expires_in_ms,
+        paths=decode_paths(message.paths, f"{field}.paths"),
     )
 
 

@@ -33,4 +33,5 @@ def describe_source(
         lease_expires_in_ms=round(lease_ttl_s * 1e3),
         layers_ready=layout.num_layers,
         tokens_ready=num_tokens if tokens_ready is None else tokens_ready,
+        paths=worker.paths,
     )

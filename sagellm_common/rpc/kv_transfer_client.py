@@ -85,7 +85,11 @@ class KvTransferClient:
     async def pull_rpc(self, source: KvSource, source_blocks: BlockIds, pair_id: str, timeout_s: float) -> bytes:
         """A `comm_backend.protocol.PullRpc`. Raises what `serve_pull` raises there, PeerLost, DeadlineExceeded."""
         request = kv_pb2.PullRequest(
-            transfer_id=source.transfer_id, epoch=source.epoch, block_ids=pack_int32(source_blocks), pair_id=pair_id
+            transfer_id=source.transfer_id,
+            epoch=source.epoch,
+            block_ids=pack_int32(source_blocks),
+            pair_id=pair_id,
+            backend=source.backend,
         )
         stub = self._stub(source)
         response = await call(stub.Pull, request, timeout_s=timeout_s, response=kv_pb2.PullResponse)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import grpc
 
 from sagellm_common.comm_backend.handoff import HandoffSource
-from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core import failpoints
-from sagellm_common.core.errors import ConfigError
-from sagellm_common.core.types import KvLayout
+from sagellm_common.core.errors import ConfigError, InvalidRequest
+from sagellm_common.core.types import KvLayout, KvSource
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
 
@@ -17,22 +19,25 @@ from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
 class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
     """Errors are raised as they are: the server's interceptor puts them on the wire.
 
-    `layout` None is for kv_store, which takes its layout from its clients and compares it in each of its own calls.
+    `lend` gives scratch blocks for a probe (`TransportControl.lend`). `layout` None is for kv_store, which takes its
+    layout from its clients and compares it in each of its own calls.
     """
 
     def __init__(
         self,
         source: HandoffSource,
-        channel: KVTransferChannel,
+        channel: PathsChannel,
         layout: KvLayout | None,
         worker_id: str,
         incarnation: str,
+        lend: Callable[[int], tuple[KvSource, int]] | None = None,
     ) -> None:
         self._source = source
         self._channel = channel
         self._layout = layout
         self._worker_id = worker_id
         self._incarnation = incarnation
+        self._lend = lend
 
     async def Handshake(
         self,
@@ -41,7 +46,7 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
     ) -> kv_pb2.HandshakeResponse:
         failpoints.hit("source.handshaking")
         theirs = codec.decode_layout(request.layout)
-        check_backend(self._channel.name, request.backend)
+        check_backend(self._channel, request.backend)
         if self._layout is not None:
             check_bridgeable(self._layout, theirs, self._worker_id, request.worker_id)
         return kv_pb2.HandshakeResponse(
@@ -73,11 +78,24 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         context: grpc.aio.ServicerContext[kv_pb2.PullRequest, kv_pb2.PullResponse],
     ) -> kv_pb2.PullResponse:
         block_ids = codec.decode_block_ids(request.block_ids, "block_ids")
-        digests = await self._channel.serve_pull(request.transfer_id, request.epoch, block_ids, request.pair_id)
+        channel = self._channel.serving(request.backend)
+        digests = await channel.serve_pull(request.transfer_id, request.epoch, block_ids, request.pair_id)
         return kv_pb2.PullResponse(digests=digests)
 
+    async def LendScratch(
+        self,
+        request: kv_pb2.LendScratchRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.LendScratchRequest, kv_pb2.LendScratchResponse],
+    ) -> kv_pb2.LendScratchResponse:
+        if self._lend is None:
+            raise InvalidRequest(f"worker {self._worker_id!r} lends no scratch blocks")
+        source, block_bytes = self._lend(request.num_bytes)
+        return kv_pb2.LendScratchResponse(source=codec.encode_kv_source(source), block_bytes=block_bytes)
 
-def check_backend(mine: str, theirs: str) -> None:
+
+def check_backend(mine: PathsChannel, theirs: str) -> None:
     """Raises ConfigError when two sides would move bytes in different ways."""
-    if theirs != mine:
-        raise ConfigError(f"transport.backend is {mine!r} here and {theirs!r} at the peer; set one for the cluster")
+    if not mine.serves(theirs):
+        raise ConfigError(
+            f"transport.backend is {mine.name!r} here and {theirs!r} at the peer; set one for the cluster"
+        )

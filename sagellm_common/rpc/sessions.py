@@ -60,6 +60,7 @@ class TransferReport:
     exposed_ms: float = 0.0
     began_ahead_ms: float = 0.0
     conversion: KvConversion | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,13 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
         *,
         timeout_s: float,
         on_started: Callable[[KvSource], None] | None = None,
+        overlap: bool | None = None,
+        segment_bytes: int = 0,
     ) -> PrefillOutcome:
         """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled.
 
-        `on_started` hears where the KV can be pulled while it is computed, if the worker finds that worth it.
+        `on_started` hears where the KV can be pulled while it is computed, if the plan (`overlap`) says that this is
+        worth it, or where the plan does not know the worker does; in pieces of `segment_bytes` (0: as configured).
         """
         message = worker_pb2.PrefillRequest(
             request_id=request.request_id,
@@ -101,6 +105,8 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
             announce=on_started is not None,
+            overlap=overlap,
+            segment_bytes=segment_bytes,
         )
         key = ("prefill", request.request_id, attempt)
         async with self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key)) as replies:
@@ -269,6 +275,7 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
             exposed_ms=transfer.exposed_ms,
             began_ahead_ms=transfer.began_ahead_ms,
             conversion=codec.decode_conversion(transfer.conversion) if transfer.HasField("conversion") else None,
+            why=transfer.why,
         )
         if transfer
         else None,

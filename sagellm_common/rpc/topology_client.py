@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from sagellm_common.core.errors import PeerLost, SageError
 from sagellm_common.core.registration import RETRY_S, open_registration
-from sagellm_common.core.topology import Registration, SnapshotFeed, TopologySnapshot
+from sagellm_common.core.topology import LinkCost, Registration, SnapshotFeed, TopologySnapshot
 from sagellm_common.core.types import WorkerRecord
 from sagellm_common.rpc.channels import ChannelPool, call, stream
-from sagellm_common.rpc.codec import decode_worker_record, encode_worker_record
+from sagellm_common.rpc.codec import decode_link, decode_worker_record, encode_link, encode_worker_record
 from sagellm_common.rpc.gen.sagellm.v1 import topology_pb2, topology_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,10 @@ class RemoteTopology:
         request = topology_pb2.KeepAliveRequest(lease_id=lease_id, record=encode_worker_record(record))
         await call(self._stub.KeepAlive, request, timeout_s=CALL_TIMEOUT_S, response=topology_pb2.KeepAliveResponse)
 
+    async def put_links(self, lease_id: str, links: Sequence[LinkCost]) -> None:
+        request = topology_pb2.KeepAliveRequest(lease_id=lease_id, links=map(encode_link, links))
+        await call(self._stub.KeepAlive, request, timeout_s=CALL_TIMEOUT_S, response=topology_pb2.KeepAliveResponse)
+
     async def revoke(self, lease_id: str) -> None:
         request = topology_pb2.DeregisterRequest(lease_id=lease_id)
         await call(self._stub.Deregister, request, timeout_s=CALL_TIMEOUT_S, response=topology_pb2.DeregisterResponse)
@@ -124,4 +128,5 @@ def _decode_snapshot(message: topology_pb2.TopologySnapshot) -> TopologySnapshot
         backend=message.backend,
         connected=message.connected,
         workers=tuple(decode_worker_record(status.record) for status in message.workers),
+        links=tuple(decode_link(link) for link in message.links),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
@@ -15,9 +15,10 @@ from sagellm_common.core.errors import ConfigError, InvalidRequest, SageError
 from sagellm_common.core.topology import TopologySnapshot, TopologyStore
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import WorkerRecord
-from sagellm_common.rpc.codec import decode_worker_record, encode_worker_record
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.codec import decode_link, decode_worker_record, encode_link, encode_worker_record
 from sagellm_common.rpc.gen.sagellm.v1 import topology_pb2, topology_pb2_grpc, worker_pb2
-from sagellm_common.rpc.worker_client import WorkerStatus, encode_status
+from sagellm_common.rpc.worker_client import WorkerStatus, encode_status, probe_links, set_transport
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ MAX_TTL_S = 3600.0
 class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
     """`status` asks a worker for its live numbers (None: unknown); `explain` is the router's, which has the plans."""
 
-    def __init__(self, topology: TopologyStore, status: StatusOf, explain: ExplainPlan) -> None:
+    def __init__(self, topology: TopologyStore, channels: ChannelPool, status: StatusOf, explain: ExplainPlan) -> None:
         self._topology = topology
+        self._channels = channels
         self._status_of = status
         self._explain = explain
 
@@ -70,6 +72,8 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
         embedded = self._embedded()
         record = decode_worker_record(request.record) if request.HasField("record") else None
         await embedded.keep_alive(request.lease_id, record)
+        if request.links:
+            await embedded.put_links(request.lease_id, [decode_link(link, "links") for link in request.links])
         return topology_pb2.KeepAliveResponse(ttl_ms=round(embedded.ttl_s(request.lease_id) * 1000))
 
     async def Deregister(
@@ -77,6 +81,44 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
     ) -> topology_pb2.DeregisterResponse:
         await self._embedded().revoke(request.lease_id)
         return topology_pb2.DeregisterResponse()
+
+    async def ProbeLinks(
+        self, request: topology_pb2.ProbeLinksRequest, context: Context
+    ) -> topology_pb2.ProbeLinksResponse:
+        """One target after the other, so that probes do not measure each other."""
+        workers = self._workers([])
+        response = topology_pb2.ProbeLinksResponse()
+        for target in self._workers(request.target_ids):
+            sources = [worker for worker in workers if worker.worker_id != target.worker_id]
+            try:
+                found = await probe_links(self._channels.get(target.address), sources, request.max_bytes)
+            except SageError as err:
+                response.failures.append(f"{target.worker_id}: {err.reason} {err.message}")
+            else:
+                response.links.extend(found.links)
+                response.failures.extend(found.failures)
+        return response
+
+    async def SetTransport(
+        self, request: topology_pb2.SetTransportRequest, context: Context
+    ) -> topology_pb2.SetTransportResponse:
+        response = topology_pb2.SetTransportResponse()
+        for worker in self._workers(request.worker_ids):
+            try:
+                told = await set_transport(self._channels.get(worker.address), request.settings)
+            except SageError as err:
+                response.workers.add(worker_id=worker.worker_id, error=f"{err.reason} {err.message}")
+            else:
+                response.workers.add(worker_id=worker.worker_id, in_force=told.in_force, changes=told.changes)
+        return response
+
+    def _workers(self, worker_ids: Sequence[str]) -> list[WorkerRecord]:
+        """Those named, or all. Raises InvalidRequest."""
+        snapshot = self._topology.snapshot()
+        if unknown := [worker_id for worker_id in worker_ids if snapshot.find(worker_id) is None]:
+            known = ", ".join(worker.worker_id for worker in snapshot.workers) or "none"
+            raise InvalidRequest(f"there is no worker {', '.join(unknown)}; known: {known}")
+        return [worker for worker in snapshot.workers if not worker_ids or worker.worker_id in worker_ids]
 
     def _embedded(self) -> EmbeddedTopology:
         if isinstance(self._topology, EmbeddedTopology):
@@ -90,7 +132,11 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
     async def _encode(self, snapshot: TopologySnapshot) -> topology_pb2.TopologySnapshot:
         statuses = await asyncio.gather(*(self._status(record) for record in snapshot.workers))
         return topology_pb2.TopologySnapshot(
-            revision=snapshot.revision, backend=snapshot.backend, connected=snapshot.connected, workers=statuses
+            revision=snapshot.revision,
+            backend=snapshot.backend,
+            connected=snapshot.connected,
+            workers=statuses,
+            links=map(encode_link, snapshot.links),
         )
 
     async def _status(self, record: WorkerRecord) -> worker_pb2.WorkerStatus:

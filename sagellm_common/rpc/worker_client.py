@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -12,6 +12,10 @@ from sagellm_common.core.types import BlockHash, KvStats, WorkerRecord
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import call, stream
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.transport_control import PROBE_TIMEOUT_S
+
+SET_TIMEOUT_S = 2.0
+PROBE_MARGIN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class WorkerStatus:
     pinned_transfers: int = 0
     session: str = ""
     """What carries the router's session with it: framed, grpc, or nothing while none is open. Only the router knows."""
+    transport_changes: tuple[tuple[str, str, str], ...] = ()
+    """(key, loaded, now) of transport settings that are no longer as they were loaded."""
 
 
 async def get_status(channel: grpc.aio.Channel, *, timeout_s: float) -> WorkerStatus:
@@ -44,6 +50,31 @@ async def get_status(channel: grpc.aio.Channel, *, timeout_s: float) -> WorkerSt
     method = worker_pb2_grpc.WorkerServiceStub(channel).GetStatus
     return decode_status(
         await call(method, worker_pb2.GetStatusRequest(), timeout_s=timeout_s, response=worker_pb2.WorkerStatus)
+    )
+
+
+async def probe_links(
+    channel: grpc.aio.Channel, sources: Sequence[WorkerRecord], max_bytes: int
+) -> worker_pb2.ProbeWorkerLinksResponse:
+    """Has the worker measure the links from `sources`. Raises InvalidRequest, PeerLost, DeadlineExceeded."""
+    request = worker_pb2.ProbeWorkerLinksRequest(sources=map(codec.encode_worker_record, sources), max_bytes=max_bytes)
+    return await call(
+        worker_pb2_grpc.WorkerServiceStub(channel).ProbeLinks,
+        request,
+        timeout_s=PROBE_MARGIN_S + PROBE_TIMEOUT_S * len(sources),
+        response=worker_pb2.ProbeWorkerLinksResponse,
+    )
+
+
+async def set_transport(
+    channel: grpc.aio.Channel, settings: Mapping[str, str]
+) -> worker_pb2.SetWorkerTransportResponse:
+    """Raises ConfigError, having changed nothing; PeerLost, DeadlineExceeded."""
+    return await call(
+        worker_pb2_grpc.WorkerServiceStub(channel).SetTransport,
+        worker_pb2.SetWorkerTransportRequest(settings=settings),
+        timeout_s=SET_TIMEOUT_S,
+        response=worker_pb2.SetWorkerTransportResponse,
     )
 
 
@@ -72,6 +103,7 @@ def decode_status(message: worker_pb2.WorkerStatus, record: WorkerRecord | None 
         reservations=message.reservations,
         pinned_transfers=message.pinned_transfers,
         session=message.session,
+        transport_changes=tuple((c.key, c.loaded, c.now) for c in message.transport_changes),
     )
 
 
@@ -85,6 +117,7 @@ def encode_status(status: WorkerStatus) -> worker_pb2.WorkerStatus:
         reservations=status.reservations,
         pinned_transfers=status.pinned_transfers,
         session=status.session,
+        transport_changes=[worker_pb2.TransportChange(key=k, loaded=a, now=b) for k, a, b in status.transport_changes],
     )
 
 

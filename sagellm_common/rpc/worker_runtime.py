@@ -25,16 +25,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.comm_backend.handoff_record import HandoffLog
-from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.core import process
 from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, SageError, Unreachable, WorkerIdTaken
 from sagellm_common.core.topology import Registration, TopologyStore
 from sagellm_common.core.types import KvStats, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc, worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_service import KvTransferServicer
 from sagellm_common.rpc.server import GrpcServer, Registrar
+from sagellm_common.rpc.transport_control import TransportControl
 from sagellm_common.rpc.worker_service import BlockFeed, Load, WorkerServicer
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ STREAM_GRACE_S = 0.2
 TOPOLOGY_TIMEOUT_S = 2.0
 REGISTER_RETRY_S = 0.2
 TICK_S = 0.5
+PUBLISH_LINKS_S = 2.0
 
 
 class WorkerRuntime:
@@ -63,7 +66,7 @@ class WorkerRuntime:
         *,
         pool: KVBackendProtocol,
         source: HandoffSource,
-        channel: KVTransferChannel,
+        channel: PathsChannel,
         topology: TopologyStore,
         target: HandoffTarget | None = None,
         model: ModelInfo | None = None,
@@ -88,10 +91,12 @@ class WorkerRuntime:
         self._handoffs = handoffs
         self._engine_ended = engine_ended or asyncio.Event()
         self._feed = BlockFeed(pool)
+        self._transport = TransportControl(channel, pool, source)
         self._load: Callable[[], Load] = Load
         self._server: GrpcServer | None = None
         self._registration: Registration | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._background = Background()
         self._drain: asyncio.Task[int] | None = None
         self._drain_requested = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -105,7 +110,7 @@ class WorkerRuntime:
             incarnation=secrets.token_hex(8),
             pid=os.getpid(),
             model=model,
-            transport=config.transport.backend,
+            transport=channel.name,
             host_id=socket.gethostname(),
             engine=engine,
         )
@@ -161,16 +166,21 @@ class WorkerRuntime:
                 self._stack.callback(leases.close)
         data_address = await self._channel.start()
         self._stack.push_async_callback(self._channel.close)
-        self._record = replace(self._record, data_address=data_address)
+        self._record = replace(self._record, data_address=data_address, paths=self._channel.paths)
         layout = self._record.model.kv_layout if self._record.model else None
         transfer = KvTransferServicer(
-            self._source, self._channel, layout, self._record.worker_id, self._record.incarnation
+            self._source,
+            self._channel,
+            layout,
+            self._record.worker_id,
+            self._record.incarnation,
+            lend=lambda num_bytes: self._transport.lend(self._record, num_bytes),
         )
         own = [
             Registrar(
                 "sagellm.v1.WorkerService",
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-                WorkerServicer(self, self._feed, self._handoffs),
+                WorkerServicer(self, self._feed, self._transport, self._handoffs),
             ),
             Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer),
         ]
@@ -190,6 +200,7 @@ class WorkerRuntime:
             )
         self._ticker = asyncio.create_task(self._tick(), name="worker-tick")
         self._registration = await self._register()
+        self._background.spawn(self._publish_links(), "publishing the costs of links")
         await self._server.set_serving(True)
 
     def ready_line(self) -> dict[str, object]:
@@ -222,6 +233,7 @@ class WorkerRuntime:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)  # a failed tick was `run`'s to raise
+        await self._background.close()
         registration, self._registration = self._registration, None
         if registration is not None:
             await self._briefly(registration.close(), "leave the topology")
@@ -290,6 +302,15 @@ class WorkerRuntime:
     async def _announce(self) -> None:
         if self._registration is not None:
             await self._briefly(self._registration.update(self._record), "update the topology")
+
+    async def _publish_links(self) -> None:
+        """Tells the topology what the links to this worker cost, when it has noticeably changed."""
+        while True:
+            await asyncio.sleep(PUBLISH_LINKS_S)
+            present = [worker.worker_id for worker in self._topology.snapshot().workers]
+            links = self._transport.unpublished(self._record, present)
+            if links and self._registration is not None:
+                await self._briefly(self._registration.publish_links(links), "publish the costs of links")
 
     async def _briefly(self, what: Awaitable[None], doing: str) -> None:
         """The topology is advice: a worker neither stops nor hangs because it is away."""

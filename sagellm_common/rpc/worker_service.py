@@ -18,6 +18,7 @@ from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.handoffs import encode_record
+from sagellm_common.rpc.transport_control import TransportControl
 
 DEFAULT_MIN_INTERVAL_S = 0.2
 SHORTEST_MIN_INTERVAL_S = 0.01
@@ -102,9 +103,12 @@ class BlockFeed:
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """`handoffs` None: this worker keeps no records of them."""
 
-    def __init__(self, worker: WorkerView, feed: BlockFeed, handoffs: HandoffLog | None = None) -> None:
+    def __init__(
+        self, worker: WorkerView, feed: BlockFeed, transport: TransportControl, handoffs: HandoffLog | None = None
+    ) -> None:
         self._worker = worker
         self._feed = feed
+        self._transport = transport
         self._handoffs = handoffs
 
     def status(self) -> worker_pb2.WorkerStatus:
@@ -116,7 +120,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             waiting_requests=load.waiting_requests,
             reservations=load.reservations,
             pinned_transfers=load.pinned_transfers,
+            transport_changes=self._changes(),
         )
+
+    def _changes(self) -> list[worker_pb2.TransportChange]:
+        return [worker_pb2.TransportChange(key=k, loaded=a, now=b) for k, a, b in self._transport.changes()]
 
     async def GetStatus(
         self,
@@ -172,6 +180,23 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.ListHandoffsResponse(
             worker_id=me.worker_id, incarnation=me.incarnation, records=map(encode_record, found)
         )
+
+    async def ProbeLinks(
+        self,
+        request: worker_pb2.ProbeWorkerLinksRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.ProbeWorkerLinksRequest, worker_pb2.ProbeWorkerLinksResponse],
+    ) -> worker_pb2.ProbeWorkerLinksResponse:
+        sources = [codec.decode_worker_record(record, "sources") for record in request.sources]
+        links, failures = await self._transport.probe(self._worker.record, sources, request.max_bytes)
+        return worker_pb2.ProbeWorkerLinksResponse(links=map(codec.encode_link, links), failures=failures)
+
+    async def SetTransport(
+        self,
+        request: worker_pb2.SetWorkerTransportRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.SetWorkerTransportRequest, worker_pb2.SetWorkerTransportResponse],
+    ) -> worker_pb2.SetWorkerTransportResponse:
+        self._transport.set(request.settings)
+        return worker_pb2.SetWorkerTransportResponse(in_force=self._transport.settings, changes=self._changes())
 
 
 def _events(event: BlockEvent, revision: int, *, snapshot: bool = False) -> worker_pb2.BlockEvents:

@@ -23,7 +23,11 @@ class PlanNodeKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlanNode:
-    """One step on one worker, on tokens [start_token, end_token) of prompt + generated tokens."""
+    """One step on one worker, on tokens [start_token, end_token) of prompt + generated tokens.
+
+    Of a transfer: whether it is done along the prefill (None: as the workers are configured), and how much KV is
+    gathered before it is moved on (0: likewise).
+    """
 
     node_id: int
     kind: PlanNodeKind
@@ -31,6 +35,8 @@ class PlanNode:
     depends_on: tuple[int, ...]
     start_token: int
     end_token: int
+    overlap: bool | None = None
+    segment_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_token <= self.end_token:

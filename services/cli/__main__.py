@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Unpack
@@ -16,13 +17,16 @@ from typing import Annotated, Any, Unpack
 import typer
 from rich.markup import escape
 
-from sagellm_common.client.aio import Options, Prompt, gather
+from sagellm_common.client.aio import AsyncClient, Options, Prompt, gather
+from sagellm_common.client.router import ClusterView, ProbedLinks, WorkerTransport
 from sagellm_common.client.sync import Client
 from sagellm_common.comm_backend.hardware import probe_all
+from sagellm_common.comm_backend.topology import probe_machine
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError, SageError
+from sagellm_common.core.topology import LinkCost
 from sagellm_common.engines.lmdeploy.overlay import existing_overlay
-from services.cli import benchmarks, doctor, patches, render, run
+from services.cli import benchmarks, doctor, patches, render, run, transport
 from services.cli.cluster import Cluster, StartFailed
 from services.cli.home import ClusterHome
 from services.cli.status import NotRunning, running_state, status_document, view_of
@@ -39,6 +43,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The configuration as it is understood.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+transport_app = typer.Typer(help="How KV moves between workers.", no_args_is_help=True)
+app.add_typer(transport_app, name="transport")
 engine_app = typer.Typer(help="The engine inside the workers.", no_args_is_help=True)
 app.add_typer(engine_app, name="engine")
 doctor_app = typer.Typer(help="What went wrong, and what to do about it.", no_args_is_help=True)
@@ -116,6 +122,8 @@ def status(name: Name = "", json_: Json = False) -> None:
     render.out.print(render.served(state))
     render.out.print(render.status_table(state, view))
     render.out.print(render.engines(view))
+    if changed := render.transport_changes(view):
+        render.out.print(changed)
 
 
 # ---- requests ----
@@ -231,6 +239,96 @@ def config_validate(file: Path, json_: Json = False) -> None:
         render.err.print(f"{file} is valid")
 
 
+# ---- transport ----
+
+
+@transport_app.command("probe")
+def transport_probe(
+    max_bytes: Annotated[int, typer.Option("--bytes", min=0, help="per pull at most; 0: the workers' default")] = 0,
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Measure the links between all workers, over the byte path that KV takes; exit code 1 if none could be."""
+
+    async def run_probe() -> ProbedLinks:
+        async with AsyncClient(_router(name, router)) as client:
+            return await client.probe_links(max_bytes=max_bytes)
+
+    probed = asyncio.run(run_probe())
+    if json_:
+        _print_json(transport.links_document(probed.links, probed.failures))
+    else:
+        _print_links(probed.links)
+        for failure in probed.failures:
+            render.err.print(f"not measured: {failure}", markup=False)
+    if not probed.links:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@transport_app.command("show")
+def transport_show(name: Name = "", router: Router = "", json_: Json = False) -> None:
+    """What links cost as far as it is known, settings in force, and what this machine has to move KV with."""
+
+    async def ask() -> tuple[ClusterView, tuple[WorkerTransport, ...]]:
+        async with AsyncClient(_router(name, router)) as client:
+            return await client.topology(), await client.set_transport({})
+
+    view, workers = asyncio.run(ask())
+    machine = probe_machine()
+    if json_:
+        document = transport.links_document(view.links)
+        _print_json(document | {"workers": [asdict(w) for w in workers], "machine": asdict(machine)})
+        return
+    if view.links:
+        _print_links(view.links)
+    else:
+        render.out.print("no link is measured yet: `sagellm transport probe` does it, and so do requests")
+    render.out.print(transport.settings_table(workers))
+    render.out.print(transport.machine_table(machine))
+    _tell_refusals(workers)
+
+
+@transport_app.command("set")
+def transport_set(
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE…", help="keys of the section transport")],
+    worker: Annotated[list[str], typer.Option("--worker", metavar="ID", help="only these; all unless given")] = [],  # noqa: B006
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Change settings of running workers, until they restart; exit code 1 if one of them refuses."""
+    wanted = transport.parse_settings(settings)
+
+    async def change() -> tuple[WorkerTransport, ...]:
+        async with AsyncClient(_router(name, router)) as client:
+            return await client.set_transport(wanted, worker)
+
+    workers = asyncio.run(change())
+    if json_:
+        _print_json({"workers": [asdict(w) for w in workers]})
+    elif any(not worker.error for worker in workers):
+        render.out.print(transport.settings_table(workers))
+    if _tell_refusals(workers):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_links(links: Sequence[LinkCost]) -> None:
+    matrix = transport.links_matrix(links)
+    # As wide as it is: a matrix that is cut tells nothing.
+    render.out.print(matrix, width=max(render.out.width, transport.COLUMN_WIDTH * len(matrix.columns)), crop=False)
+    if advice := transport.advice_line(links):
+        render.out.print(advice, soft_wrap=True)
+
+
+def _tell_refusals(workers: Sequence[WorkerTransport]) -> bool:
+    """Whether there are any."""
+    refused = [worker for worker in workers if worker.error]
+    for worker in refused:
+        render.err.print(f"{worker.worker_id}: {worker.error}", markup=False, soft_wrap=True)
+    return bool(refused)
+
+
 # ---- engine ----
 
 
@@ -278,6 +376,10 @@ def bench_(context: typer.Context, name: Annotated[str, typer.Argument(metavar="
 
 def _name(name: str) -> str:
     return name or load_config(None, os.environ).cluster.name
+
+
+def _router(name: str, router: str) -> str:
+    return router or running_state(_name(name)).router_address
 
 
 def _client(name: str, router: str) -> Client:

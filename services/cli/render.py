@@ -136,6 +136,16 @@ def engines(view: ClusterView) -> str:
     return "\n".join(f"[dim]{escape(engine)}[/]" for engine in found)
 
 
+def transport_changes(view: ClusterView) -> str:
+    """Settings that are no longer as they were loaded, a line per worker; empty when there are none."""
+    lines = []
+    for worker in view.workers:
+        changed = ", ".join(f"transport.{key} {now} (file: {loaded})" for key, loaded, now in worker.transport_changes)
+        if changed:
+            lines.append(f"[yellow]{escape(worker.record.worker_id)}[/]: {escape(changed)}")
+    return "\n".join(lines)
+
+
 def status_table(state: ClusterState, view: ClusterView) -> Table:
     """Processes of this machine and what the topology knows of the workers."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))

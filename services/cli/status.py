@@ -65,4 +65,6 @@ def _worker(worker: WorkerView) -> dict[str, Any]:
         "waiting_requests": worker.waiting_requests,
         "reservations": worker.reservations,
         "pinned_transfers": worker.pinned_transfers,
+        "paths": [path.backend for path in record.paths] or [record.transport],
+        "transport_changes": [{"key": key, "loaded": a, "now": b} for key, a, b in worker.transport_changes],
     }

@@ -73,7 +73,16 @@ async def compose(args: WorkerArgs) -> None:
         )
         layout = engine.kv.layout
         releaser = LeaseReleaser(transfers, background)
-        puller = KvPuller(channel, transfers, releaser, runtime, engine.kv, lambda: config.transport, handoffs)
+        puller = KvPuller(
+            channel,
+            transfers,
+            releaser,
+            runtime,
+            engine.kv,
+            lambda: channel.settings.now,
+            handoffs,
+            channel.bytes_per_s,
+        )
         offload = None
         if config.kv_store.enabled:
             store = StoreClient(channels, topology, layout, channel.name, clock)

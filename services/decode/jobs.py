@@ -65,7 +65,7 @@ class Transfer:
 
     `transfer_ms` is the time in which bytes moved, `exposed_ms` that from the call until all of them were here. The
     pull began `began_ahead_ms` before the call and had brought `bytes_ahead` by then. `conversion` None:
-    dtypes were kept.
+    dtypes were kept. `why` is why over this `backend`.
     """
 
     bytes: int
@@ -77,6 +77,7 @@ class Transfer:
     exposed_ms: float = 0.0
     began_ahead_ms: float = 0.0
     conversion: KvConversion | None = None
+    why: str = ""
 
     @classmethod
     def of(cls, result: TransferResult, blocks_reused: int, backend: str) -> Self:
@@ -85,8 +86,9 @@ class Transfer:
             transfer_ms=result.seconds * 1e3,
             blocks=result.blocks,
             blocks_reused=blocks_reused,
-            backend=backend,
+            backend=result.backend or backend,
             conversion=result.conversion,
+            why=result.why,
         )
 
     def attributes(self) -> dict[str, int | float | str]:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from sagellm_common.comm_backend.handoff_record import HandoffLog
+from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.protocol import TransferResult
-from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.telemetry import observe_handoff
-from sagellm_common.comm_backend.token_pull import TokenPuller
+from sagellm_common.comm_backend.token_pull import LinkSpeed, TokenPuller
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
@@ -29,15 +29,16 @@ log = logging.getLogger(__name__)
 class KvPuller:
     def __init__(
         self,
-        channel: PullQueue,
+        channel: PathsChannel,
         transfers: KvTransferClient,
         releaser: LeaseReleaser,
         worker: WorkerView,
         pool: KVBackendProtocol,
         settings: Callable[[], TransportConfig],
         handoffs: HandoffLog,
+        link_speed: LinkSpeed | None = None,
     ) -> None:
-        self._tokens = TokenPuller(channel, pool.regions(), pool.layout, settings)
+        self._tokens = TokenPuller(channel, pool.regions(), pool.layout, settings, link_speed)
         self._channel = channel
         self._transfers = transfers
         self._releaser = releaser

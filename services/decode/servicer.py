@@ -184,5 +184,6 @@ def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: Dec
         response.transfer.bytes_ahead = chunk.transfer.bytes_ahead
         response.transfer.exposed_ms = chunk.transfer.exposed_ms
         response.transfer.began_ahead_ms = chunk.transfer.began_ahead_ms
+        response.transfer.why = chunk.transfer.why
         if chunk.transfer.conversion is not None:
             response.transfer.conversion.CopyFrom(codec.encode_conversion(chunk.transfer.conversion))

@@ -8,6 +8,7 @@ import time
 from prometheus_client import Counter, Histogram
 
 from sagellm_common.comm_backend.handoff_record import HandoffLog
+from sagellm_common.comm_backend.overlap import efficiency
 from sagellm_common.comm_backend.telemetry import REQUEST_SHARE, observe_handoff
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.telemetry import span
@@ -38,6 +39,11 @@ MAX_ABS_ERROR = Histogram(
     buckets=(1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0),
 )
 NON_FINITE = Counter("sagellm_decode_handoff_non_finite", "Converted KV values that are inf or NaN.")
+OVERLAP_EFFICIENCY = Histogram(
+    "sagellm_decode_overlap_efficiency",
+    "Overlapped share of a transfer's time: 1 when nobody waited for it.",
+    buckets=(0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0),
+)
 BYTES = Counter("sagellm_decode_handoff_bytes", "KV bytes handed over: ahead of the Decode call, or in it.", ["when"])
 BLOCKS = Counter("sagellm_decode_handoff_blocks", "Prompt blocks handed over: pulled, or reused.", ["origin"])
 
@@ -147,6 +153,8 @@ class _Meter:
         BYTES.labels("ahead").inc(transfer.bytes_ahead)
         BYTES.labels("in_call").inc(transfer.bytes - transfer.bytes_ahead)
         EXPOSED_SECONDS.observe(transfer.exposed_ms / 1e3)
+        if transfer.bytes:
+            OVERLAP_EFFICIENCY.observe(efficiency(transfer.transfer_ms, transfer.exposed_ms))
         if transfer.conversion is not None:
             _observe(transfer.conversion)
         self._exposed_s = transfer.exposed_ms / 1e3

@@ -16,7 +16,7 @@ import numpy as np
 
 from sagellm_common.comm_backend.bridge import Buffers
 from sagellm_common.comm_backend.handoff import HandoffSource
-from sagellm_common.comm_backend.pull_queue import PullQueue
+from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core import failpoints
@@ -51,7 +51,7 @@ class KvStore:
         self,
         pool: HostKvPool,
         leases: HandoffSource,
-        channel: PullQueue,
+        channel: PathsChannel,
         worker: Worker,
     ) -> None:
         self._pool = pool
@@ -81,7 +81,7 @@ class KvStore:
         Raises InvalidRequest, LayoutMismatch, ConfigError (another byte path), Draining.
         """
         self._worker.check_accepting()
-        check_backend(self._channel.name, backend)
+        check_backend(self._channel, backend)
         if not self._pool.check_layout(layout):
             return None
         allocation = self._pool.get(hashes, token_ids)
@@ -109,6 +109,7 @@ class KvStore:
             lease_expires_in_ms=int(self._leases.ttl_s * 1000),
             layers_ready=layout.num_layers,
             tokens_ready=allocation.num_cached_tokens,
+            paths=self._channel.paths,
         )
 
     async def put(
@@ -128,7 +129,7 @@ class KvStore:
         Raises InvalidRequest, LayoutMismatch, ConfigError, Draining, and what `PullQueue.pull` raises.
         """
         self._worker.check_accepting()
-        check_backend(self._channel.name, source.backend)
+        check_backend(self._channel, source.backend)
         offered = len(source.block_table) * source_layout.block_size_tokens
         if offered < len(hashes) * layout.block_size_tokens:
             raise InvalidRequest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AsyncExitStack
 
-from sagellm_common.comm_backend import make_channel, overlap_min_bytes
+from sagellm_common.comm_backend import OverlapRule, make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import SystemClock
@@ -72,7 +72,7 @@ async def compose(args: WorkerArgs) -> None:
         if config.kv_store.enabled:
             client = StoreClient(channels, topology, engine.kv.layout, channel.name, clock)
             store = StoreFetch(client, channel, LeaseReleaser(transfers, background), engine.kv)
-        loop = PrefillLoop(engine, leases, runtime, store, clock, overlap_min_bytes(config.transport, channel))
+        loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel))
         prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
         stack.push_async_callback(prefill.close)
         servicer = PrefillServicer(prefill, config.router.request_timeout_s)

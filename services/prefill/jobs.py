@@ -17,6 +17,7 @@ class PrefillJob:
     """One prompt to compute. `sampling.max_new_tokens` is the request's; prefill makes the first of them.
 
     The receiver holds KV of the first `receiver_cached_tokens`. `announce` None: it does not pull before the answer.
+    `overlap` is whether the plan has it pull before, None: no plan says so; then in pieces of `segment_bytes`.
     """
 
     request_id: str
@@ -29,6 +30,8 @@ class PrefillJob:
     trace_context: Mapping[str, str] = field(default_factory=dict)
     receiver_cached_tokens: int = 0
     announce: Announce | None = None
+    overlap: bool | None = None
+    segment_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+from sagellm_common.comm_backend import OverlapRule
 from sagellm_common.comm_backend.handoff import HandoffSource, last_epoch
 from sagellm_common.core import failpoints
 from sagellm_common.core.clock import Clock
@@ -33,7 +34,7 @@ from services.prefill.store_fetch import StoreFetch
 class PrefillLoop:
     """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store.
 
-    Prompts with at least `overlap_min_bytes` of KV to hand over are announced before they are computed; None: none.
+    Prompts whose KV is worth handing over meanwhile, says `overlap`, are announced before they are computed.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class PrefillLoop:
         worker: WorkerView,
         store: StoreFetch | None,
         clock: Clock,
-        overlap_min_bytes: int | None = None,
+        overlap: OverlapRule,
     ) -> None:
         self._engine = engine
         self._pool = engine.kv
@@ -51,7 +52,7 @@ class PrefillLoop:
         self._worker = worker
         self._store = store
         self._clock = clock
-        self._overlap_min_bytes = overlap_min_bytes
+        self._overlap = overlap
         self._sequences = Sequences(engine)
         self._in_flight = 0
 
@@ -108,7 +109,7 @@ class PrefillLoop:
             yield None
             return
         size, num_tokens = self._pool.layout.block_size_tokens, len(job.prompt)
-        progress = KvProgress(num_tokens, allocation.num_cached_tokens, size)
+        progress = KvProgress(num_tokens, allocation.num_cached_tokens, size, job.segment_bytes)
         with ExitStack() as lease:
             with OwnedBlocks(self._pool, self._pool.share(allocation)) as shared:
                 computing = self._leases.computing(job.request_id, epoch, shared.allocation, progress)
@@ -118,12 +119,12 @@ class PrefillLoop:
             yield progress
 
     def _worth_pulling_ahead(self, job: PrefillJob) -> bool:
-        if self._overlap_min_bytes is None or not self._more_to_decode(job):
+        if not self._more_to_decode(job):
             return False
         layout = self._pool.layout
         num_blocks = -(-len(job.prompt) // layout.block_size_tokens)
         missing = num_blocks - job.receiver_cached_tokens // layout.block_size_tokens
-        return missing > 0 and missing * layout.block_bytes >= self._overlap_min_bytes
+        return missing > 0 and self._overlap.worth(missing * layout.block_bytes, job.overlap)
 
     async def _compute(
         self, job: PrefillJob, blocks: OwnedBlocks, progress: KvProgress | None

@@ -84,7 +84,15 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             trace_context=dict(request.trace_context),
             receiver_cached_tokens=request.ticket.num_cached_tokens,
             announce=announce,
+            overlap=request.overlap if request.HasField("overlap") else None,
+            segment_bytes=_segment_bytes(request.segment_bytes),
         )
+
+
+def _segment_bytes(wanted: int) -> int:
+    if wanted < 0:
+        raise InvalidRequest(f"segment_bytes is {wanted}, but must be at least 0 (0: as configured)")
+    return wanted
 
 
 def encode_done(request: worker_pb2.PrefillRequest, done: PrefillDone) -> worker_pb2.PrefillResponse:

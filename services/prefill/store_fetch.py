@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from prometheus_client import Counter
 
-from sagellm_common.comm_backend.pull_queue import PullQueue
+from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
@@ -34,7 +34,7 @@ class StoreFetch:
     """Into blocks of `pool`, whatever the size of the store's."""
 
     def __init__(
-        self, store: StoreClient, channel: PullQueue, releaser: LeaseReleaser, pool: KVBackendProtocol
+        self, store: StoreClient, channel: PathsChannel, releaser: LeaseReleaser, pool: KVBackendProtocol
     ) -> None:
         self._store = store
         self._tokens = TokenPuller(channel, pool.regions(), pool.layout)

@@ -36,6 +36,7 @@ from services.router.explain import ExplainLog
 from services.router.observed import ObservedPipeline, RouterMetrics
 from services.router.pipeline import Pipeline
 from services.router.servicer import InferenceServicer, explain_plan
+from services.router.transfers import TransferPlanner
 from services.router.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -97,11 +98,12 @@ async def serving(
                 explain,
                 SystemClock(),
                 random.Random(),
+                TransferPlanner(config.transport, workers.cost),
             ),
             metrics or RouterMetrics(),
         )
         inference = InferenceServicer(pipeline, workers, explain, config.router.request_timeout_s)
-        known = TopologyServicer(topology, workers.status, partial(explain_plan, explain))
+        known = TopologyServicer(topology, channels, workers.status, partial(explain_plan, explain))
         server = GrpcServer(
             f"{config.cluster.host}:{port}",
             [

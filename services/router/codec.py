@@ -30,6 +30,8 @@ def encode_plan(plan: ExecutionPlan) -> plan_pb2.ExecutionPlan:
                 depends_on=node.depends_on,
                 start_token=node.start_token,
                 end_token=node.end_token,
+                overlap=node.overlap,
+                segment_bytes=node.segment_bytes,
             )
             for node in plan.nodes
         ],

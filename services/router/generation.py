@@ -160,7 +160,8 @@ class Generation:
         self._transfer = transfer
         self.unpin()
         blocks = f"{transfer.blocks} blocks, {transfer.blocks_reused} reused"
-        detail = f"{transfer.bytes} bytes, {blocks}, {transfer.backend}"
+        over = f"{transfer.backend} ({transfer.why})" if transfer.why else transfer.backend
+        detail = f"{transfer.bytes} bytes, {blocks}, {over}"
         if transfer.began_ahead_ms:
             detail += f"; {transfer.bytes_ahead} of them before the first token, {transfer.exposed_ms:.1f} ms after it"
         if transfer.conversion:

@@ -30,6 +30,7 @@ from sagellm_common.core.types import (
 )
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from sagellm_common.scheduler_ir.strategies import Strategy
 from services.router.admission import Admission, Slot
 from services.router.explain import ExplainLog
@@ -37,6 +38,7 @@ from services.router.generation import Generation
 from services.router.placing import place
 from services.router.retry import Retry, blames_source
 from services.router.stages import Admitted, Deadline, Matched, Prefilled, Reserved, Routed
+from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink, Workers
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Pipeline:
         explain: ExplainLog,
         clock: Clock,
         rng: random.Random,
+        transfers: TransferPlanner,
     ) -> None:
         self._config = config
         self._workers = workers
@@ -62,6 +65,7 @@ class Pipeline:
         self._explain = explain
         self._clock = clock
         self._rng = rng
+        self._transfers = transfers
         self._admission = Admission(config.max_queue)
 
     @property
@@ -160,7 +164,7 @@ class Pipeline:
     ) -> Routed:
         def try_once() -> Routed:
             links = retry.preferred(self._workers.usable(admitted.model))
-            return place(admitted, matched, generation, links, self._strategy)
+            return place(admitted, matched, generation, links, self._strategy, self._transfers)
 
         # A request that lost its worker has work to lose: it waits for the restart. A fresh one is better told at once.
         grace_s = self._config.resume_grace_s if generation.attempts > 1 else self._config.worker_grace_s
@@ -187,6 +191,8 @@ class Pipeline:
         """Meanwhile the decode worker pulls what is computed, where the prefill worker says that it is worth it."""
         timeout_s = admitted.deadline.budget_s()
         slot.calls.prefilling(worker, generation.attempts)
+        transfer = routed.plan.node(PlanNodeKind.TRANSFER)
+        overlap = transfer.overlap if transfer else None
 
         def pull_ahead(source: KvSource) -> None:
             generation.pulling_ahead(routed.decode, source)
@@ -197,8 +203,16 @@ class Pipeline:
         with worker.engaged(), generation.stage("prefill", worker):
             with _renewed(routed.decode, reserved.ticket):
                 outcome = await worker.prefill.prefill(
-                    admitted.request, generation.attempts, reserved.ticket, timeout_s=timeout_s, on_started=pull_ahead
+                    admitted.request,
+                    generation.attempts,
+                    reserved.ticket,
+                    timeout_s=timeout_s,
+                    on_started=None if overlap is False else pull_ahead,
+                    overlap=overlap,
+                    segment_bytes=transfer.segment_bytes if transfer else 0,
                 )
+            computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
+            self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)
             return Prefilled(outcome, worker, generation.attempts)
 
     async def _decode(

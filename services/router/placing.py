@@ -10,11 +10,17 @@ from sagellm_common.scheduler_ir.builder import IRBuilder
 from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, WorkerView
 from services.router.generation import Generation
 from services.router.stages import Admitted, Matched, Routed
+from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink
 
 
 def place(
-    admitted: Admitted, matched: Matched, generation: Generation, links: Sequence[WorkerLink], strategy: Strategy
+    admitted: Admitted,
+    matched: Matched,
+    generation: Generation,
+    links: Sequence[WorkerLink],
+    strategy: Strategy,
+    transfers: TransferPlanner,
 ) -> Routed:
     """Raises NoWorker when none of `links` can decode."""
     resumed = bool(generation.emitted)
@@ -32,6 +38,16 @@ def place(
             reason=f"resumed after {len(generation.emitted)} tokens, {how}; decode on {placement.decode_worker_id}",
         )
     decode_id, prefill_id = placement.decode_worker_id, placement.prefill_worker_id
+    prompt, overlap = request.num_prompt_tokens, None
+    if prefill_id is not None:
+        overlap = transfers.plan(
+            by_id[prefill_id],
+            by_id[decode_id],
+            compute_tokens=prompt - matched.cached_tokens.get(prefill_id, 0),
+            move_tokens=prompt - matched.cached_tokens.get(decode_id, 0),
+        )
+    if overlap is not None:
+        placement = replace(placement, reason=f"{placement.reason}; {overlap.reason}")
     plan = IRBuilder(_block_tokens(by_id[prefill_id or decode_id]), _block_tokens(by_id[decode_id])).build(
         request,
         placement,
@@ -41,6 +57,8 @@ def place(
         decode_cached_tokens=matched.cached_tokens.get(decode_id, 0),
         store_cached_tokens=matched.cached_tokens.get(placement.kv_store_worker_id or "", 0),
         kv_source_worker_id=pinned.worker.worker_id if pinned else None,
+        overlap=overlap.overlap if overlap else None,
+        segment_bytes=overlap.segment_bytes if overlap else 0,
         attempt=generation.attempts,
     )
     return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sagellm_common.comm_backend.transcode import obstacles
 from sagellm_common.core.errors import SageError
-from sagellm_common.core.topology import TopologySnapshot, TopologyStore
+from sagellm_common.core.topology import LinkCost, TopologySnapshot, TopologyStore
 from sagellm_common.core.types import BlockHash, KvLayout, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.prefix_reuse.index import PrefixReuseIndex
 from sagellm_common.rpc.carriers import Choice
@@ -109,6 +109,7 @@ class Workers:
         self._converted: set[WorkerKey] = set()
         """Their KV is of another dtype than that of who joined first: said once."""
         self._models: dict[str, ModelInfo] = {}
+        self._costs: dict[tuple[str, str], LinkCost] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
@@ -151,6 +152,10 @@ class Workers:
     def find(self, worker_id: str, incarnation: str) -> WorkerLink | None:
         return self._links.get((worker_id, incarnation))
 
+    def cost(self, source_id: str, target_id: str) -> LinkCost | None:
+        """What moving KV from one worker to another costs; None: that was not measured."""
+        return self._costs.get((source_id, target_id))
+
     def models(self) -> dict[str, ModelInfo]:
         """Models by name, of all workers seen: a model stays known while its last worker restarts."""
         return dict(self._models)
@@ -176,6 +181,7 @@ class Workers:
             self._apply(snapshot)
 
     def _apply(self, snapshot: TopologySnapshot) -> None:
+        self._costs = {(link.source_id, link.target_id): link for link in snapshot.links}
         present = {(record.worker_id, record.incarnation): record for record in snapshot.workers}
         for key, record in present.items():
             link = self._links.get(key)

@@ -36,11 +36,6 @@ LAYERS = 4
 SOURCE = "sagellm_common.comm_backend.backends.tcp_source"
 
 
-@pytest.fixture(autouse=True)
-def each_layer_is_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{SOURCE}.MIN_SEGMENT_BYTES", 1)
-
-
 @pytest.fixture
 async def workers() -> AsyncIterator[Cluster]:
     workers = Cluster("tcp")
@@ -137,9 +132,8 @@ async def test_brings_what_is_ready_and_nothing_else(workers: Cluster) -> None:
     assert blocks_of(target.region, TARGETS) == blocks_of(source.region, TABLE)
 
 
-async def test_more_than_fits_a_group(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sagellm_common.comm_backend.frames.MAX_GROUP_BYTES", 100)
-    async with sides(workers) as (source, target):
+async def test_more_than_fits_a_group(workers: Cluster) -> None:
+    async with sides(workers, transport={"chunk_bytes": 100}) as (source, target):
         with computing(source, target) as it:
             it.begin()
             it.compute(NUM_TOKENS, layers=3)

@@ -76,6 +76,23 @@ async def test_moves_blocks(workers: Cluster, source_blocks: BlockIds, target_bl
     await moved(source, target, source_blocks, target_blocks)
 
 
+@pytest.mark.parametrize(
+    "transport",
+    [
+        {"chunk_bytes": 1},
+        {"chunk_bytes": 200, "pipeline_depth": 1},
+        {"chunk_bytes": 64 * 5, "pipeline_depth": 5},
+        {"fusion": "off", "pipeline_depth": 3},
+    ],
+    ids=["each-block", "depth-1", "five-of-five", "one-message"],
+)
+async def test_moves_blocks_in_messages_of_any_size(workers: Cluster, transport: dict[str, object]) -> None:
+    """However the receiver is set; the source follows."""
+    source, target = await workers.side("source"), await workers.side("target", transport=transport)
+    await moved(source, target, permuted(64, 5, 33), permuted(64, 6, 33))
+    await moved(source, target, permuted(64, 7, 3), permuted(64, 8, 3))
+
+
 @pytest.mark.parametrize("digest", [True, False])
 @pytest.mark.parametrize("block_bytes", [1, 16 << 10, 3 << 20], ids=["tiny", "16K", "larger-than-a-group"])
 async def test_moves_blocks_of_any_size(workers: Cluster, block_bytes: int, digest: bool) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from sagellm_common.core.errors import WorkerIdTaken
-from sagellm_common.core.topology import Registration, TopologyStore
+from sagellm_common.core.topology import LinkCost, Registration, TopologyStore
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.topology_etcd import EtcdTopology
 from sagellm_common.core.types import WorkerRole, WorkerState
@@ -159,3 +159,44 @@ async def test_changes_end_when_the_store_is_closed(make_store: Callable[[], Top
             await store.close()
     assert [snapshot.connected for snapshot in seen] == [True]
     await store.close()
+
+
+# ---- costs of links ----
+
+
+def link(source_id: str, target_id: str = "prefill-0", bytes_per_s: float = 2e9) -> LinkCost:
+    return LinkCost(source_id, target_id, "tcp", 0.0005, bytes_per_s, 0.000025, 1e9, 7)
+
+
+async def test_links_are_published_replaced_and_gone_with_their_target(
+    store: TopologyStore, other: TopologyStore
+) -> None:
+    target, source = await store.register(make_record(), TTL_S), await store.register(make_record("decode-0"), TTL_S)
+    await target.publish_links([link("decode-0"), link("store-0")])
+    await source.publish_links([link("prefill-0", "decode-0")])
+    snapshot = await until(other, lambda s: len(s.links) == 3)
+    assert {(found.source_id, found.target_id) for found in snapshot.links} == {
+        ("decode-0", "prefill-0"),
+        ("store-0", "prefill-0"),
+        ("prefill-0", "decode-0"),
+    }
+    found = next(found for found in snapshot.links if found.source_id == "decode-0")
+    assert (found.backend, found.bytes_per_s, found.measured_at_s, found.samples) == ("tcp", 2e9, 1e9, 7)
+    assert (found.latency_s, found.per_message_s) == (pytest.approx(0.0005), pytest.approx(0.000025))
+
+    await target.publish_links([link("decode-0", bytes_per_s=5e9)])
+    await until(other, lambda s: 5e9 in {found.bytes_per_s for found in s.links} and len(s.links) == 3)
+    await target.close()
+    snapshot = await until(other, lambda s: len(s.workers) == 1)
+    assert [found.target_id for found in snapshot.links] == ["decode-0"]
+    await source.close()
+
+
+async def test_links_come_back_with_a_lease_that_was_lost(store: TopologyStore, other: TopologyStore) -> None:
+    registration = await store.register(make_record(), TTL_S)
+    await registration.publish_links([link("decode-0")])
+    await until(other, lambda s: len(s.links) == 1)
+    await store.revoke(registration._lease_id)  # type: ignore[attr-defined]
+    await until(other, lambda s: not s.workers and not s.links)
+    await until(other, lambda s: len(s.workers) == len(s.links) == 1)
+    await registration.close()

@@ -120,3 +120,26 @@ def test_demo_shows_its_work_and_leaves_nothing(tmp_path: Path, smollm2: Path) -
     left = [p.pid for p in psutil.process_iter(["cmdline"]) if mine in (p.info["cmdline"] or [])]
     assert left == []
     assert {p.pid for p in psutil.Process(os.getpid()).children(recursive=True)} <= before
+
+
+def test_links_are_measured_and_settings_changed_while_it_runs(sagellm: Any) -> None:
+    workers = {"prefill-0", "decode-0", "decode-1"}
+    probed = sagellm.json("transport", "probe", "--bytes=65536")
+    measured = {(link["source"], link["target"]) for link in probed["links"]}
+    assert {(a, b) for a in workers for b in workers if a != b} <= measured
+    assert all(link["bytes_per_s"] > 0 and link["backend"] == "tcp" for link in probed["links"])
+    assert probed["preset"]["preset"] in ("high-bw", "low-latency", "low-cost")
+
+    sagellm("transport", "set", "chunk_bytes=65536", "transport.fusion=off", "--worker=decode-0")
+    shown = sagellm.json("transport", "show")
+    settings = {worker["worker_id"]: worker for worker in shown["workers"]}
+    assert settings["decode-0"]["changes"] == [["chunk_bytes", "0", "65536"], ["fusion", "auto", "off"]]
+    assert settings["decode-1"]["changes"] == []
+    assert shown["machine"]["numa"]
+    status = {worker["id"]: worker["transport_changes"] for worker in sagellm.json("status")["workers"]}
+    assert status["decode-0"][0] == {"key": "chunk_bytes", "loaded": "0", "now": "65536"}
+    assert status["prefill-0"] == []
+    for wrong, complaint in [("chunk_byte=1", "did you mean chunk_bytes"), ("backend=gloo", "cannot be changed")]:
+        assert complaint in sagellm("transport", "set", wrong, code=1).stderr
+    sagellm("transport", "set", "nonsense", code=2)
+    assert sagellm("generate", "The", "--max-tokens=4").stdout

@@ -12,13 +12,12 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import grpc
 import pytest
 
-from sagellm_common.comm_backend import frames, token_pull
+from sagellm_common.comm_backend import token_pull
 from sagellm_common.comm_backend.handoff import attempt_of
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.transcode import Transcoder
@@ -187,8 +186,7 @@ async def test_a_long_pull_is_transcoded_group_by_group(
 ) -> None:
     """Five blocks of 4 tokens at a time, which end within blocks of ours, every time but one."""
     monkeypatch.setattr(token_pull, "STAGING_BYTES", 5 * 4 * SLOT_BYTES)
-    monkeypatch.setattr(frames, "groups", partial(frames.groups, max_bytes=5 * 4 * SLOT_BYTES))
-    config = test_config(f"transport.backend={backend}")
+    config = test_config(f"transport.backend={backend}", f"transport.chunk_bytes={5 * 4 * SLOT_BYTES}")
     async with (
         worker(WorkerRole.PREFILL, router, config=config) as prefill,
         worker(WorkerRole.DECODE, router, config=config, engine=SimulatedEngine(block_size_tokens=6)) as decode,

@@ -29,6 +29,7 @@ from sagellm_common.core.errors import (
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import FinishReason, GenerationRequest, KvSource, SamplingParams, WorkerRole
 from sagellm_common.rpc.sessions import DecodeStep, PrefillOutcome
+from services.decode.ahead import Ahead
 from tests.support.simulated_engine import SimulatedEngine, reference
 from tests.support.topology_server import topology_server
 from tests.support.waiting import TIMEOUT_S, eventually
@@ -37,6 +38,8 @@ from tests.support.workers import Worker, decode_all, request, test_config, work
 PROMPT = list(range(1, 15))
 NUM_BLOCKS, NUM_LAYERS, NUM_CHUNKS = 4, 2, 2
 ALWAYS = "transport.overlap_min_bytes=0"
+EACH_LAYER = "transport.segment_min_bytes=1"
+"""The blocks here are a few bytes: layers would be gathered until the chunk is done."""
 
 
 @pytest.fixture
@@ -45,15 +48,11 @@ async def router() -> AsyncIterator[str]:
         yield address
 
 
-@pytest.fixture(autouse=True)
-def each_layer_is_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks here are a few bytes: layers would be gathered until the chunk is done."""
-    monkeypatch.setattr("sagellm_common.comm_backend.backends.tcp_source.MIN_SEGMENT_BYTES", 1)
-
-
 @asynccontextmanager
 async def prefill_worker(router: str, *settings: str, engine: SimulatedEngine | None = None) -> AsyncIterator[Worker]:
-    async with worker(WorkerRole.PREFILL, router, config=test_config(ALWAYS, *settings), engine=engine) as made:
+    async with worker(
+        WorkerRole.PREFILL, router, config=test_config(ALWAYS, EACH_LAYER, *settings), engine=engine
+    ) as made:
         yield made
 
 
@@ -287,7 +286,7 @@ async def test_cancelled(prefill: Worker, decode: Worker, stage: str, first: str
 
 @STAGES
 async def test_a_lost_router_leaves_nothing_behind(router: str, stage: str) -> None:
-    config = test_config(ALWAYS, "transport.lease_ttl_s=0.3")
+    config = test_config(ALWAYS, EACH_LAYER, "transport.lease_ttl_s=0.3")
     async with (
         worker(WorkerRole.PREFILL, router, config=config) as prefill,
         worker(WorkerRole.DECODE, router, config=config) as decode,
@@ -517,3 +516,79 @@ async def test_the_trace_shows_the_overlap(prefill: Worker, decode: Worker, monk
     assert transfer.attributes is not None
     assert transfer.attributes["bytes_ahead"] == all_bytes(decode)
     assert transfer.attributes["exposed_ms"] >= 0
+
+
+# ---- as planned ----
+
+
+@pytest.mark.parametrize(("planned", "segment_bytes"), [(True, 1 << 20), (True, 1), (False, 0)])
+async def test_the_plan_decides_where_the_configuration_does_not(
+    router: str, decode: Worker, planned: bool, segment_bytes: int
+) -> None:
+    async with worker(WorkerRole.PREFILL, router) as prefill:
+        wanted = request(PROMPT)
+        ticket = await decode.decode_session.reserve(wanted, 1, timeout_s=TIMEOUT_S)
+        started: list[KvSource] = []
+
+        def on_started(source: KvSource) -> None:
+            started.append(source)
+            decode.decode_session.pull_ahead(wanted.request_id, 1, source, timeout_s=TIMEOUT_S)
+
+        first = await prefill.prefill_session.prefill(
+            wanted,
+            1,
+            ticket,
+            timeout_s=TIMEOUT_S,
+            on_started=on_started,
+            overlap=planned,
+            segment_bytes=segment_bytes,
+        )
+        steps = await decode_all(decode, wanted, first.token_ids, first.source, 1)
+        tokens = [*first.token_ids, *(token for step in steps for token in step.token_ids)]
+        assert tokens == reference(PROMPT, wanted.sampling)[0]
+        assert bool(started) == planned
+        await prefill.idle()
+        await decode.idle()
+
+
+@pytest.mark.parametrize(("segment_bytes", "segments"), [(1, NUM_CHUNKS * NUM_LAYERS), (1 << 20, NUM_CHUNKS)])
+async def test_segments_are_as_large_as_planned(
+    router: str, decode: Worker, monkeypatch: pytest.MonkeyPatch, segment_bytes: int, segments: int
+) -> None:
+    """Layer by layer, or whole chunks, whatever the worker is configured to."""
+    sent: list[object] = []
+    count_bytes = Ahead.count
+
+    def count(self: Ahead, num_bytes: int) -> None:
+        sent.append(num_bytes)
+        count_bytes(self, num_bytes)
+
+    monkeypatch.setattr(Ahead, "count", count)
+    async with worker(WorkerRole.PREFILL, router, config=test_config(ALWAYS)) as prefill:
+        wanted = request(PROMPT)
+        ticket = await decode.decode_session.reserve(wanted, 1, timeout_s=TIMEOUT_S)
+        prefill.engine.pause()
+        begun = asyncio.create_task(
+            prefill.prefill_session.prefill(
+                wanted,
+                1,
+                ticket,
+                timeout_s=TIMEOUT_S,
+                on_started=lambda source: decode.decode_session.pull_ahead(
+                    wanted.request_id, 1, source, timeout_s=TIMEOUT_S
+                ),
+                segment_bytes=segment_bytes,
+            )
+        )
+        await eventually(lambda: decode.aheads is not None and decode.aheads.find(wanted.request_id, 1))
+        per_step = segments // NUM_CHUNKS
+        for step in range(1, NUM_CHUNKS * NUM_LAYERS + 1):
+            prefill.engine.step()
+            due = step // NUM_LAYERS if per_step == 1 else step
+            await eventually(lambda due=due: len(sent) == due)  # type: ignore[misc]
+        prefill.engine.resume()
+        first = await begun
+        await decode_all(decode, wanted, first.token_ids, first.source, 1)
+        await prefill.idle()
+        await decode.idle()
+    assert len(sent) == segments

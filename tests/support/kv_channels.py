@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,19 +154,26 @@ class Cluster:
         ttl_s: float = 30.0,
         faults: Faults | None = None,
         pull_rpc: PullRpc | None = None,
+        transport: dict[str, Any] | None = None,
     ) -> Side:
         region, clock, freed = random_region(num_blocks, block_bytes, len(self.sides), num_layers), ManualClock(), []
         leases = HandoffSource(ttl_s, clock, freed.append)
         watched = WatchedLeases(leases)
         channel: KVTransferChannel
+        end = End(TransportConfig(segment_min_bytes=1, **(transport or {})), region, watched, HOST, 0)
         if self.backend == "tcp":
             memory = staged(region) if self._staged else region
-            channel = TcpChannel(lambda: memory, watched, HOST, 0, digest=digest, silence_s=silence_s)
+            channel = TcpChannel(
+                lambda: memory, watched, HOST, 0, digest=digest, silence_s=silence_s, messages=end.planner()
+            )
         elif self.backend == "gloo":
             from sagellm_common.comm_backend.backends.gloo import GlooChannel
 
             rpc = pull_rpc or self._pull_rpc
-            channel = GlooChannel(lambda: region, watched, HOST, 0, rpc, digest=digest, silence_s=silence_s)
+            settings = end.planner().settings
+            channel = GlooChannel(
+                lambda: region, watched, HOST, 0, rpc, digest=digest, silence_s=silence_s, settings=settings
+            )
         elif self.backend == "mooncake":
             config = TransportConfig(backend="mooncake", digest=digest, timeout_s=silence_s)
             channel = load("mooncake").open_channel(End(config, lambda: region, watched, HOST, 0))

@@ -17,6 +17,10 @@ def recorded(name: str) -> str:
     return (RECORDINGS / name).read_text()
 
 
+def _parents(path: str) -> list[str]:
+    return [str(parent) for parent in Path(path).parents]
+
+
 @dataclass
 class RecordedHost:
     """`tools` are command lines, or their beginnings, and what they print; a ToolRun for one that fails."""
@@ -25,6 +29,7 @@ class RecordedHost:
     paths: Sequence[str] = ()
     packages: Sequence[str] = ()
     torch: str = "cpu"
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, *argv: str) -> ToolRun | None:
         line = " ".join(argv)
@@ -34,7 +39,14 @@ class RecordedHost:
         return said[0] if isinstance(said[0], ToolRun) else ToolRun(said[0])
 
     def nodes(self, pattern: str) -> Sequence[str]:
-        return [path for path in self.paths if fnmatch(path, pattern)]
+        known = {*self.paths, *self.files, *(parent for path in self.files for parent in _parents(path))}
+        return sorted(path for path in known if fnmatch(path, pattern) and path.count("/") == pattern.count("/"))
+
+    def read(self, path: str) -> str | None:
+        return self.files.get(path)
+
+    def link(self, path: str) -> str:
+        return self.files.get(path, "")
 
     def has_package(self, name: str) -> bool:
         return name in self.packages

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry
 
-from sagellm_common.comm_backend import make_channel, overlap_min_bytes
+from sagellm_common.comm_backend import OverlapRule, make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import Clock, SystemClock
@@ -98,7 +98,7 @@ class Worker:
 
     def break_connections(self) -> None:
         """Ends the connections of the byte path to those who pull from here; it goes on listening."""
-        source = self.extras["channel"]._inner._source  # type: ignore[attr-defined]
+        source = self.extras["channel"].by_backend["tcp"]._inner._inner._source  # type: ignore[attr-defined]
         with source._lock:
             for wire in source._wires:
                 wire.abort()
@@ -202,8 +202,7 @@ async def worker(
         prefill = aheads = None
         if role is WorkerRole.PREFILL:
             fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
-            overlap = overlap_min_bytes(config.transport, channel)
-            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), overlap)
+            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), OverlapRule(channel))
             prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
             stack.push_async_callback(prefill.close)
             service = Registrar(
@@ -212,7 +211,16 @@ async def worker(
                 PrefillServicer(prefill, 60.0),
             )
         else:
-            puller = KvPuller(channel, transfers, releaser, runtime, engine.kv, lambda: config.transport, handoffs)
+            puller = KvPuller(
+                channel,
+                transfers,
+                releaser,
+                runtime,
+                engine.kv,
+                lambda: channel.settings.now,
+                handoffs,
+                channel.bytes_per_s,
+            )
             aheads = PullsAhead(reservations, puller)
             offload = (
                 Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)

@@ -6,6 +6,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from sagellm_common.comm_backend.config import KVTransportConfig
+from sagellm_common.comm_backend.fusion import MessagePlanner
+from sagellm_common.comm_backend.links import LinkTable
 from sagellm_common.comm_backend.protocol import (
     CommBackendProtocol,
     Encode,
@@ -38,10 +41,15 @@ class End:
     port: int
     pull_rpc: PullRpc | None = None
     encode: Encode | None = None
+    messages: MessagePlanner | None = None
 
     def ask(self) -> KvMemory:
         """The memory as it is now: a store has none before its first layout."""
         return self.memory() if callable(self.memory) else self.memory
+
+    def planner(self) -> MessagePlanner:
+        """How blocks are put into messages: as measured and as set at run time, or else by `config` alone."""
+        return self.messages or MessagePlanner(KVTransportConfig(self.config), LinkTable())
 
     def in_place(self) -> Regions:
         """`ask` for a byte path that works on host memory only; raises ConfigError for any other, as soon as known."""

@@ -21,8 +21,9 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
 
 from sagellm_common.comm_backend.backends import End
-from sagellm_common.comm_backend.backends.gloo_pair import RECEIVER, SOURCE, GlooPair, join
+from sagellm_common.comm_backend.backends.gloo_pair import MESSAGE_BYTES, RECEIVER, SOURCE, GlooPair, join
 from sagellm_common.comm_backend.backends.torch_group import TorchComm
+from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.integrity import block_digests, check_pull, verify_blocks
 from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, PullRpc, Regions, TransferResult, as_they_are
@@ -37,8 +38,8 @@ MAX_SOURCE_PAIRS = 64
 REASON_GRACE_S = 1.0
 """How long a receiver whose pair broke waits to hear why."""
 
-Peer = tuple[str, str]
-"""(data address, incarnation)"""
+Peer = tuple[str, str, int, int]
+"""(data address, incarnation, bytes of a message, messages under way)"""
 
 
 def open_channel(end: End) -> GlooChannel:
@@ -47,7 +48,14 @@ def open_channel(end: End) -> GlooChannel:
         raise ConfigError("transport.backend=gloo needs a pull_rpc: the source takes part in each pull")
     cfg = end.config
     return GlooChannel(
-        end.in_place(), end.leases, end.host, end.port, end.pull_rpc, digest=cfg.digest, silence_s=cfg.timeout_s
+        end.in_place(),
+        end.leases,
+        end.host,
+        end.port,
+        end.pull_rpc,
+        digest=cfg.digest,
+        silence_s=cfg.timeout_s,
+        settings=end.planner().settings,
     )
 
 
@@ -72,8 +80,10 @@ class GlooChannel:
         *,
         digest: bool,
         silence_s: float,
+        settings: KVTransportConfig,
     ) -> None:
         self.address = ""
+        self._settings = settings
         self._regions = regions
         self._leases = leases
         self._host, self._port = host, port
@@ -147,14 +157,17 @@ class GlooChannel:
     async def _pull(
         self, region: KvRegion, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, timeout_s: float
     ) -> None:
-        peer = (source.data_address, source.incarnation)
+        sizes = self._message_sizes()
+        peer = (source.data_address, source.incarnation, *sizes)
         pair_id, pair = self._idle[peer].pop() if self._idle.get(peer) else (uuid.uuid4().hex, None)
         write = WriteGate()
 
         wait_s = min(timeout_s, self._silence_s)
 
         def receive() -> GlooPair:
-            joined = pair or join(source.data_address, pair_id, RECEIVER, self._host, region.block_bytes, wait_s)
+            joined = pair or join(
+                source.data_address, pair_id, RECEIVER, self._host, region.block_bytes, wait_s, *sizes
+            )
             joined.recv(region, target_blocks, wait_s, write)
             return joined
 
@@ -177,6 +190,11 @@ class GlooChannel:
         if self._digest:
             verify_blocks(region, target_blocks, digests, source.transfer_id)
         self._keep(peer, pair_id, used)
+
+    def _message_sizes(self) -> tuple[int, int]:
+        """(bytes of a message, messages under way) of a pair that is made now."""
+        now = self._settings.now
+        return now.chunk_bytes or MESSAGE_BYTES, now.pipeline_depth
 
     def _keep(self, peer: Peer, pair_id: str, pair: GlooPair) -> None:
         for other in [other for other in self._idle if other[0] == peer[0] and other != peer]:
@@ -217,7 +235,9 @@ class GlooChannel:
         with self._lock:
             pair = self._serving.pop(pair_id, None)
         # Joined before anything is checked: a receiver that is refused must not be left waiting for its pair.
-        pair = pair or join(self.address, pair_id, SOURCE, self._host, region.block_bytes, self._silence_s)
+        pair = pair or join(
+            self.address, pair_id, SOURCE, self._host, region.block_bytes, self._silence_s, *self._message_sizes()
+        )
         with self._leases.reading(transfer_id, epoch, block_ids):
             digests = block_digests(region, block_ids)
             try:

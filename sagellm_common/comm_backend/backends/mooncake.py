@@ -33,6 +33,7 @@ from sagellm_common.comm_backend.backends.mooncake_engine import (
     release,
 )
 from sagellm_common.comm_backend.backends.mooncake_source import ALL_READ, GROUP_READ, READING, MooncakeSource
+from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
@@ -66,12 +67,13 @@ class MooncakeChannel:
         *,
         digest: bool,
         silence_s: float,
+        settings: KVTransportConfig,
     ) -> None:
         self.name = name
         self.address = ""
         self._engine = engine
         self._regions = regions
-        self._source = MooncakeSource(regions, leases, silence_s, engine)
+        self._source = MooncakeSource(regions, leases, silence_s, engine, settings)
         self._host, self._port = host, port
         self._digest = digest
         self._silence_s = silence_s
@@ -81,7 +83,17 @@ class MooncakeChannel:
     def over(cls, protocol: str, name: str, end: End) -> MooncakeChannel:
         cfg, regions = end.config, end.in_place()
         engine = acquire(protocol, end.host)
-        return cls(name, engine, regions, end.leases, end.host, end.port, digest=cfg.digest, silence_s=cfg.timeout_s)
+        return cls(
+            name,
+            engine,
+            regions,
+            end.leases,
+            end.host,
+            end.port,
+            digest=cfg.digest,
+            silence_s=cfg.timeout_s,
+            settings=end.planner().settings,
+        )
 
     async def start(self) -> str:
         self.address = self._source.start(self._host, self._port)

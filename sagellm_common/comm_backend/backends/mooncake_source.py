@@ -19,6 +19,7 @@ import threading
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.backends.mooncake_engine import Engine, address_of
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
+from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
 from sagellm_common.comm_backend.integrity import block_digests
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions
@@ -36,8 +37,10 @@ GROUP_READ, ALL_READ = b"g", b"a"
 class MooncakeSource(TcpSource):
     """Serves pulls by letting receivers read."""
 
-    def __init__(self, regions: Regions, leases: LeasedBlocks, silence_s: float, engine: Engine) -> None:
-        super().__init__(regions, leases, silence_s)
+    def __init__(
+        self, regions: Regions, leases: LeasedBlocks, silence_s: float, engine: Engine, settings: KVTransportConfig
+    ) -> None:
+        super().__init__(regions, leases, silence_s, settings)
         self._regions = regions
         self._engine = engine
         self._exposed: tuple[int, int] | None = None
@@ -76,7 +79,7 @@ class MooncakeSource(TcpSource):
                 return
             session = self._engine.session.encode()
             head: list[Buffer] = [frames.encode_accepted(), READING.pack(len(session), address), session]
-            for group in frames.groups(block_ids, region.block_bytes):
+            for group in frames.groups(block_ids, header.group_blocks):
                 # The first of them before the receiver can read: what it reads is what was there then, or is noticed.
                 digests = [block_digests(region, group)] if header.digest else []
                 wire.send([*head, *digests])

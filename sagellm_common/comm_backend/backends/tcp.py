@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.tcp_receiver import TcpReceiver
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
+from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.protocol import Encode, Encoding, LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import KvMemory
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 def open_channel(end: End) -> TcpChannel:
     cfg = end.config
     return TcpChannel(
-        end.ask, end.leases, end.host, end.port, digest=cfg.digest, silence_s=cfg.timeout_s, encode=end.encode
+        end.ask,
+        end.leases,
+        end.host,
+        end.port,
+        digest=cfg.digest,
+        silence_s=cfg.timeout_s,
+        messages=end.planner(),
+        encode=end.encode,
     )
 
 
@@ -47,12 +55,13 @@ class TcpChannel:
         *,
         digest: bool,
         silence_s: float,
+        messages: MessagePlanner,
         encode: Encode | None = None,
     ) -> None:
         self.address = ""
         self._host, self._port = host, port
-        self._source = TcpSource(memory, leases, silence_s, encode)
-        self._receiver = TcpReceiver(memory, digest=digest, silence_s=silence_s)
+        self._source = TcpSource(memory, leases, silence_s, messages.settings, encode)
+        self._receiver = TcpReceiver(memory, digest=digest, silence_s=silence_s, messages=messages)
 
     async def start(self) -> str:
         self.address = self._source.start(self._host, self._port)

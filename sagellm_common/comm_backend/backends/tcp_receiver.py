@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.frames import MalformedFrame
+from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.integrity import (
     DIGEST_BYTES,
     check_pull,
@@ -44,10 +45,11 @@ MAX_IDLE_PER_PEER = 4
 class TcpReceiver:
     """Pulls into a pool. Connections to a peer are kept for the next pull, and dropped after any error."""
 
-    def __init__(self, memory: Memory, *, digest: bool, silence_s: float) -> None:
+    def __init__(self, memory: Memory, *, digest: bool, silence_s: float, messages: MessagePlanner) -> None:
         self._memory = memory
         self._digest = digest
         self._silence_s = silence_s
+        self._messages = messages
         self._threads = ThreadPoolExecutor(MAX_PULLS, "kv-pull")
         self._idle: dict[str, list[Wire]] = {}
         self._active: dict[Wire, asyncio.Future[Any]] = {}
@@ -156,6 +158,8 @@ class TcpReceiver:
     ) -> Deviation | None:
         """The whole exchange, on a thread of its own."""
         size, metered = memory.block_bytes, meter.current()
+        most = frames.max_group_blocks(size)
+        plan = self._messages.plan(source, len(target_blocks), size, default_bytes=frames.GROUP_BYTES, max_blocks=most)
         request = frames.encode_pull(
             source.transfer_id,
             source.epoch,
@@ -164,11 +168,12 @@ class TcpReceiver:
             digest=self._digest,
             timeout_s=wire.deadline_s - time.monotonic(),
             encoding=encoding,
+            group_blocks=plan.blocks_per_message,
         )
         wire.send([request])
         self._expect_accepted(wire)
         failpoints.hit("receiver.pulling")
-        for group in frames.groups(target_blocks, size):
+        for group in frames.groups(target_blocks, plan.blocks_per_message):
             digests = bytearray(len(group) * DIGEST_BYTES if self._digest else 0)
             with memory.writing(group) as (region, ids):
                 wire.recv_into([*([digests] if self._digest else []), *region.runs(ids)])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.bridge import Outgoing
+from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
 from sagellm_common.comm_backend.integrity import block_digests, segment_digest
 from sagellm_common.comm_backend.protocol import Encode, LeasedBlocks, Memory
@@ -32,18 +33,24 @@ IDLE_S = 300.0
 """A connection that asks for nothing this long is closed; the receiver makes a new one when it needs it."""
 WAIT_S = 0.5
 """A receiver that waits for the computation hears this often that its source is alive."""
-MIN_SEGMENT_BYTES = 256 << 10
-"""Within a chunk layers are gathered up to this size: a segment costs some ten microseconds on either side."""
 
 
 class TcpSource:
     """Serves the blocks of a pool that `leases` lets be read."""
 
-    def __init__(self, memory: Memory, leases: LeasedBlocks, silence_s: float, encode: Encode | None = None) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        leases: LeasedBlocks,
+        silence_s: float,
+        settings: KVTransportConfig,
+        encode: Encode | None = None,
+    ) -> None:
         self._memory = memory
         self._encode = encode
         self._leases = leases
         self._silence_s = silence_s
+        self._settings = settings
         self._listener: socket.socket | None = None
         self._lock = threading.Lock()
         self._wires: dict[Wire, threading.Thread] = {}
@@ -153,7 +160,7 @@ class TcpSource:
                 wire.send([frames.encode_refusal(err.reason, err.message)])
                 return
             head: list[Buffer] = [frames.encode_accepted()]
-            for group in frames.groups(block_ids, memory.block_bytes):
+            for group in frames.groups(block_ids, header.group_blocks):
                 with memory.reading(group) as (region, ids):
                     digests = [block_digests(region, ids)] if header.digest else []
                     wire.send([*head, *digests, *region.runs(ids)])
@@ -189,17 +196,18 @@ class TcpSource:
             wire.send([frames.encode_refusal(err.reason, err.message)])
             return
         wire.send([frames.encode_accepted()])
-        layer_bytes = memory.block_bytes // num_layers
+        layer_bytes, now = memory.block_bytes // num_layers, self._settings.now
+        segment_bytes = progress.segment_bytes or now.segment_min_bytes
         cutter = SegmentCutter(
             first_block,
             progress.num_tokens,
             progress.block_size_tokens,
             num_layers,
-            min_block_layers=-(-MIN_SEGMENT_BYTES // layer_bytes),
+            min_block_layers=-(-segment_bytes // layer_bytes),
         )
         try:
             for segment in self._ready(wire, progress, cutter, by_layer=num_layers == layers_apart(memory) > 1):
-                for part in split(segment, layer_bytes, frames.MAX_GROUP_BYTES):
+                for part in split(segment, layer_bytes, now.chunk_bytes or frames.GROUP_BYTES):
                     block_ids = allocation.block_ids[part.first_block : part.end_block]
                     num_bytes = part.num_blocks * memory.block_bytes * part.num_layers // num_layers
                     with (

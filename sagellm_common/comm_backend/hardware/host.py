@@ -30,7 +30,13 @@ class Host(Protocol):
         """None when there is no such tool. Does not raise for one that fails."""
 
     def nodes(self, pattern: str) -> Sequence[str]:
-        """Paths below /dev that match a glob pattern."""
+        """Paths that match a glob pattern."""
+
+    def read(self, path: str) -> str | None:
+        """The text of a small file, such as those below /sys; None when it cannot be read."""
+
+    def link(self, path: str) -> str:
+        """Where a symbolic link points; empty when it cannot be read."""
 
     def has_package(self, name: str) -> bool:
         """Whether Python could import it."""
@@ -73,6 +79,18 @@ class LocalHost:
 
     def nodes(self, pattern: str) -> Sequence[str]:
         return sorted(glob.glob(pattern))
+
+    def read(self, path: str) -> str | None:
+        try:
+            return Path(path).read_text(errors="replace")
+        except OSError:  # for /sys an ordinary answer: the speed of a link that is down
+            return None
+
+    def link(self, path: str) -> str:
+        try:
+            return os.readlink(path)
+        except OSError:
+            return ""
 
     def has_package(self, name: str) -> bool:
         return importlib.util.find_spec(name) is not None

@@ -51,7 +51,7 @@ def _check(found: CapabilityDescriptor, engine: EngineConfig, dtype: str, transp
         raise refuse("engine.dtype", dtype, " or ".join(found.dtypes))
     if engine.kv_quant_bits not in found.kv_quant_bits:
         raise refuse("engine.kv_quant_bits", engine.kv_quant_bits, " or ".join(map(str, found.kv_quant_bits)))
-    if transport.backend not in found.transport.byte_paths:
+    if transport.backend not in ("auto", *found.transport.byte_paths):  # auto offers what the KV memory can do
         raise refuse("transport.backend", transport.backend, " or ".join(found.transport.byte_paths))
     if found.kind is DeviceKind.CPU:
         return

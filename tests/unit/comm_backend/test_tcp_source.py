@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 
 from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
+from sagellm_common.comm_backend.config import KVTransportConfig
+from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
 from tests.support.kv_channels import HOST, Cluster, Side
 
 IDS = np.array([1, 2], dtype=np.int32)
 
 
-def a_request(num_blocks: int = 2, **changes: object) -> bytes:
-    block_ids = np.arange(1, 1 + num_blocks, dtype=np.int32)
-    parameters = {"block_bytes": 64, "digest": False, "timeout_s": 5.0} | changes
+def a_request(num_blocks: int = 2, first_block: int = 1, **changes: object) -> bytes:
+    block_ids = np.arange(first_block, first_block + num_blocks, dtype=np.int32)
+    parameters = {"block_bytes": 64, "digest": False, "timeout_s": 5.0, "group_blocks": 1000} | changes
     return frames.encode_pull("t", 1, block_ids, **parameters)  # type: ignore[arg-type]
 
 
@@ -65,12 +67,15 @@ def answers(side: Side) -> None:
         (b"GET / HTTP/1.1\r\nHost: somewhere.example\r\n\r\n", "starts with b'GET '"),
         (b"SKVT\x09" + a_request()[5:], "version 9 op 1"),
         (b"SKVT\x01\x07" + a_request()[6:], "version 1 op 7"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 2**32 - 1, 64), "asks for 4294967295 blocks"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 0, 64), "asks for 0 blocks"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 2, 0, 1000, 1, 1, 64) + b"\xff\xfe", "not UTF-8"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 99, 1, 0, 1000, 1, 1, 64), "asks for dtype 99"),
+        (a_request(group_blocks=0), "asks for groups of 0 blocks"),
+        (a_request(group_blocks=1001), "asks for groups of 1001 blocks of 64 bytes"),
+        (a_request(group_blocks=3, block_bytes=32 << 20), "asks for groups of 3 blocks of 33554432 bytes"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 2**32 - 1, 64, 1), "asks for 4294967295 blocks"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 0, 64, 1), "asks for 0 blocks"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 2, 0, 1000, 1, 1, 64, 1) + b"\xff\xfe", "not UTF-8"),
+        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 99, 1, 0, 1000, 1, 1, 64, 1), "asks for dtype 99"),
     ],
-    ids=["http", "version", "op", "too-many", "none", "name", "dtype"],
+    ids=["http", "version", "op", "no-group", "group", "group-bytes", "too-many", "none", "name", "dtype"],
 )
 async def test_a_malformed_request_costs_its_connection_only(
     source: Side, bad: bytes, complaint: str, caplog: pytest.LogCaptureFixture
@@ -137,7 +142,7 @@ async def test_a_receiver_that_takes_nothing_holds_the_lease_no_longer_than_its_
     side.pin("t", pinned)
     try:
         with connect(side) as sock:
-            sock.sendall(frames.encode_pull("t", 1, pinned, block_bytes=1 << 20, digest=False, timeout_s=60))
+            sock.sendall(a_request(64, first_block=0, block_bytes=1 << 20, timeout_s=60.0, group_blocks=1))
             assert side.watched.quiet.wait(20)
             side.leases.release("t", 1, committed=False)
             assert len(side.freed) == 1
@@ -152,7 +157,7 @@ async def test_a_receiver_that_dies_gives_the_lease_back() -> None:
     side.pin("t", pinned)
     try:
         with connect(side) as sock:
-            sock.sendall(frames.encode_pull("t", 1, pinned, block_bytes=1 << 20, digest=False, timeout_s=60))
+            sock.sendall(a_request(64, first_block=0, block_bytes=1 << 20, timeout_s=60.0, group_blocks=1))
             assert sock.recv(1000)
             # Closed with bytes unread: a reset, as from a process that was killed.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -163,7 +168,7 @@ async def test_a_receiver_that_dies_gives_the_lease_back() -> None:
 
 async def test_a_port_in_use_is_a_config_error(source: Side) -> None:
     port = int(source.channel.address.split(":")[1])
-    second = TcpSource(lambda: source.region, source.leases, 1.0)
+    second = TcpSource(lambda: source.region, source.leases, 1.0, KVTransportConfig(TransportConfig()))
     with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}: Address already in use"):
         second.start(HOST, port)
     second.close()

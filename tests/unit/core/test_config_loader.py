@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sagellm_common.core.config import Config
-from sagellm_common.core.config_loader import config_schema, dump_config, load_config
+from sagellm_common.core.config_loader import config_schema, dump_config, load_config, transport_presets
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.types import WorkerRole
 
@@ -85,12 +85,7 @@ def test_variables_that_are_no_settings_pass() -> None:
         ("", {"SAGELLM_FOO": "1"}, [], r"foo \(environment SAGELLM_FOO\): unknown key.*"),
         ("", {}, ["engine.device.index=1"], r"engine\.device\.index .*: unknown key.*"),
         ("transport: 3", {}, [], r"transport .*: is a section with keys of its own, but was given 3"),
-        (
-            "transport: {backend: glo}",
-            {},
-            [],
-            r"transport\.backend .*: 'glo' is not allowed, must be 'tcp', 'gloo', .*",
-        ),
+        ("transport: {backend: glo}", {}, [], r"transport\.backend .*: 'glo' is not allowed, must be 'auto', 'tcp'.*"),
         ("", {}, ["decode.num_blocks=1"], r"decode\.num_blocks .*: 1 is not allowed, must be greater than .* to 4"),
         ("", {}, ["prefill.device=cuda"], r"prefill\.device .*: unknown key.*"),
         ("", {}, ["decode.kv_quant_bits=5"], r"decode\.kv_quant_bits .*: 5 is not allowed, must be 0, 4 or 8"),
@@ -173,3 +168,25 @@ def test_a_role_has_its_own_kv_over_the_engines() -> None:
     assert (prefill.dtype, prefill.kv_quant_bits, prefill.block_size_tokens) == ("bfloat16", 0, 32)
     assert (decode.dtype, decode.kv_quant_bits, decode.block_size_tokens) == ("bfloat16", 8, 32)
     assert config.of_role(WorkerRole.KV_STORE) == config
+
+
+@pytest.mark.parametrize("name", transport_presets())
+def test_each_preset_is_valid_and_explicit_keys_override_it(name: str) -> None:
+    preset = transport_presets()[name]
+    transport = load_config(None, {}, [f"transport.preset={name}"]).transport
+    assert {key: getattr(transport, key) for key in preset} == preset
+    assert transport.model_copy(update={"preset": ""}) != Config().transport
+    own = load_config(None, {"SAGELLM_TRANSPORT__CHUNK_BYTES": "77"}, [f"transport.preset={name}"]).transport
+    assert (own.chunk_bytes, own.pipeline_depth) == (77, transport.pipeline_depth)
+
+
+def test_a_preset_survives_being_written_down(tmp_path: Path) -> None:
+    config = load_config(None, {}, ["transport.preset=high-bw", "transport.chunk_bytes=77"])
+    assert load_config(write(tmp_path, dump_config(config)), {}, []) == config
+
+
+def test_an_unknown_preset_is_named() -> None:
+    assert (
+        "transport.preset (flag transport.preset=fast): 'fast' is not allowed"
+        in problems(flags=["transport.preset=fast"])[1]
+    )

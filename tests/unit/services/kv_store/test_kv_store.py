@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from sagellm_common.comm_backend.backends.tcp import TcpChannel
+from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.clock import ManualClock
+from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import (
     ConfigError,
     Draining,
@@ -105,7 +106,7 @@ async def store() -> AsyncIterator[Running]:
     clock = ManualClock()
     pool = HostKvPool(BUDGET_BLOCKS * 64, clock)
     leases = HandoffSource(LEASE_TTL_S, clock, pool.free)
-    channel = TcpChannel(pool.regions, leases, HOST, 0, digest=True, silence_s=5.0)
+    channel = make_channel(TransportConfig(timeout_s=5.0), pool.regions, leases, HOST, 0)
     worker = Worker(WorkerRecord("store-0", WorkerRole.KV_STORE, "", await channel.start(), "store-0-1", 1))
     services = [
         Registrar(

@@ -127,7 +127,7 @@ class HandoffTicket(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_cached_tokens: _Optional[int] = ..., expires_in_ms: _Optional[int] = ...) -> None: ...
 
 class KvSource(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "worker_id", "incarnation", "control_address", "data_address", "backend", "block_table", "num_tokens", "watermark", "lease_expires_in_ms")
+    __slots__ = ("transfer_id", "epoch", "worker_id", "incarnation", "control_address", "data_address", "backend", "block_table", "num_tokens", "watermark", "lease_expires_in_ms", "paths")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class KvSource(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
     LEASE_EXPIRES_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    PATHS_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     worker_id: str
@@ -150,7 +151,38 @@ class KvSource(_message.Message):
     num_tokens: int
     watermark: KvWatermark
     lease_expires_in_ms: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_address: _Optional[str] = ..., data_address: _Optional[str] = ..., backend: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., watermark: _Optional[_Union[KvWatermark, _Mapping]] = ..., lease_expires_in_ms: _Optional[int] = ...) -> None: ...
+    paths: _containers.RepeatedCompositeFieldContainer[DataPath]
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_address: _Optional[str] = ..., data_address: _Optional[str] = ..., backend: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., watermark: _Optional[_Union[KvWatermark, _Mapping]] = ..., lease_expires_in_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[DataPath, _Mapping]]] = ...) -> None: ...
+
+class DataPath(_message.Message):
+    __slots__ = ("backend", "address", "reach")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REACH_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    address: str
+    reach: str
+    def __init__(self, backend: _Optional[str] = ..., address: _Optional[str] = ..., reach: _Optional[str] = ...) -> None: ...
+
+class LinkCost(_message.Message):
+    __slots__ = ("source_id", "target_id", "backend", "latency_us", "bytes_per_s", "per_message_us", "measured_at_s", "samples")
+    SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ID_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PER_MESSAGE_US_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    source_id: str
+    target_id: str
+    backend: str
+    latency_us: float
+    bytes_per_s: float
+    per_message_us: float
+    measured_at_s: float
+    samples: int
+    def __init__(self, source_id: _Optional[str] = ..., target_id: _Optional[str] = ..., backend: _Optional[str] = ..., latency_us: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., per_message_us: _Optional[float] = ..., measured_at_s: _Optional[float] = ..., samples: _Optional[int] = ...) -> None: ...
 
 class KvStats(_message.Message):
     __slots__ = ("total_blocks", "free_blocks", "used_blocks", "cached_blocks")

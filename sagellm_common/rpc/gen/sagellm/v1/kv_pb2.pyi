@@ -59,16 +59,32 @@ class ReleaseLeaseResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "block_ids", "pair_id")
+    __slots__ = ("transfer_id", "epoch", "block_ids", "pair_id", "backend")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     PAIR_ID_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     block_ids: bytes
     pair_id: str
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., pair_id: _Optional[str] = ...) -> None: ...
+    backend: str
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., pair_id: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...
+
+class LendScratchRequest(_message.Message):
+    __slots__ = ("num_bytes",)
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    def __init__(self, num_bytes: _Optional[int] = ...) -> None: ...
+
+class LendScratchResponse(_message.Message):
+    __slots__ = ("source", "block_bytes")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    source: _common_pb2.KvSource
+    block_bytes: int
+    def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("digests",)

@@ -55,6 +55,11 @@ class KvTransferServiceStub:
                 request_serializer=sagellm_dot_v1_dot_kv__pb2.PullRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_kv__pb2.PullResponse.FromString,
                 _registered_method=True)
+        self.LendScratch = channel.unary_unary(
+                '/sagellm.v1.KvTransferService/LendScratch',
+                request_serializer=sagellm_dot_v1_dot_kv__pb2.LendScratchRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_kv__pb2.LendScratchResponse.FromString,
+                _registered_method=True)
 
 
 class KvTransferServiceServicer:
@@ -88,6 +93,13 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LendScratch(self, request, context):
+        """Leases scratch blocks, whatever they hold, so that the caller can measure the byte path; it releases the lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +122,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.Pull,
                     request_deserializer=sagellm_dot_v1_dot_kv__pb2.PullRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_kv__pb2.PullResponse.SerializeToString,
+            ),
+            'LendScratch': grpc.unary_unary_rpc_method_handler(
+                    servicer.LendScratch,
+                    request_deserializer=sagellm_dot_v1_dot_kv__pb2.LendScratchRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_kv__pb2.LendScratchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +238,33 @@ class KvTransferService:
             '/sagellm.v1.KvTransferService/Pull',
             sagellm_dot_v1_dot_kv__pb2.PullRequest.SerializeToString,
             sagellm_dot_v1_dot_kv__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LendScratch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.KvTransferService/LendScratch',
+            sagellm_dot_v1_dot_kv__pb2.LendScratchRequest.SerializeToString,
+            sagellm_dot_v1_dot_kv__pb2.LendScratchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,20 +25,24 @@ PLAN_NODE_KIND_DECODE: PlanNodeKind
 PLAN_NODE_KIND_OFFLOAD: PlanNodeKind
 
 class PlanNode(_message.Message):
-    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token")
+    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token", "overlap", "segment_bytes")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     DEPENDS_ON_FIELD_NUMBER: _ClassVar[int]
     START_TOKEN_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     node_id: int
     kind: PlanNodeKind
     worker_id: str
     depends_on: _containers.RepeatedScalarFieldContainer[int]
     start_token: int
     end_token: int
-    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ...) -> None: ...
+    overlap: bool
+    segment_bytes: int
+    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ...) -> None: ...
 
 class ExecutionPlan(_message.Message):
     __slots__ = ("plan_id", "request_id", "strategy", "nodes", "reason")

@@ -22,41 +22,60 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as sagellm_dot_v1_dot_common__pb2
 from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2 as sagellm_dot_v1_dot_plan__pb2
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2 as sagellm_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sagellm/v1/topology.proto\x12\nsagellm.v1\x1a\x15sagellm/v1/plan.proto\x1a\x17sagellm/v1/worker.proto\"\x14\n\x12GetTopologyRequest\"\x16\n\x14WatchTopologyRequest\"s\n\x10TopologySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12)\n\x07workers\x18\x04 \x03(\x0b\x32\x18.sagellm.v1.WorkerStatus\"(\n\x12\x45xplainPlanRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"N\n\tPlanEvent\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"e\n\x13\x45xplainPlanResponse\x12\'\n\x04plan\x18\x01 \x01(\x0b\x32\x19.sagellm.v1.ExecutionPlan\x12%\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x15.sagellm.v1.PlanEvent\"K\n\x0fRegisterRequest\x12(\n\x06record\x18\x01 \x01(\x0b\x32\x18.sagellm.v1.WorkerRecord\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\x03\"$\n\x10RegisterResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"N\n\x10KeepAliveRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12(\n\x06record\x18\x02 \x01(\x0b\x32\x18.sagellm.v1.WorkerRecord\"#\n\x11KeepAliveResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse2\xcf\x03\n\x0fTopologyService\x12\x43\n\x03Get\x12\x1e.sagellm.v1.GetTopologyRequest\x1a\x1c.sagellm.v1.TopologySnapshot\x12I\n\x05Watch\x12 .sagellm.v1.WatchTopologyRequest\x1a\x1c.sagellm.v1.TopologySnapshot0\x01\x12N\n\x0b\x45xplainPlan\x12\x1e.sagellm.v1.ExplainPlanRequest\x1a\x1f.sagellm.v1.ExplainPlanResponse\x12\x45\n\x08Register\x12\x1b.sagellm.v1.RegisterRequest\x1a\x1c.sagellm.v1.RegisterResponse\x12H\n\tKeepAlive\x12\x1c.sagellm.v1.KeepAliveRequest\x1a\x1d.sagellm.v1.KeepAliveResponse\x12K\n\nDeregister\x12\x1d.sagellm.v1.DeregisterRequest\x1a\x1e.sagellm.v1.DeregisterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sagellm/v1/topology.proto\x12\nsagellm.v1\x1a\x17sagellm/v1/common.proto\x1a\x15sagellm/v1/plan.proto\x1a\x17sagellm/v1/worker.proto\"\x14\n\x12GetTopologyRequest\"\x16\n\x14WatchTopologyRequest\"\x98\x01\n\x10TopologySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12)\n\x07workers\x18\x04 \x03(\x0b\x32\x18.sagellm.v1.WorkerStatus\x12#\n\x05links\x18\x05 \x03(\x0b\x32\x14.sagellm.v1.LinkCost\"(\n\x12\x45xplainPlanRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"N\n\tPlanEvent\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"e\n\x13\x45xplainPlanResponse\x12\'\n\x04plan\x18\x01 \x01(\x0b\x32\x19.sagellm.v1.ExecutionPlan\x12%\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x15.sagellm.v1.PlanEvent\"K\n\x0fRegisterRequest\x12(\n\x06record\x18\x01 \x01(\x0b\x32\x18.sagellm.v1.WorkerRecord\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\x03\"$\n\x10RegisterResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"s\n\x10KeepAliveRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12(\n\x06record\x18\x02 \x01(\x0b\x32\x18.sagellm.v1.WorkerRecord\x12#\n\x05links\x18\x03 \x03(\x0b\x32\x14.sagellm.v1.LinkCost\"#\n\x11KeepAliveResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\":\n\x11ProbeLinksRequest\x12\x12\n\ntarget_ids\x18\x01 \x03(\t\x12\x11\n\tmax_bytes\x18\x02 \x01(\x03\"K\n\x12ProbeLinksResponse\x12#\n\x05links\x18\x01 \x03(\x0b\x32\x14.sagellm.v1.LinkCost\x12\x10\n\x08\x66\x61ilures\x18\x02 \x03(\t\"\x9b\x01\n\x13SetTransportRequest\x12?\n\x08settings\x18\x01 \x03(\x0b\x32-.sagellm.v1.SetTransportRequest.SettingsEntry\x12\x12\n\nworker_ids\x18\x02 \x03(\t\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x14SetTransportResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.sagellm.v1.WorkerTransport\"\xcd\x01\n\x0fWorkerTransport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12:\n\x08in_force\x18\x02 \x03(\x0b\x32(.sagellm.v1.WorkerTransport.InForceEntry\x12,\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x1b.sagellm.v1.TransportChange\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x1a.\n\x0cInForceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xef\x04\n\x0fTopologyService\x12\x43\n\x03Get\x12\x1e.sagellm.v1.GetTopologyRequest\x1a\x1c.sagellm.v1.TopologySnapshot\x12I\n\x05Watch\x12 .sagellm.v1.WatchTopologyRequest\x1a\x1c.sagellm.v1.TopologySnapshot0\x01\x12N\n\x0b\x45xplainPlan\x12\x1e.sagellm.v1.ExplainPlanRequest\x1a\x1f.sagellm.v1.ExplainPlanResponse\x12\x45\n\x08Register\x12\x1b.sagellm.v1.RegisterRequest\x1a\x1c.sagellm.v1.RegisterResponse\x12H\n\tKeepAlive\x12\x1c.sagellm.v1.KeepAliveRequest\x1a\x1d.sagellm.v1.KeepAliveResponse\x12K\n\nDeregister\x12\x1d.sagellm.v1.DeregisterRequest\x1a\x1e.sagellm.v1.DeregisterResponse\x12K\n\nProbeLinks\x12\x1d.sagellm.v1.ProbeLinksRequest\x1a\x1e.sagellm.v1.ProbeLinksResponse\x12Q\n\x0cSetTransport\x12\x1f.sagellm.v1.SetTransportRequest\x1a .sagellm.v1.SetTransportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sagellm.v1.topology_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=89
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=109
-  _globals['_WATCHTOPOLOGYREQUEST']._serialized_start=111
-  _globals['_WATCHTOPOLOGYREQUEST']._serialized_end=133
-  _globals['_TOPOLOGYSNAPSHOT']._serialized_start=135
-  _globals['_TOPOLOGYSNAPSHOT']._serialized_end=250
-  _globals['_EXPLAINPLANREQUEST']._serialized_start=252
-  _globals['_EXPLAINPLANREQUEST']._serialized_end=292
-  _globals['_PLANEVENT']._serialized_start=294
-  _globals['_PLANEVENT']._serialized_end=372
-  _globals['_EXPLAINPLANRESPONSE']._serialized_start=374
-  _globals['_EXPLAINPLANRESPONSE']._serialized_end=475
-  _globals['_REGISTERREQUEST']._serialized_start=477
-  _globals['_REGISTERREQUEST']._serialized_end=552
-  _globals['_REGISTERRESPONSE']._serialized_start=554
-  _globals['_REGISTERRESPONSE']._serialized_end=590
-  _globals['_KEEPALIVEREQUEST']._serialized_start=592
-  _globals['_KEEPALIVEREQUEST']._serialized_end=670
-  _globals['_KEEPALIVERESPONSE']._serialized_start=672
-  _globals['_KEEPALIVERESPONSE']._serialized_end=707
-  _globals['_DEREGISTERREQUEST']._serialized_start=709
-  _globals['_DEREGISTERREQUEST']._serialized_end=746
-  _globals['_DEREGISTERRESPONSE']._serialized_start=748
-  _globals['_DEREGISTERRESPONSE']._serialized_end=768
-  _globals['_TOPOLOGYSERVICE']._serialized_start=771
-  _globals['_TOPOLOGYSERVICE']._serialized_end=1234
+  _globals['_SETTRANSPORTREQUEST_SETTINGSENTRY']._loaded_options = None
+  _globals['_SETTRANSPORTREQUEST_SETTINGSENTRY']._serialized_options = b'8\001'
+  _globals['_WORKERTRANSPORT_INFORCEENTRY']._loaded_options = None
+  _globals['_WORKERTRANSPORT_INFORCEENTRY']._serialized_options = b'8\001'
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=114
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=134
+  _globals['_WATCHTOPOLOGYREQUEST']._serialized_start=136
+  _globals['_WATCHTOPOLOGYREQUEST']._serialized_end=158
+  _globals['_TOPOLOGYSNAPSHOT']._serialized_start=161
+  _globals['_TOPOLOGYSNAPSHOT']._serialized_end=313
+  _globals['_EXPLAINPLANREQUEST']._serialized_start=315
+  _globals['_EXPLAINPLANREQUEST']._serialized_end=355
+  _globals['_PLANEVENT']._serialized_start=357
+  _globals['_PLANEVENT']._serialized_end=435
+  _globals['_EXPLAINPLANRESPONSE']._serialized_start=437
+  _globals['_EXPLAINPLANRESPONSE']._serialized_end=538
+  _globals['_REGISTERREQUEST']._serialized_start=540
+  _globals['_REGISTERREQUEST']._serialized_end=615
+  _globals['_REGISTERRESPONSE']._serialized_start=617
+  _globals['_REGISTERRESPONSE']._serialized_end=653
+  _globals['_KEEPALIVEREQUEST']._serialized_start=655
+  _globals['_KEEPALIVEREQUEST']._serialized_end=770
+  _globals['_KEEPALIVERESPONSE']._serialized_start=772
+  _globals['_KEEPALIVERESPONSE']._serialized_end=807
+  _globals['_DEREGISTERREQUEST']._serialized_start=809
+  _globals['_DEREGISTERREQUEST']._serialized_end=846
+  _globals['_DEREGISTERRESPONSE']._serialized_start=848
+  _globals['_DEREGISTERRESPONSE']._serialized_end=868
+  _globals['_PROBELINKSREQUEST']._serialized_start=870
+  _globals['_PROBELINKSREQUEST']._serialized_end=928
+  _globals['_PROBELINKSRESPONSE']._serialized_start=930
+  _globals['_PROBELINKSRESPONSE']._serialized_end=1005
+  _globals['_SETTRANSPORTREQUEST']._serialized_start=1008
+  _globals['_SETTRANSPORTREQUEST']._serialized_end=1163
+  _globals['_SETTRANSPORTREQUEST_SETTINGSENTRY']._serialized_start=1116
+  _globals['_SETTRANSPORTREQUEST_SETTINGSENTRY']._serialized_end=1163
+  _globals['_SETTRANSPORTRESPONSE']._serialized_start=1165
+  _globals['_SETTRANSPORTRESPONSE']._serialized_end=1233
+  _globals['_WORKERTRANSPORT']._serialized_start=1236
+  _globals['_WORKERTRANSPORT']._serialized_end=1441
+  _globals['_WORKERTRANSPORT_INFORCEENTRY']._serialized_start=1395
+  _globals['_WORKERTRANSPORT_INFORCEENTRY']._serialized_end=1441
+  _globals['_TOPOLOGYSERVICE']._serialized_start=1444
+  _globals['_TOPOLOGYSERVICE']._serialized_end=2067
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as _common_pb2
 from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2 as _plan_pb2
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
@@ -17,16 +18,18 @@ class WatchTopologyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TopologySnapshot(_message.Message):
-    __slots__ = ("revision", "backend", "connected", "workers")
+    __slots__ = ("revision", "backend", "connected", "workers", "links")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     revision: int
     backend: str
     connected: bool
     workers: _containers.RepeatedCompositeFieldContainer[_worker_pb2.WorkerStatus]
-    def __init__(self, revision: _Optional[int] = ..., backend: _Optional[str] = ..., connected: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[_worker_pb2.WorkerStatus, _Mapping]]] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[_common_pb2.LinkCost]
+    def __init__(self, revision: _Optional[int] = ..., backend: _Optional[str] = ..., connected: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[_worker_pb2.WorkerStatus, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[_common_pb2.LinkCost, _Mapping]]] = ...) -> None: ...
 
 class ExplainPlanRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -69,12 +72,14 @@ class RegisterResponse(_message.Message):
     def __init__(self, lease_id: _Optional[str] = ...) -> None: ...
 
 class KeepAliveRequest(_message.Message):
-    __slots__ = ("lease_id", "record")
+    __slots__ = ("lease_id", "record", "links")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     record: _worker_pb2.WorkerRecord
-    def __init__(self, lease_id: _Optional[str] = ..., record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[_common_pb2.LinkCost]
+    def __init__(self, lease_id: _Optional[str] = ..., record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ..., links: _Optional[_Iterable[_Union[_common_pb2.LinkCost, _Mapping]]] = ...) -> None: ...
 
 class KeepAliveResponse(_message.Message):
     __slots__ = ("ttl_ms",)
@@ -91,3 +96,59 @@ class DeregisterRequest(_message.Message):
 class DeregisterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ProbeLinksRequest(_message.Message):
+    __slots__ = ("target_ids", "max_bytes")
+    TARGET_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    target_ids: _containers.RepeatedScalarFieldContainer[str]
+    max_bytes: int
+    def __init__(self, target_ids: _Optional[_Iterable[str]] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+
+class ProbeLinksResponse(_message.Message):
+    __slots__ = ("links", "failures")
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[_common_pb2.LinkCost]
+    failures: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, links: _Optional[_Iterable[_Union[_common_pb2.LinkCost, _Mapping]]] = ..., failures: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetTransportRequest(_message.Message):
+    __slots__ = ("settings", "worker_ids")
+    class SettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    settings: _containers.ScalarMap[str, str]
+    worker_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, settings: _Optional[_Mapping[str, str]] = ..., worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetTransportResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerTransport]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerTransport, _Mapping]]] = ...) -> None: ...
+
+class WorkerTransport(_message.Message):
+    __slots__ = ("worker_id", "in_force", "changes", "error")
+    class InForceEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    IN_FORCE_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    in_force: _containers.ScalarMap[str, str]
+    changes: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TransportChange]
+    error: str
+    def __init__(self, worker_id: _Optional[str] = ..., in_force: _Optional[_Mapping[str, str]] = ..., changes: _Optional[_Iterable[_Union[_worker_pb2.TransportChange, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...

@@ -66,6 +66,16 @@ class TopologyServiceStub:
                 request_serializer=sagellm_dot_v1_dot_topology__pb2.DeregisterRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_topology__pb2.DeregisterResponse.FromString,
                 _registered_method=True)
+        self.ProbeLinks = channel.unary_unary(
+                '/sagellm.v1.TopologyService/ProbeLinks',
+                request_serializer=sagellm_dot_v1_dot_topology__pb2.ProbeLinksRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_topology__pb2.ProbeLinksResponse.FromString,
+                _registered_method=True)
+        self.SetTransport = channel.unary_unary(
+                '/sagellm.v1.TopologyService/SetTransport',
+                request_serializer=sagellm_dot_v1_dot_topology__pb2.SetTransportRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_topology__pb2.SetTransportResponse.FromString,
+                _registered_method=True)
 
 
 class TopologyServiceServicer:
@@ -109,6 +119,20 @@ class TopologyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeLinks(self, request, context):
+        """Has workers measure the links to them. Answers with all that came of it, and why some could not be measured.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTransport(self, request, context):
+        """Changes transport settings of running workers, for the life of their processes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TopologyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -141,6 +165,16 @@ def add_TopologyServiceServicer_to_server(servicer, server):
                     servicer.Deregister,
                     request_deserializer=sagellm_dot_v1_dot_topology__pb2.DeregisterRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_topology__pb2.DeregisterResponse.SerializeToString,
+            ),
+            'ProbeLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeLinks,
+                    request_deserializer=sagellm_dot_v1_dot_topology__pb2.ProbeLinksRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_topology__pb2.ProbeLinksResponse.SerializeToString,
+            ),
+            'SetTransport': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTransport,
+                    request_deserializer=sagellm_dot_v1_dot_topology__pb2.SetTransportRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_topology__pb2.SetTransportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +341,60 @@ class TopologyService:
             '/sagellm.v1.TopologyService/Deregister',
             sagellm_dot_v1_dot_topology__pb2.DeregisterRequest.SerializeToString,
             sagellm_dot_v1_dot_topology__pb2.DeregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.TopologyService/ProbeLinks',
+            sagellm_dot_v1_dot_topology__pb2.ProbeLinksRequest.SerializeToString,
+            sagellm_dot_v1_dot_topology__pb2.ProbeLinksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTransport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.TopologyService/SetTransport',
+            sagellm_dot_v1_dot_topology__pb2.SetTransportRequest.SerializeToString,
+            sagellm_dot_v1_dot_topology__pb2.SetTransportResponse.FromString,
             options,
             channel_credentials,
             insecure,

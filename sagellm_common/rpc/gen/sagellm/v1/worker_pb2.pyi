@@ -76,7 +76,7 @@ HANDOFF_REASON_INVALID_REQUEST: HandoffReason
 HANDOFF_REASON_INTERNAL: HandoffReason
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,8 @@ class PrefillRequest(_message.Message):
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -104,7 +106,9 @@ class PrefillRequest(_message.Message):
     trace_context: _containers.ScalarMap[str, str]
     announce: bool
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
+    overlap: bool
+    segment_bytes: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms")
@@ -291,7 +295,7 @@ class DecodeResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ...) -> None: ...
 
 class TransferReport(_message.Message):
-    __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms", "conversion")
+    __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms", "why", "conversion")
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +304,7 @@ class TransferReport(_message.Message):
     BYTES_AHEAD_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     BEGAN_AHEAD_MS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     CONVERSION_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     transfer_ms: float
@@ -309,8 +314,9 @@ class TransferReport(_message.Message):
     bytes_ahead: int
     exposed_ms: float
     began_ahead_ms: float
+    why: str
     conversion: _common_pb2.KvConversion
-    def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ..., bytes_ahead: _Optional[int] = ..., exposed_ms: _Optional[float] = ..., began_ahead_ms: _Optional[float] = ..., conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
+    def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ..., bytes_ahead: _Optional[int] = ..., exposed_ms: _Optional[float] = ..., began_ahead_ms: _Optional[float] = ..., why: _Optional[str] = ..., conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
 
 class DecodeSessionRequest(_message.Message):
     __slots__ = ("reserve", "decode", "cancel", "release", "renew", "pull_ahead")
@@ -392,7 +398,7 @@ class BlockEvents(_message.Message):
     def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session")
+    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session", "transport_changes")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -401,6 +407,7 @@ class WorkerStatus(_message.Message):
     PINNED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_CHANGES_FIELD_NUMBER: _ClassVar[int]
     record: WorkerRecord
     kv: _common_pb2.KvStats
     running_requests: int
@@ -409,7 +416,62 @@ class WorkerStatus(_message.Message):
     pinned_transfers: int
     block_events: BlockEvents
     session: str
-    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ...) -> None: ...
+    transport_changes: _containers.RepeatedCompositeFieldContainer[TransportChange]
+    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ..., transport_changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ...) -> None: ...
+
+class ProbeWorkerLinksRequest(_message.Message):
+    __slots__ = ("sources", "max_bytes")
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    sources: _containers.RepeatedCompositeFieldContainer[WorkerRecord]
+    max_bytes: int
+    def __init__(self, sources: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+
+class ProbeWorkerLinksResponse(_message.Message):
+    __slots__ = ("links", "failures")
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[_common_pb2.LinkCost]
+    failures: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, links: _Optional[_Iterable[_Union[_common_pb2.LinkCost, _Mapping]]] = ..., failures: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetWorkerTransportRequest(_message.Message):
+    __slots__ = ("settings",)
+    class SettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    settings: _containers.ScalarMap[str, str]
+    def __init__(self, settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class SetWorkerTransportResponse(_message.Message):
+    __slots__ = ("in_force", "changes")
+    class InForceEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    IN_FORCE_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    in_force: _containers.ScalarMap[str, str]
+    changes: _containers.RepeatedCompositeFieldContainer[TransportChange]
+    def __init__(self, in_force: _Optional[_Mapping[str, str]] = ..., changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ...) -> None: ...
+
+class TransportChange(_message.Message):
+    __slots__ = ("key", "loaded", "now")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    loaded: str
+    now: str
+    def __init__(self, key: _Optional[str] = ..., loaded: _Optional[str] = ..., now: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_ms",)
@@ -512,7 +574,7 @@ class HandoffEvent(_message.Message):
     def __init__(self, what: _Optional[str] = ..., at_ms: _Optional[float] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "role", "state", "address", "data_address", "incarnation", "pid", "model", "transport", "host_id", "engine")
+    __slots__ = ("worker_id", "role", "state", "address", "data_address", "incarnation", "pid", "model", "transport", "host_id", "engine", "paths")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -524,6 +586,7 @@ class WorkerRecord(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    PATHS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: _common_pb2.WorkerRole
     state: _common_pb2.WorkerState
@@ -535,4 +598,5 @@ class WorkerRecord(_message.Message):
     transport: str
     host_id: str
     engine: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., state: _Optional[_Union[_common_pb2.WorkerState, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., model: _Optional[_Union[_inference_pb2.ModelInfo, _Mapping]] = ..., transport: _Optional[str] = ..., host_id: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...
+    paths: _containers.RepeatedCompositeFieldContainer[_common_pb2.DataPath]
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., state: _Optional[_Union[_common_pb2.WorkerState, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., model: _Optional[_Union[_inference_pb2.ModelInfo, _Mapping]] = ..., transport: _Optional[str] = ..., host_id: _Optional[str] = ..., engine: _Optional[str] = ..., paths: _Optional[_Iterable[_Union[_common_pb2.DataPath, _Mapping]]] = ...) -> None: ...

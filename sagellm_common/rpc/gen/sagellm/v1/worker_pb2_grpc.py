@@ -515,6 +515,16 @@ class WorkerServiceStub:
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsResponse.FromString,
                 _registered_method=True)
+        self.ProbeLinks = channel.unary_unary(
+                '/sagellm.v1.WorkerService/ProbeLinks',
+                request_serializer=sagellm_dot_v1_dot_worker__pb2.ProbeWorkerLinksRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.ProbeWorkerLinksResponse.FromString,
+                _registered_method=True)
+        self.SetTransport = channel.unary_unary(
+                '/sagellm.v1.WorkerService/SetTransport',
+                request_serializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -548,6 +558,20 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeLinks(self, request, context):
+        """Pulls a little scratch KV from each of the sources and tells what their links cost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTransport(self, request, context):
+        """Changes transport settings for the life of the process.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -570,6 +594,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.ListHandoffs,
                     request_deserializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsResponse.SerializeToString,
+            ),
+            'ProbeLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeLinks,
+                    request_deserializer=sagellm_dot_v1_dot_worker__pb2.ProbeWorkerLinksRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.ProbeWorkerLinksResponse.SerializeToString,
+            ),
+            'SetTransport': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTransport,
+                    request_deserializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -682,6 +716,60 @@ class WorkerService:
             '/sagellm.v1.WorkerService/ListHandoffs',
             sagellm_dot_v1_dot_worker__pb2.ListHandoffsRequest.SerializeToString,
             sagellm_dot_v1_dot_worker__pb2.ListHandoffsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.WorkerService/ProbeLinks',
+            sagellm_dot_v1_dot_worker__pb2.ProbeWorkerLinksRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.ProbeWorkerLinksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTransport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.WorkerService/SetTransport',
+            sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportResponse.FromString,
             options,
             channel_credentials,
             insecure,
