@@ -1,8 +1,11 @@
 // Causal attention straight over block tables.
 //
-// Sixteen query rows of one KV head (neighbouring tokens times the query heads of a group) sit in the sixteen lanes.
-// Scores are kept as [position][lane], so softmax needs no reduction across lanes, and every row adds in the order of
-// positions: its result depends neither on its neighbours in the batch, nor on chunks, blocks or threads.
+// A task is up to sixteen query rows of one KV head: neighbouring tokens times the query heads of a group. Many rows sit
+// in the sixteen lanes; of a few (one token that decodes) sixteen positions do. Both compute a row alike, bit by bit:
+//   score    of a position, adds over head_dim in order
+//   weights  their sum is sixteen sums, of positions p, p + 16, …, added as a tree
+//   output   adds over positions in order
+// So a result depends neither on its neighbours in the batch, nor on chunks, blocks or threads.
 #pragma once
 
 #include <algorithm>
@@ -61,10 +64,16 @@ inline int64_t longest(const SageBatch& batch) {
   return *std::max_element(batch.kv_lens, batch.kv_lens + batch.sequences);
 }
 
-// Per thread. `scores` is [positions][16].
+// Where the weight of a row for a position is.
+struct Weights {
+  const float* base;
+  int64_t row_stride, position_stride;
+};
+
+// Per thread. `scores` is [positions][16], or [rows][positions] for a few rows; `query` [head_dim][16] or [rows][head_dim].
 struct AttentionScratch {
   Buffer<float> scores;
-  alignas(64) float query[256 * kLanes];     // [head_dim][16]
+  alignas(64) float query[256 * kLanes];
   alignas(64) float rows[64 * 256];          // keys or values of some positions
   alignas(64) float total[kLanes * 256];     // [16][head_dim]
 };
@@ -74,8 +83,10 @@ class Attention {
   static_assert(D % kLanes == 0 && D <= 256, "the scratch is made for these");
   static constexpr int kAtOnce = kRegisters == 32 ? 16 : 4;  // positions whose scores are in registers
   static constexpr int64_t kChunk = 64;                      // positions whose values stay in the first-level cache
+  static constexpr int64_t kAhead = 16;                      // positions from a prefetch to its use
   static constexpr int kVecs = D / kLanes;
   static constexpr int kRowsAtOnce = std::clamp((kRegisters - 8) / kVecs, 1, 8);
+  static constexpr int kFew = 8;  // up to so many rows, lanes are better used for positions
 
  public:
   // `query` and `out` point at the rows of the task's token 0 of its sequence and are `query_stride`, `out_stride`
@@ -91,6 +102,7 @@ class Attention {
     const auto* head_keys = keys + task.kv_head * D;
     const auto* head_values = values + task.kv_head * D;
 
+    const bool few = task.rows <= kFew;
     alignas(64) int32_t visible[kLanes];  // positions each row may see
     int64_t most = 0;
     for (int64_t r = 0; r < kLanes; ++r) {
@@ -99,38 +111,21 @@ class Attention {
       visible[r] = static_cast<int32_t>(cached + token + 1);
       most = std::max<int64_t>(most, visible[r]);
       const float* q = query + token * query_stride + head * D;
-      for (int d = 0; d < D; ++d) scratch.query[d * kLanes + r] = q[d] * shape.scale;
+      for (int d = 0; d < D; ++d) scratch.query[few ? r * D + d : d * kLanes + r] = q[d] * shape.scale;
     }
-    const Int limit = iload(visible);
-
-    float* scores = scratch.scores.data();
-    Vec largest = splat(-INFINITY);
-    int64_t p = 0;
-    for (; p + kAtOnce <= most; p += kAtOnce) {
-      prefetch(pages, head_keys, p + 2 * kAtOnce, kAtOnce, most);
-      largest = score<kAtOnce>(pages, head_keys, p, limit, scratch, largest);
-    }
-    for (; p < most; ++p) largest = score<1>(pages, head_keys, p, limit, scratch, largest);
-
-    Vec sum = splat(0);
-    for (p = 0; p < most; ++p) {
-      const Vec weight =
-          where_below(static_cast<int32_t>(p), limit, exp(load(scores + p * kLanes) - largest), splat(0));
-      store(scores + p * kLanes, weight);
-      sum = sum + weight;
-    }
-    alignas(64) float inverse[kLanes];
-    store(inverse, splat(1.0f) / sum);
+    alignas(64) float inverse[kLanes];  // of the sum of a row's weights
+    const auto weigh = !few ? weigh_lanes : task.rows <= kFew / 2 ? weigh_positions<kFew / 2> : weigh_positions<kFew>;
+    const Weights weights = weigh(pages, head_keys, visible, most, scratch, inverse);
 
     std::fill_n(scratch.total, task.rows * D, 0.0f);
-    for (p = 0; p < most; p += kChunk) {
+    for (int64_t p = 0; p < most; p += kChunk) {
       const float* rows[kChunk];
       const int64_t count = std::min(kChunk, most - p);
       prefetch(pages, head_values, p + kChunk, kChunk, most);
       fetch(pages, head_values, p, count, scratch, rows);
       for (int64_t r = 0; r < task.rows; r += kRowsAtOnce)
-        some<kRowsAtOnce>(static_cast<int>(std::min<int64_t>(kRowsAtOnce, task.rows - r)), r, rows,
-                          scores + p * kLanes, count, scratch.total);
+        some<kRowsAtOnce>(static_cast<int>(std::min<int64_t>(kRowsAtOnce, task.rows - r)), r, rows, weights, p, count,
+                          scratch.total);
     }
     for (int64_t r = 0; r < task.rows; ++r) {
       const int64_t row = task.first + r;
@@ -162,10 +157,86 @@ class Attention {
 
   // Blocks lie anywhere, so the hardware does not see the next one coming.
   static void prefetch(const Pages<Kv>& pages, const Type* base, int64_t first, int64_t count, int64_t end) {
-    if (first + count > end) return;
+    if (first >= end) return;
+    count = std::min(count, end - first);
     pages.each(base, first, count, [](int64_t, const Type* row) {
       for (size_t i = 0; i < D * sizeof(Type); i += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + i, _MM_HINT_T0);
     });
+  }
+
+  // Softmax weights, not yet divided by their sum, of up to sixteen rows.
+  static Weights weigh_lanes(const Pages<Kv>& pages, const Type* keys, const int32_t* visible, int64_t most,
+                             AttentionScratch& scratch, float* inverse) {
+    float* scores = scratch.scores.data();
+    const Int limit = iload(visible);
+    Vec largest = splat(-INFINITY);
+    int64_t p = 0;
+    for (; p + kAtOnce <= most; p += kAtOnce) {
+      prefetch(pages, keys, p + 2 * kAtOnce, kAtOnce, most);
+      largest = score<kAtOnce>(pages, keys, p, limit, scratch, largest);
+    }
+    for (; p < most; ++p) largest = score<1>(pages, keys, p, limit, scratch, largest);
+
+    Vec sums[kLanes];
+    for (int i = 0; i < kLanes; ++i) sums[i] = splat(0);
+    for (p = 0; p < most; ++p) {
+      const Vec weight =
+          where_below(static_cast<int32_t>(p), limit, exp(load(scores + p * kLanes) - largest), splat(0));
+      store(scores + p * kLanes, weight);
+      sums[p % kLanes] = sums[p % kLanes] + weight;
+    }
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+    store(inverse, splat(1.0f) / sums[0]);
+    return {scores, 1, kLanes};
+  }
+
+  // The same for R rows, by sixteen positions. Rows that are not there repeat the last, too.
+  template <int R>
+  static Weights weigh_positions(const Pages<Kv>& pages, const Type* keys, const int32_t* visible, int64_t most,
+                                 AttentionScratch& scratch, float* inverse) {
+    float* scores = scratch.scores.data();
+    const int64_t row_stride = (most + kLanes - 1) / kLanes * kLanes;
+    Int limit[R];  // less the lane's number, so that position p + lane is visible where p is below
+    Vec largest[R];
+    for (int r = 0; r < R; ++r) {
+      alignas(64) int32_t limits[kLanes];
+      for (int i = 0; i < kLanes; ++i) limits[i] = visible[r] - i;
+      limit[r] = iload(limits);
+      largest[r] = splat(-INFINITY);
+    }
+    for (int64_t p = 0; p < most; p += kLanes) {
+      prefetch(pages, keys, p + kAhead, kLanes, most);
+      const int64_t count = std::min<int64_t>(kLanes, most - p);
+      const Type* rows[kLanes];
+      pages.each(keys, p, count, [&](int64_t i, const Type* row) { rows[i] = row; });
+      for (int64_t i = count; i < kLanes; ++i) rows[i] = rows[0];  // nobody sees them
+      Vec sum[R];
+      for (int r = 0; r < R; ++r) sum[r] = splat(0);
+      for (int d = 0; d < D; d += kLanes) {
+        Vec part[kLanes];
+        for (int i = 0; i < kLanes; ++i) part[i] = Kv::load(rows[i] + d);
+        transpose(part);
+        for (int i = 0; i < kLanes; ++i)
+          for (int r = 0; r < R; ++r) sum[r] = fma(splat(scratch.query[r * D + d + i]), part[i], sum[r]);
+      }
+      for (int r = 0; r < R; ++r) {
+        store(scores + r * row_stride + p, sum[r]);
+        largest[r] = max(largest[r], where_below(static_cast<int32_t>(p), limit[r], sum[r], splat(-INFINITY)));
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      float* row = scores + r * row_stride;
+      const Vec top = splat(max_of(largest[r]));
+      Vec sums = splat(0);
+      for (int64_t p = 0; p < most; p += kLanes) {
+        const Vec weight = where_below(static_cast<int32_t>(p), limit[r], exp(load(row + p) - top), splat(0));
+        store(row + p, weight);
+        sums = sums + weight;
+      }
+      inverse[r] = 1.0f / sage::sum(sums);
+    }
+    return {scores, row_stride, 1};
   }
 
   // Scores of P positions for all lanes; the largest visible ones so far come back.
@@ -187,9 +258,11 @@ class Attention {
     return largest;
   }
 
-  // total[row] += weights of `count` positions times their values, for R rows from `first` on.
+  // total[row] += weights of `count` positions from `position` on times their values, for R rows from `first` on.
   template <int R>
-  static void add(int64_t first, const float* const* rows, const float* weights, int64_t count, float* total) {
+  static void add(int64_t first, const float* const* rows, const Weights& weights, int64_t position, int64_t count,
+                  float* total) {
+    const float* from = weights.base + first * weights.row_stride + position * weights.position_stride;
     Vec sum[R][kVecs];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < kVecs; ++i) sum[r][i] = load(total + (first + r) * D + i * kLanes);
@@ -197,7 +270,7 @@ class Attention {
       Vec value[kVecs];
       for (int i = 0; i < kVecs; ++i) value[i] = load(rows[p] + i * kLanes);
       for (int r = 0; r < R; ++r) {
-        const Vec weight = splat(weights[p * kLanes + first + r]);
+        const Vec weight = splat(from[p * weights.position_stride + r * weights.row_stride]);
         for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
       }
     }
@@ -206,10 +279,10 @@ class Attention {
   }
 
   template <int R>
-  static void some(int count, int64_t first, const float* const* rows, const float* weights, int64_t positions,
-                   float* total) {
-    if (count == R) return add<R>(first, rows, weights, positions, total);
-    if constexpr (R > 1) some<R - 1>(count, first, rows, weights, positions, total);
+  static void some(int rows_left, int64_t first, const float* const* rows, const Weights& weights, int64_t position,
+                   int64_t count, float* total) {
+    if (rows_left == R) return add<R>(first, rows, weights, position, count, total);
+    if constexpr (R > 1) some<R - 1>(rows_left, first, rows, weights, position, count, total);
   }
 };
 

@@ -23,6 +23,7 @@ namespace sage {
 
 constexpr int64_t kGroup = 32;  // inputs that share a scale
 constexpr int64_t kRows = 16;   // outputs computed together, one per lane
+constexpr int kTokens = kRegisters / 4;  // computed together: as many as the sums of which fit into registers
 
 enum class Format { kNibbles = 4, kBytes = 8, kTwoPlanes = 16 };  // bits per weight
 
@@ -34,7 +35,8 @@ struct GroupMeta {
   int32_t low_start;      // of plane l
 };
 
-// Quantised tokens: per token and group 32 int8 of plane h and, with two planes, 32 of plane l.
+// Quantised tokens: per token and group 32 int8 of plane h and, with two planes, 32 of plane l. Ordered as they are read:
+// [kTokens of the tokens][group][token], so that all of a group are at fixed distances from one address.
 struct Activations {
   int planes = 1;
   int64_t columns = 0;
@@ -44,16 +46,17 @@ struct Activations {
   void shape(int64_t tokens, int64_t width, int num_planes) {
     planes = num_planes;
     columns = width;
-    codes.reserve(static_cast<size_t>(tokens * width * num_planes));
-    meta.reserve(static_cast<size_t>(tokens * width / kGroup));
+    const int64_t padded = (tokens + kTokens - 1) / kTokens * kTokens;
+    codes.reserve(static_cast<size_t>(padded * width * num_planes));
+    meta.reserve(static_cast<size_t>(padded * width / kGroup));
   }
-  const int8_t* token(int64_t t) const { return codes.data() + t * columns * planes; }
-  const GroupMeta* token_meta(int64_t t) const { return meta.data() + t * (columns / kGroup); }
+  // Of the first group of token t; the next group is kTokens of these further on.
+  int64_t first_group(int64_t t) const { return t / kTokens * kTokens * (columns / kGroup) + t % kTokens; }
 
   void quantize(int64_t t, const float* x) {
-    int8_t* out = codes.data() + t * columns * planes;
-    GroupMeta* m = meta.data() + t * (columns / kGroup);
-    for (int64_t i = 0; i < columns; i += kGroup, out += kGroup * planes, ++m) {
+    int8_t* out = codes.data() + first_group(t) * kGroup * planes;
+    GroupMeta* m = meta.data() + first_group(t);
+    for (int64_t i = 0; i < columns; i += kGroup, out += kTokens * kGroup * planes, m += kTokens) {
       const Vec a = load(x + i), b = load(x + i + kLanes);
       const float largest = max_of(max(abs(a), abs(b)));
       const float scale = largest / 127.0f;
@@ -118,9 +121,8 @@ class Linear {
   }
 
  private:
-  static constexpr int kTokens = kRegisters / 4;  // as many as the sums of which fit into registers
-  static constexpr int64_t kSlackBytes = 8192;  // prefetches run past the end
-  static constexpr int64_t kPrefetchBytes = 2048;
+  static constexpr int64_t kSlackBytes = 16384;  // prefetches run past the end
+  static constexpr int64_t kPrefetchBytes = 8192;  // as much as arrives while memory answers once
 
   int64_t num_tiles() const { return (rows_ + kRows - 1) / kRows; }
   int64_t code_bytes() const { return kRows * kGroup * static_cast<int64_t>(format_) / 8; }
@@ -246,21 +248,18 @@ class Linear {
 
   // ---- multiplying ----
 
-  // Sixteen rows by T tokens.
+  // Sixteen rows by T tokens from `token` on, a multiple of kTokens.
   template <Format FORMAT, int PLANES, int T>
   void tile(int64_t index, const Activations& x, int64_t token, bool prefetch, Vec* out) const {
     constexpr int64_t kCodeBytes = kRows * kGroup * static_cast<int64_t>(FORMAT) / 8;
     constexpr int64_t kScaleBytes = kRows * (FORMAT == Format::kBytes ? 2 : 4);
     const uint8_t* codes = codes_.data() + index * groups_ * kCodeBytes;
     const uint8_t* scales = scales_.data() + index * groups_ * kScaleBytes;
-    const int8_t* x_codes[T];
-    const GroupMeta* x_meta[T];
+    constexpr int64_t kTokenBytes = kGroup * PLANES;
+    const int8_t* x_codes = x.codes.data() + x.first_group(token) * kTokenBytes;
+    const GroupMeta* x_meta = x.meta.data() + x.first_group(token);
     Vec total[T];
-    for (int t = 0; t < T; ++t) {
-      x_codes[t] = x.token(token + t);
-      x_meta[t] = x.token_meta(token + t);
-      total[t] = load(bias_.data() + index * kRows);
-    }
+    for (int t = 0; t < T; ++t) total[t] = load(bias_.data() + index * kRows);
     for (int64_t g = 0; g < groups_; ++g, codes += kCodeBytes, scales += kScaleBytes) {
       if (prefetch) {
         for (int64_t i = 0; i < kCodeBytes; i += 64) prefetch_line(codes + kPrefetchBytes + i);
@@ -286,41 +285,48 @@ class Linear {
         }
       }
       for (int t = 0; t < T; ++t) {
-        int32_t high[8], low[8];
-        std::memcpy(high, x_codes[t] + g * kGroup * PLANES, sizeof high);
-        const GroupMeta& meta = x_meta[t][g];
+        const int8_t* high = x_codes + t * kTokenBytes;
+        const GroupMeta& meta = x_meta[t];
         Int dot = products<FORMAT>(w, high, meta.high_start);
         if constexpr (PLANES == 2) {
-          std::memcpy(low, x_codes[t] + g * kGroup * PLANES + kGroup, sizeof low);
-          dot = times_256(dot) + products<FORMAT>(w, low, meta.low_start);
+          dot = times_256(dot) + products<FORMAT>(w, high + kGroup, meta.low_start);
           // In units of 1/256, so that l of the weights times l of the activations would be 1/256: left out.
           if constexpr (FORMAT == Format::kTwoPlanes) dot = dot + products<FORMAT>(fine, high, meta.high_start);
         }
         total[t] = fma(to_float(dot), d * splat(meta.scale), total[t]);
         if constexpr (FORMAT == Format::kNibbles) total[t] = fma(m, splat(meta.sum), total[t]);
       }
+      x_codes += kTokens * kTokenBytes;
+      x_meta += kTokens;
     }
     for (int t = 0; t < T; ++t) out[t] = total[t];
   }
 
   // Per lane the dot product of 32 weights and 32 activations. Two chains, for the instruction takes five cycles.
   template <Format FORMAT>
-  static Int products(const Int* w, const int32_t* x, int32_t correction) {
+  static Int products(const Int* w, const int8_t* x, int32_t correction) {
     if constexpr (FORMAT == Format::kNibbles) {
       Int a = isplat(0), b = isplat(0);
       for (int j = 0; j < 8; j += 2) {
-        a = dot_u4(a, w[j], x[j]);
-        b = dot_u4(b, w[j + 1], x[j + 1]);
+        a = dot_u4(a, w[j], four(x, j));
+        b = dot_u4(b, w[j + 1], four(x, j + 1));
       }
       return a + b;
     } else {
       Int a = dot_start(correction), b = isplat(0);
       for (int j = 0; j < 8; j += 2) {
-        a = dot_s8(a, w[j], x[j]);
-        b = dot_s8(b, w[j + 1], x[j + 1]);
+        a = dot_s8(a, w[j], four(x, j));
+        b = dot_s8(b, w[j + 1], four(x, j + 1));
       }
       return a + b;
     }
+  }
+
+  // Read one by one, or compilers load two at once and take the long way round through a general register.
+  static int32_t four(const int8_t* x, int j) {
+    int32_t value;
+    std::memcpy(&value, x + 4 * j, sizeof value);
+    return value;
   }
 
   static void prefetch_line(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

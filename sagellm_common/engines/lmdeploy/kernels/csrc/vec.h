@@ -79,6 +79,30 @@ inline Vec where_below(int32_t value, Int limit, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(_mm512_set1_epi32(value), limit.v), b.v, a.v)};
 }
 
+// Lane j of rows[i] becomes lane i of rows[j].
+inline void transpose(Vec* rows) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows, then fours: each 128-bit part holds four rows of one column
+    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + 2 + j]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  for (int j = 0; j < 4; ++j) {  // b[4 * i + j]: rows 4i … 4i + 3 of columns j, j + 4, j + 8, j + 12
+    const __m512 low02 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88), low13 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
+    const __m512 high02 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512 high13 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
+    rows[j].v = _mm512_shuffle_f32x4(low02, high02, 0x88);
+    rows[4 + j].v = _mm512_shuffle_f32x4(low13, high13, 0x88);
+    rows[8 + j].v = _mm512_shuffle_f32x4(low02, high02, 0xdd);
+    rows[12 + j].v = _mm512_shuffle_f32x4(low13, high13, 0xdd);
+  }
+}
+
 inline Int isplat(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Int iload(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Int operator+(Int a, Int b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -145,6 +169,39 @@ inline Vec where_below(int32_t value, Int limit, Vec a, Vec b) {
   const __m256i v = _mm256_set1_epi32(value);
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit.lo, v))),
           _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit.hi, v)))};
+}
+
+inline void transpose8(__m256* rows) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m256d x = _mm256_castps_pd(a[i + j]), y = _mm256_castps_pd(a[i + 2 + j]);
+      b[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    }
+  for (int j = 0; j < 4; ++j) {
+    rows[j] = _mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    rows[4 + j] = _mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+  }
+}
+// Lane j of rows[i] becomes lane i of rows[j].
+inline void transpose(Vec* rows) {
+  __m256 quarter[4][8];  // rows 0 to 7 and 8 to 15 of columns 0 to 7, then of columns 8 to 15
+  for (int i = 0; i < 8; ++i) {
+    quarter[0][i] = rows[i].lo;
+    quarter[1][i] = rows[8 + i].lo;
+    quarter[2][i] = rows[i].hi;
+    quarter[3][i] = rows[8 + i].hi;
+  }
+  for (auto& part : quarter) transpose8(part);
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = {quarter[0][i], quarter[1][i]};
+    rows[8 + i] = {quarter[2][i], quarter[3][i]};
+  }
 }
 
 inline Int isplat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
