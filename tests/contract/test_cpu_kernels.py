@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -276,11 +275,20 @@ def test_blocks_have_the_same_bytes_for_any_chunks_batch_and_threads(
         assert all(torch.equal(a, b) for x, y in zip(kv, expected_kv, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_watermark_counts_layers_whose_kv_is_complete(ops: CpuOps) -> None:
-    count = ctypes.c_int64(5)
-    lengths = torch.tensor(LENGTHS)
-    decoder(ops, SHAPE)(torch.cat(embeddings()), caches(), Batch.of(lengths, lengths, TABLES), ctypes.addressof(count))
-    assert count.value == 5 + LAYERS
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_layer_is_told_once_its_kv_is_complete(ops: CpuOps, count: int) -> None:
+    """As it stays, and no later layer's with it."""
+    kv, lengths, told = caches(), torch.tensor(LENGTHS), []
+
+    def layer_done(layer: int) -> None:
+        told.append((layer, [torch.stack(part).clone() for part in kv]))
+
+    with threads(count):
+        decoder(ops, SHAPE)(torch.cat(embeddings()), kv, Batch.of(lengths, lengths, TABLES), layer_done)
+    assert [layer for layer, _ in told] == list(range(LAYERS))
+    for layer, seen in told:
+        for i, (then, now) in enumerate(zip(seen, kv, strict=True)):
+            assert torch.equal(then, torch.stack(now) if i <= layer else torch.zeros_like(then))
 
 
 @pytest.mark.parametrize("planes", [1, 2])

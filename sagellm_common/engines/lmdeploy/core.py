@@ -69,18 +69,19 @@ class EngineCore(LmdeployEngineBase):
         memory: KvMemory,
         *,
         prefix_caching: bool,
+        tells_layers: bool,
         policy: EnginePolicy,
         eos_token_ids: frozenset[int],
         emit: Callable[[Sequence[SequenceOutput]], None],
     ) -> LmdeployKvPool:
-        """Puts our KV manager and policy in charge. Once, before `run`."""
+        """Puts our KV manager and policy in charge. Once, before `run`. `tells_layers`: the model does, see progress.py."""
         self.kv = LmdeployKvPool(manager_of(self.scheduler), self.scheduler, layout, memory, prefix_caching)
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent
         self.progress = agent.progress = StepProgress()
         # Where layers are not apart in a block nobody asks for them; a device's may be told before they are written.
         apart = isinstance(memory, KvRegion) and bool(memory.layer_parts)
-        self.tells_layers = apart and self.progress.follow_layers(agent.cache_engine.local_gpu_cache)
+        self.tells_layers = apart and (self.progress.follow_layers(agent.cache_engine.local_gpu_cache) or tells_layers)
         self.steering = Steering(policy)
         POLICY.steer(self.scheduler, self.steering)
         self.sampling_strategy = RowwiseSampling(pad_token_id=0)

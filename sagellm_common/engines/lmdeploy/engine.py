@@ -237,6 +237,7 @@ class LmdeployEngine:
             layout,
             memory,
             prefix_caching=cfg.prefix_caching,
+            tells_layers=cfg.weights != "dtype",
             policy=RankedPolicy(
                 order=cfg.policy,
                 cheap_recompute_tokens=cfg.max_prefill_tokens,
@@ -245,9 +246,7 @@ class LmdeployEngine:
             eos_token_ids=eos_token_ids(self._path, self._hf),
             emit=emit,
         )
-        # Quantised weights run all layers in one call, past LMDeploy's attention and the hook in it.
-        by_layer = core.tells_layers and cfg.weights == "dtype"
-        log.info("KV can be pulled %s", "layer by layer" if by_layer else "by whole chunks of a prompt only")
+        log.info("KV can be pulled %s", "layer by layer" if core.tells_layers else "by whole chunks of a prompt only")
         self._model = ModelInfo(
             name=self._name,
             path=str(self._path.resolve()),

@@ -3,13 +3,14 @@
     step ──► forward (a chunk of a long prompt, or a batch) ──► layer 0, 1, … ──► forward ──► … ──► step's end
              chunk_begins                                       layer_done       chunk_done
 
-A forward is seen on any tree, a layer only through the hook `on_kv_written` of our patches (or from whoever writes KV
-and calls `layer_done`). All of it runs on the engine's thread, once per layer: a few microseconds.
+A forward is seen on any tree. Of a layer LMDeploy's attention tells, through the hook `on_kv_written` of our patches;
+int8 weights are computed by our kernels, which ask for a `listener`. All of it runs on the engine's thread, once per
+layer: a few microseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +56,11 @@ class StepProgress:
         finally:
             self._followed = []
 
+    @property
+    def follows(self) -> bool:
+        """Whether anybody wants to hear of the forward under way."""
+        return bool(self._followed)
+
     def layer_done(self, layer: int) -> None:
         """The KV of a layer is written for all tokens of the forward."""
         for one in self._followed:
@@ -67,11 +73,11 @@ class StepProgress:
 
         caches[l][0] is the key cache of layer l.
         """
+        _layers.update({layer[0].data_ptr(): (self, index) for index, layer in enumerate(caches)})
         try:
             from lmdeploy.pytorch.extension import EXT
         except ModuleNotFoundError:
             return False
-        _layers.update({layer[0].data_ptr(): (self, index) for index, layer in enumerate(caches)})
         EXT.on_kv_written = _on_kv_written
         return True
 
@@ -79,6 +85,12 @@ class StepProgress:
         """Forgets the caches: their memory may become somebody else's."""
         for key in [key for key, (owner, _) in _layers.items() if owner is self]:
             del _layers[key]
+
+
+def listener(key_cache: Tensor) -> Callable[[int], None] | None:
+    """Whom to tell of each layer of a forward over these caches, given layer 0's keys; None: nobody follows it."""
+    found = _layers.get(key_cache.data_ptr())
+    return found[0].layer_done if found is not None and found[0].follows else None
 
 
 def _on_kv_written(k_cache: Tensor, v_cache: Tensor, attn_metadata: Any) -> None:

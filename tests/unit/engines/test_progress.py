@@ -6,6 +6,7 @@ import asyncio
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,9 +64,11 @@ async def followed(driver: Driver, prompt: list[int]) -> Recorded:
     return progress
 
 
-@pytest.mark.parametrize("bits", [0, 4, 8])
-async def test_each_layer_of_each_chunk_is_told_once_it_is_written(tiny_llama: Path, bits: int) -> None:
-    async with running_engine(tiny_llama, max_prefill_tokens=CHUNK, kv_quant_bits=bits) as driver:
+@pytest.mark.parametrize(
+    "setting", [{}, {"kv_quant_bits": 4}, {"kv_quant_bits": 8}, {"weights": "int8"}, {"weights": "int8x2"}], ids=repr
+)
+async def test_each_layer_of_each_chunk_is_told_once_it_is_written(tiny_llama: Path, setting: dict[str, Any]) -> None:
+    async with running_engine(tiny_llama, max_prefill_tokens=CHUNK, **setting) as driver:
         layers = driver.engine.kv.layout.num_layers
         assert driver.engine.kv.regions().num_layers == layers  # type: ignore[attr-defined]
 
@@ -84,14 +87,18 @@ async def test_each_layer_of_each_chunk_is_told_once_it_is_written(tiny_llama: P
         assert driver.engine.kv.get_utilization().balanced
 
 
-async def test_without_the_hook_whole_chunks_are_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with running_engine(tiny_llama, max_prefill_tokens=CHUNK) as driver:
+@pytest.mark.parametrize("weights", ["dtype", "int8"])
+async def test_without_the_hook_only_our_kernels_tell_layers(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    async with running_engine(tiny_llama, max_prefill_tokens=CHUNK, weights=weights) as driver:
         from lmdeploy.pytorch.extension import EXT
 
         monkeypatch.setattr(EXT, "on_kv_written", None)
         told = await followed(driver, PROMPT)
+        layers = range(driver.engine.kv.layout.num_layers + 1) if weights == "int8" else range(1)
         ends = [(0, 32), (32, 64), (64, 75)]
-        assert told.marks == [mark for a, b in ends for mark in (Watermark(a, b), Watermark(b))]
+        assert told.marks == [m for a, b in ends for m in (*(Watermark(a, b, n) for n in layers), Watermark(b))]
 
 
 def test_a_tree_without_our_patches_tells_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +109,7 @@ def test_a_tree_without_our_patches_tells_no_layers(monkeypatch: pytest.MonkeyPa
 def test_a_forward_that_fails_has_done_nothing() -> None:
     one, step = KvProgress(64, 0, BLOCK_TOKENS), StepProgress()
     step.begin_step([one, None])
+    assert not step.follows
     with pytest.raises(RuntimeError), step.forward(torch.tensor([0, 0]), torch.tensor([32, 5])):
         step.layer_done(0)
         raise RuntimeError

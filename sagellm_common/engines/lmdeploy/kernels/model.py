@@ -21,6 +21,7 @@ from sagellm_common.core.errors import ConfigError
 from sagellm_common.engines.lmdeploy.kernels.native import native_ops
 from sagellm_common.engines.lmdeploy.kernels.ops import CpuOps, Decoder, DecoderLayer, DecoderShape, Linear, Planes
 from sagellm_common.engines.lmdeploy.kernels.reference import ReferenceOps
+from sagellm_common.engines.lmdeploy.progress import listener
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 DYNAMIC_ROPE = frozenset({"dynamic", "longrope", "su", "fope"})
@@ -79,8 +80,6 @@ class QuantizedCausalLM(nn.Module, CudaGraphMixin):  # the mixin: what LMDeploy 
         if problem:
             raise ConfigError(f"engine.weights: {problem}; use engine.weights 'dtype' for this model")
         self.ops = kernel_ops()
-        self.watermark = 0
-        """Address of an int64 that counts the layers whose KV is written, see `Decoder`; 0: nobody asks."""
         self._pending: dict[str, Tensor] = {}
         self._linears: dict[str, Linear] = {}
         self._decoder: Decoder | None = None
@@ -172,7 +171,7 @@ class QuantizedCausalLM(nn.Module, CudaGraphMixin):  # the mixin: what LMDeploy 
         assert self._decoder is not None and self._embedding is not None, "the weights were not loaded"
         embedded = F.embedding(input_ids[0], self._embedding) if inputs_embeds is None else inputs_embeds[0]
         hidden = embedded.to(torch.float32, copy=inputs_embeds is not None)
-        return self._decoder(hidden, past_key_values, attn_metadata.batch, self.watermark)[None]
+        return self._decoder(hidden, past_key_values, attn_metadata.batch, listener(past_key_values[0][0]))[None]
 
     def get_logits(self, hidden_states: Tensor) -> Tensor:
         """[1, rows, hidden] → [1, rows, vocabulary] float32."""

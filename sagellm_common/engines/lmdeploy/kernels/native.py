@@ -20,6 +20,7 @@ from sagellm_common.engines.lmdeploy.kernels.ops import (
     DecoderLayer,
     DecoderShape,
     KvLayer,
+    LayerDone,
     Linear,
     Planes,
 )
@@ -27,6 +28,9 @@ from sagellm_common.engines.lmdeploy.kernels.ops import (
 log = logging.getLogger(__name__)
 
 KV_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+_LayerDone = ctypes.CFUNCTYPE(None, c_int64)
 
 
 class _Cache(Structure):
@@ -79,7 +83,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "sage_decoder_create": (c_void_p, (POINTER(_Model), c_void_p, c_void_p, c_void_p)),
     "sage_decoder_free": (None, (c_void_p,)),
     "sage_decoder_layer": (None, (c_void_p, c_int64, *(c_void_p,) * 6)),
-    "sage_decoder_forward": (c_int, (c_void_p, c_void_p, POINTER(_Cache), POINTER(_Batch), c_void_p, c_int64)),
+    "sage_decoder_forward": (c_int, (c_void_p, c_void_p, POINTER(_Cache), POINTER(_Batch), _LayerDone, c_int64)),
 }
 
 
@@ -185,7 +189,9 @@ class NativeDecoder:
                 *(part.pointer for part in parts if isinstance(part, NativeLinear)),
             )
 
-    def __call__(self, hidden: Tensor, caches: Sequence[KvLayer], batch: Batch, watermark: int = 0) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, caches: Sequence[KvLayer], batch: Batch, layer_done: LayerDone | None = None
+    ) -> Tensor:
         assert hidden.dtype == torch.float32 and hidden.is_contiguous()
         first = caches[0][0]
         layer_bytes = caches[1][0].data_ptr() - first.data_ptr() if len(caches) > 1 else 0
@@ -194,7 +200,7 @@ class NativeDecoder:
             hidden.data_ptr(),
             byref(_cache(caches[0], layer_bytes // first.element_size())),
             byref(_batch(batch)),
-            watermark,
+            _LayerDone(layer_done) if layer_done else _LayerDone(),
             torch.get_num_threads(),
         )
         _check(status)

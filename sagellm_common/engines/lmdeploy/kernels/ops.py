@@ -6,7 +6,7 @@ into steps, and with any number of threads. Slots that were never written may ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,6 +23,10 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 KvLayer = Sequence[Tensor]
 """Keys and values of one layer, each [blocks, block_tokens, kv_heads, head_dim] with any stride between blocks."""
+
+
+LayerDone = Callable[[int], None]
+"""Must not raise: C++ is between it and whoever would catch it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +96,12 @@ class DecoderLayer:
 
 
 class Decoder(Protocol):
-    def __call__(self, hidden: Tensor, caches: Sequence[KvLayer], batch: Batch, watermark: int = 0) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, caches: Sequence[KvLayer], batch: Batch, layer_done: LayerDone | None = None
+    ) -> Tensor:
         """Embeddings [tokens, hidden] float32 → normalised hidden states; overwrites its input, writes KV to `caches`.
 
-        `watermark`, when not 0, is the address of an int64 that grows by one, with release order, each time the KV of
-        one more layer is complete.
+        `layer_done` is called with each layer in order, on the calling thread, once its KV is complete.
         """
 
 

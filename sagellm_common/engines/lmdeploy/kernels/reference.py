@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from sagellm_common.engines.lmdeploy.kernels.ops import (
     DecoderLayer,
     DecoderShape,
     KvLayer,
+    LayerDone,
     Linear,
     Planes,
 )
@@ -133,20 +132,21 @@ class ReferenceDecoder:
         self._ops, self._shape, self._layers = ops, shape, layers
         self._final_norm, self._cosines, self._sines = final_norm, cosines, sines
 
-    def __call__(self, hidden: Tensor, caches: Sequence[KvLayer], batch: Batch, watermark: int = 0) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, caches: Sequence[KvLayer], batch: Batch, layer_done: LayerDone | None = None
+    ) -> Tensor:
         shape, tokens = self._shape, hidden.size(0)
         widths = [shape.heads, shape.kv_heads, shape.kv_heads]
         positions = torch.cat([torch.arange(end - count, end) for _, count, end in _sequences(batch)])
         cos, sin = self._cosines[positions][:, None], self._sines[positions][:, None]
-        ready = _counter(watermark)
         x = hidden
-        for layer, cache in zip(self._layers, caches, strict=True):
+        for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             qkv = layer.qkv(self._normalised(x, layer.attention_norm)).view(tokens, -1, shape.head_dim)
             query, key, value = torch.split(qkv, widths, dim=1)
             query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
             attended = self._ops.paged_attention(query, key, value, cache, batch, shape.head_dim**-0.5)
-            if ready is not None:
-                ready += 1
+            if layer_done is not None:
+                layer_done(i)
             x = x + layer.output(attended.flatten(1))
             gate, up = layer.gate_up(self._normalised(x, layer.mlp_norm)).chunk(2, dim=-1)
             x = x + layer.down(gate / (1 + torch.exp(-gate)) * up)
@@ -200,12 +200,3 @@ def _sequences(batch: Batch) -> list[tuple[int, int, int]]:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def _counter(address: int) -> Any:
-    """The int64 at `address` as an array; Python's own locks order the writes."""
-    if not address:
-        return None
-    import ctypes
-
-    return np.ctypeslib.as_array((ctypes.c_int64 * 1).from_address(address))

@@ -28,7 +28,7 @@ class Decoder {
 
   Layer& layer(int64_t index) { return layers_[static_cast<size_t>(index)]; }
 
-  void forward(float* hidden, const SageCache& cache, const SageBatch& batch, int64_t* watermark, int threads) {
+  void forward(float* hidden, const SageCache& cache, const SageBatch& batch, SageLayerDone layer_done, int threads) {
     const int64_t tokens = batch.q_starts[batch.sequences];
     qkv_.reserve(tokens * qkv_width());
     attended_.reserve(tokens * attention_width());
@@ -64,7 +64,7 @@ class Decoder {
           auto* values = static_cast<typename Kv::Type*>(cache.values) + l * cache.layer_stride;
           for (int64_t t = first; t < last; ++t) rotate_and_write<Kv>(t, cache, keys, values, batch);
           barrier.wait();
-          if (thread == 0 && watermark != nullptr) __atomic_fetch_add(watermark, 1, __ATOMIC_RELEASE);
+          if (thread == 0 && layer_done != nullptr) layer_done(l);
           attend<Kv, decltype(dim)::value>(tasks, next[static_cast<size_t>(l)], shape, batch, cache, keys, values,
                                            *scratch_[static_cast<size_t>(thread)]);
         });

@@ -112,9 +112,9 @@ void sage_decoder_layer(void* decoder, int64_t layer, const float* attention_nor
 }
 
 int sage_decoder_forward(void* decoder, float* hidden, const SageCache* cache, const SageBatch* batch,
-                         int64_t* watermark, int64_t threads) {
+                         SageLayerDone layer_done, int64_t threads) {
   return guarded([&] {
-    decoder_of(decoder)->forward(hidden, *cache, *batch, watermark, static_cast<int>(threads));
+    decoder_of(decoder)->forward(hidden, *cache, *batch, layer_done, static_cast<int>(threads));
   });
 }
 }

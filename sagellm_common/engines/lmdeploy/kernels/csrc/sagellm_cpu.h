@@ -58,8 +58,10 @@ void* sage_decoder_create(const SageModel* model, const float* cosines, const fl
 void sage_decoder_free(void* decoder);
 void sage_decoder_layer(void* decoder, int64_t layer, const float* attention_norm, const float* mlp_norm,
                         const void* qkv, const void* output, const void* gate_up, const void* down);
-// hidden [tokens, hidden]: embeddings in, normalised hidden states out. Writes the tokens' KV into the cache. Adds one
-// to *watermark (null: nobody asks) whenever the KV of one more layer is complete, with release order.
+// Told of each layer in order, on the calling thread, once its KV is complete.
+typedef void (*SageLayerDone)(int64_t layer);
+// hidden [tokens, hidden]: embeddings in, normalised hidden states out. Writes the tokens' KV into the cache.
+// `layer_done` may be null.
 int sage_decoder_forward(void* decoder, float* hidden, const SageCache* cache, const SageBatch* batch,
-                         int64_t* watermark, int64_t threads);
+                         SageLayerDone layer_done, int64_t threads);
 }
