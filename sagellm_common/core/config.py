@@ -56,6 +56,9 @@ class EngineConfig(Section):
     )
     threads: int = Field(1, ge=1, description="torch threads; one per process is best on two cores")
     tensor_parallel: int = Field(1, ge=1, le=64, description="ranks that share each layer, a process each")
+    step_timeout_s: float = Field(
+        600.0, gt=0, description="a step (on a CPU: a chunk of a prompt) that takes longer ends the worker: it hangs"
+    )
 
     @field_validator("patches", mode="before")
     @classmethod

@@ -31,6 +31,7 @@ from sagellm_common.engines.lmdeploy.kv_manager import EngineAllocation, Lmdeplo
 from sagellm_common.engines.lmdeploy.progress import StepProgress
 from sagellm_common.engines.lmdeploy.sampling import RowwiseSampling, lmdeploy_sampling, stopped
 from sagellm_common.engines.lmdeploy.scheduler import POLICY, Steering
+from sagellm_common.engines.watchdog import StepWatch
 from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, StepPlan
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class EngineCore(LmdeployEngineBase):
         *,
         prefix_caching: bool,
         tells_layers: bool,
+        watch: StepWatch,
         policy: EnginePolicy,
         eos_token_ids: frozenset[int],
         emit: Callable[[Sequence[SequenceOutput]], None],
@@ -78,7 +80,8 @@ class EngineCore(LmdeployEngineBase):
         self.kv = LmdeployKvPool(manager_of(self.scheduler), self.scheduler, layout, memory, prefix_caching)
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent
-        self.progress = agent.progress = StepProgress()
+        self.watch = watch
+        self.progress = agent.progress = StepProgress(watch)
         # Where layers are not apart in a block nobody asks for them; a device's may be told before they are written.
         apart = isinstance(memory, KvRegion) and bool(memory.layer_parts)
         self.tells_layers = apart and (self.progress.follow_layers(agent.cache_engine.local_gpu_cache) or tells_layers)
@@ -184,7 +187,8 @@ class EngineCore(LmdeployEngineBase):
                 self._emit_all(self._admit())
                 batch, is_prefill = self._schedule()
             if batch:
-                await self._run_batch(batch, is_prefill)
+                with self.watch.step():
+                    await self._run_batch(batch, is_prefill)
             else:
                 await self._idle()
 

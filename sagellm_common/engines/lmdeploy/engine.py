@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sagellm_common.core.capability import DeviceKind
+from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.config import EngineConfig as EngineSection
 from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest
@@ -21,6 +22,7 @@ from sagellm_common.engines.limits import check_request
 from sagellm_common.engines.lmdeploy import device, hooks, overlay
 from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
 from sagellm_common.engines.thread import join_thread, start_thread
+from sagellm_common.engines.watchdog import StepWatch, stuck, where_is
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, StepPlan
 
@@ -60,6 +62,9 @@ class LmdeployEngine:
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed: BaseException | None = None
+        self._watch = StepWatch(SystemClock())
+        self._watchdog: asyncio.Task[None] | None = None
+        self._stuck = False
         self._ended = asyncio.Event()
         self._kernels = ""
 
@@ -83,6 +88,7 @@ class LmdeployEngine:
     async def start(self, on_step: StepCallback) -> None:
         self._thread, ready = start_thread("lmdeploy", self._main, on_step, self._ended)
         await asyncio.wrap_future(ready)
+        self._watchdog = asyncio.create_task(self._end_when_stuck(self._thread), name="engine watchdog")
 
     def submit(self, request: EngineRequest) -> None:
         core = self._started()
@@ -113,9 +119,25 @@ class LmdeployEngine:
                 self._loop.call_soon_threadsafe(self._stop.set)
         if self._core is not None:
             self._core.wake()
-        await join_thread(self._thread)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if not self._stuck:  # else it may never end, and must not keep the process: it is a daemon
+            await join_thread(self._thread)
+
+    async def _end_when_stuck(self, thread: threading.Thread) -> None:
+        limit_s = self._config.step_timeout_s
+        await stuck(self._watch, limit_s)
+        self._stuck = True
+        self._failed = EngineFailed(
+            f"a step of the engine has made no progress for {limit_s:g} s; restart the worker, or raise "
+            "engine.step_timeout_s if its steps take that long"
+        )
+        log.critical("%s. Its thread is here:\n%s", self._failed.message, where_is(thread))
+        self._ended.set()
 
     def _started(self) -> EngineCore:
+        if isinstance(self._failed, EngineFailed):
+            raise EngineFailed(self._failed.message)
         if self._failed is not None:
             raise EngineFailed("the engine stopped; restart the worker, its log has the cause")
         assert self._core is not None, "the engine is not started"
@@ -238,6 +260,7 @@ class LmdeployEngine:
             memory,
             prefix_caching=cfg.prefix_caching,
             tells_layers=cfg.weights != "dtype",
+            watch=self._watch,
             policy=RankedPolicy(
                 order=cfg.policy,
                 cheap_recompute_tokens=cfg.max_prefill_tokens,

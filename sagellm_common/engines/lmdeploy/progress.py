@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from sagellm_common.core.kv_progress import KvProgress
+from sagellm_common.engines.watchdog import StepWatch
 
 CacheKey = int
 """Address of a layer's key cache."""
@@ -28,7 +29,8 @@ _layers: dict[CacheKey, tuple[StepProgress, int]] = {}
 class StepProgress:
     """Follows the sequences of the step under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: StepWatch | None = None) -> None:
+        self._watch = watch
         self._step: Sequence[KvProgress | None] = ()
         self._followed: list[KvProgress] = []
         """Of the forward under way."""
@@ -53,6 +55,8 @@ class StepProgress:
             yield
             for one in self._followed:
                 one.chunk_done()
+            if self._watch is not None:
+                self._watch.alive()
         finally:
             self._followed = []
 
