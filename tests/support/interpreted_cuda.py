@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import sys
-import types
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,8 @@ os.environ["LMD_SKIP_WARMUP"] = "1"  # which compiles kernels, of which there is
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from tests.support.pretended_gpu import alias_libdevice, pretend_gpu
 
 PROMPT_TOKENS, NEW_TOKENS = (5, 18), 3
 
@@ -58,20 +59,7 @@ class _Stream:
 
 def pretend_cuda() -> None:
     """torch.cuda and triton's driver as LMDeploy asks them. Before anything of LMDeploy's kernels is imported."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    properties = {"max_shared_mem": 232_448, "multiprocessor_count": 4, "max_num_regs": 65_536, "warpSize": 32}
-    driver = types.SimpleNamespace(
-        utils=types.SimpleNamespace(get_device_properties=lambda _: properties),
-        get_current_target=lambda: GPUTarget("cpu", 0, 0),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device=None: 0,
-        get_device_capability=lambda device=0: (8, 0),
-        get_active_torch_device=lambda: torch.device("cpu"),
-        map_python_to_cpp_type=lambda name: name,
-    )
-    triton.runtime.driver.set_active(driver)
+    pretend_gpu(("cpu", 0, 0), (8, 0), processors=4)
     stream = _Stream()
     pretended = {
         "Stream": _Stream,
@@ -83,28 +71,20 @@ def pretend_cuda() -> None:
         "mem_get_info": lambda *_: (8 << 30, 16 << 30),
         "is_available": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
         "graph_pool_handle": lambda: (0, 0),
-        "get_device_capability": lambda *_: (8, 0),
-        "get_device_properties": lambda *_: types.SimpleNamespace(
-            major=8, minor=0, multi_processor_count=4, name="pretended"
-        ),
     }
     for name, stand_in in pretended.items():
         setattr(torch.cuda, name, stand_in)
 
 
-def alias_libdevice() -> None:
-    """The interpreter has none of CUDA's libdevice, and replaces triton.language's own functions at each run."""
+def alias_all() -> None:
     import lmdeploy.pytorch.kernels.cuda.activation as activation
     import lmdeploy.pytorch.kernels.cuda.flashattention as flash
     import lmdeploy.pytorch.kernels.cuda.pagedattention as paged
     import triton.language as tl
 
+    alias_libdevice(flash, paged)
     activation.fast_expf = lambda x: tl.exp(x)
-    for module in (flash, paged):
-        module.fast_dividef = lambda a, b: a / b
-        module.tl_log2, module.tl_exp2 = lambda x: tl.log2(x), lambda x: tl.exp2(x)
 
 
 def on_a_recorded_h200() -> None:
@@ -196,7 +176,7 @@ def main(model: str) -> None:
     from sagellm_common.engines.lmdeploy import overlay
 
     overlay.use("auto")
-    alias_libdevice()
+    alias_all()
     on_a_recorded_h200()
     print(json.dumps({str(bits): asyncio.run(run(model, bits)) for bits in (0, 8)}))
 

@@ -3,7 +3,7 @@
     python -m tests.support.triton_kernels interpret STEPS ANSWERS    on CPU tensors, through triton's interpreter
     python -m tests.support.triton_kernels compile                    for sm_90a; one JSON line per kernel
 
-Both make LMDeploy believe in a GPU: a driver that names the target, and torch.cuda that names its capability.
+Both make LMDeploy believe in a GPU, see `pretended_gpu`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,48 +23,10 @@ if MODE == "interpret":
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from tests.support.pretended_gpu import alias_libdevice, pretend_gpu  # noqa: E402
+
 BLOCK_SIZE, NUM_BLOCKS = 16, 8
 """Of the caches in `interpret`."""
-
-
-def pretend_gpu(target: tuple[str, int, int], capability: tuple[int, int], processors: int) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    class Driver:
-        utils = types.SimpleNamespace(
-            get_device_properties=lambda _: {
-                "max_shared_mem": 232_448,
-                "multiprocessor_count": processors,
-                "max_num_regs": 65_536,
-                "warpSize": 32,
-            }
-        )
-
-        def get_current_target(self) -> Any:
-            return GPUTarget(*target)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: Any = None) -> int:
-            return 0
-
-        def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-            return capability
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def map_python_to_cpp_type(self, name: str) -> str:
-            return name
-
-    triton.runtime.driver.set_active(Driver())
-    major, minor = capability
-    properties = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=processors, name="pretended")
-    torch.cuda.get_device_capability = lambda *_: capability
-    torch.cuda.get_device_properties = lambda *_: properties
-    torch.cuda.current_device = lambda: 0
 
 
 # ---- on CPU tensors ----
@@ -87,13 +48,10 @@ def interpret(sequences: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     pretend_gpu(("cpu", 0, 0), (8, 0), processors=4)  # few: paged attention splits its work over all of them
     import lmdeploy.pytorch.kernels.cuda.flashattention as flash
     import lmdeploy.pytorch.kernels.cuda.pagedattention as paged
-    import triton.language as tl
     from lmdeploy.pytorch.kernels.cuda.fill_kv_cache import fill_kv_cache
     from lmdeploy.pytorch.kernels.cuda.flatten_kv_cache import flatten_kv_cache
 
-    for module in (flash, paged):  # the interpreter has no libdevice
-        module.fast_dividef = lambda a, b: a / b
-        module.tl_log2, module.tl_exp2 = lambda x: tl.log2(x), lambda x: tl.exp2(x)  # it replaces tl's own at each run
+    alias_libdevice(flash, paged)
 
     def run(step: dict[str, Any], blocks: Tensor, bits: int, caches: dict[str, Any]) -> Tensor:
         q, k, v = step["q"], step["k"], step["v"]
