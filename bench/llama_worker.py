@@ -1,6 +1,6 @@
 """llama.cpp for bench/kernels.py: one JSON line in per run, one out. Its venv needs `xllamacpp` only.
 
-python llama_worker.py MODEL.gguf THREADS SLOTS CONTEXT_TOKENS
+python llama_worker.py MODEL.gguf THREADS SLOTS CONTEXT_TOKENS on|off (flash attention)
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ def main() -> None:
     params.n_parallel, params.n_ctx = slots, slots * context
     params.n_batch, params.n_ubatch = 2048, 512
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    kinds = xllamacpp.llama_flash_attn_type
+    on, off = kinds.LLAMA_FLASH_ATTN_TYPE_ENABLED, kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = {"on": on, "off": off}[sys.argv[5]]
     params.cache_prompt, params.verbosity = False, -1
     server = xllamacpp.Server(params)
 

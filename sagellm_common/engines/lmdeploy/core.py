@@ -76,7 +76,7 @@ class EngineCore(LmdeployEngineBase):
         eos_token_ids: frozenset[int],
         emit: Callable[[Sequence[SequenceOutput]], None],
     ) -> LmdeployKvPool:
-        """Puts our KV manager and policy in charge. Once, before `run`. `tells_layers`: the model does, see progress.py."""
+        """Puts our KV manager and policy in charge. Once, before `run`. `tells_layers`: the model itself does."""
         self.kv = LmdeployKvPool(manager_of(self.scheduler), self.scheduler, layout, memory, prefix_caching)
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent

@@ -35,7 +35,6 @@ class Buffer {
 
   T* data() { return data_; }
   const T* data() const { return data_; }
-  size_t size_bytes() const { return count_ * sizeof(T); }
 
  private:
   T* data_ = nullptr;

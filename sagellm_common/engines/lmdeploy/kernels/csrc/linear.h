@@ -103,7 +103,10 @@ class Linear {
   int64_t columns() const { return columns_; }
   int planes() const { return planes_; }
   Format format() const { return format_; }
-  size_t size_bytes() const { return codes_.size_bytes() + scales_.size_bytes() + bias_.size_bytes(); }
+  // Of what a product reads.
+  size_t size_bytes() const {
+    return static_cast<size_t>(num_tiles() * (groups_ * (code_bytes() + scale_bytes()) + kRows * 4));
+  }
 
   // y[t * stride + row] = (or += with ADD) what the layer makes of token t: this thread's share of the rows.
   template <bool ADD>
