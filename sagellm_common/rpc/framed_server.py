@@ -76,7 +76,7 @@ class FramedServer:
             self._server = await loop.create_server(lambda: self._accept().connection, host, port)
         except OSError as err:
             raise ConfigError(
-                f"cannot listen for sessions on {host}:{port}: {err.strerror}; "
+                f"cannot listen for sessions on {host}:{port}: {err.strerror or err}; "
                 "choose another --session-port, or 0 for a free one"
             ) from err
         self._port = self._server.sockets[0].getsockname()[1]

@@ -338,6 +338,15 @@ async def test_a_port_in_use_is_named() -> None:
             await GrpcServer(bind, []).start()
 
 
+async def test_a_session_port_in_use_is_named(inference: Inference) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = GrpcServer("127.0.0.1:0", registrars(inference), session_port=port)
+        with pytest.raises(ConfigError, match=f"cannot listen for sessions on 127.0.0.1:{port}: .*--session-port"):
+            await server.start()
+        await server.stop(0)
+
+
 async def test_two_servers_never_share_a_port(server: GrpcServer) -> None:
     port = await server.start()
     with pytest.raises(ConfigError):
