@@ -35,7 +35,10 @@ Run = Callable[[list[list[int]], int], Awaitable[Took]]
 
 
 async def worker(stack: AsyncExitStack, needs: str, *command: str, env: Mapping[str, str] | None = None) -> Run:
-    """`needs`: what to install where the worker does not come up."""
+    """`needs`: what to install where the worker does not come up.
+
+    Scripts run with -P: else their folder comes first in the search for modules, and some library wants a `kernels`.
+    """
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
