@@ -13,7 +13,7 @@ from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError, InvalidRequest, LeaseExpired
 from sagellm_common.core.kv import Allocation, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
-from tests.support.kv_channels import HOST, blocks_of, random_region, staged
+from tests.support.kv_channels import HOST, blocks_of, missing, random_region, staged
 
 IDS = np.array([1, 2, 3], dtype=np.int32)
 
@@ -22,8 +22,10 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-@pytest.mark.parametrize("backend", ["tcp", "gloo"])
+@pytest.mark.parametrize("backend", ["tcp", "gloo", "mooncake"])
 async def test_a_measured_pull(backend: str) -> None:
+    if why := missing(backend):
+        pytest.skip(why)
     leases = HandoffSource(10, ManualClock(), lambda _: None)
     regions = [random_region(8, 64, seed) for seed in range(2)]
     late: list[KvRegion] = []
