@@ -173,3 +173,27 @@ async def test_pulls_along_have_turns_of_their_own() -> None:
     assert pulls.slow.began == ["along", "a"]
     await drained(pulls)
     await along
+
+
+async def test_the_byte_path_gets_all_that_was_asked_for() -> None:
+    calls: list[tuple[str, tuple[object, ...], dict[str, object]]] = []
+
+    class Recording(Slow):
+        async def pull(self, *args: object, **how: object) -> TransferResult:  # type: ignore[override]
+            calls.append(("pull", args, how))
+            return TransferResult(0, 0.0, 0)
+
+        async def pull_along(self, *args: object, **how: object) -> TransferResult:  # type: ignore[override]
+            calls.append(("pull_along", args, how))
+            return TransferResult(0, 0.0, 0)
+
+    queue = PullQueue(Recording(), 1, 0)  # type: ignore[arg-type]
+    source = KvSource("t", 1, "w", "i", "c", "d", "slow", NONE, 0, 1000)
+    asked = {"into": object(), "encoding": object()}
+    await queue.pull(source, NONE, NONE, timeout_s=9.0, **asked)  # type: ignore[arg-type]
+    await queue.pull_along(source, 3, NONE, timeout_s=9.0, on_bytes=print, **asked)  # type: ignore[arg-type]
+    for (_, args, how), expected in zip(calls, [(source, NONE, NONE), (source, 3, NONE)], strict=True):
+        assert all(a is b for a, b in zip(args, expected, strict=True))
+        assert all(how[name] is value for name, value in asked.items())
+        assert 0 < how["timeout_s"] <= 9.0  # type: ignore[operator]
+    assert calls[1][2]["on_bytes"] is print
