@@ -20,6 +20,7 @@ from sagellm_common.core.errors import (
     LeaseExpired,
     PeerLost,
     PeerRestarted,
+    QueueFull,
 )
 
 
@@ -42,6 +43,8 @@ class HandoffReason(enum.StrEnum):
     CANCELLED_BY_PREFILL = "cancelled_by_prefill"
     CANCELLED_BY_DECODE = "cancelled_by_decode"
     KV_EXHAUSTED = "kv_exhausted"
+    QUEUE_FULL = "queue_full"
+    """More pulls wait for their turn than transport.max_waiting_pulls."""
     DRAINING = "draining"
     ENGINE_FAILED = "engine_failed"
     INVALID_REQUEST = "invalid_request"
@@ -59,6 +62,7 @@ REASONS: tuple[tuple[type[BaseException], HandoffReason], ...] = (
     (LayoutMismatch, HandoffReason.LAYOUT_MISMATCH),
     (ConfigError, HandoffReason.HANDSHAKE_REFUSED),
     (KvExhausted, HandoffReason.KV_EXHAUSTED),
+    (QueueFull, HandoffReason.QUEUE_FULL),
     (Draining, HandoffReason.DRAINING),
     (DeadlineExceeded, HandoffReason.DEADLINE),
     (Cancelled, HandoffReason.CANCELLED_BY_ROUTER),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from sagellm_common.comm_backend.handoff import Party, Side, attempt_of
 from sagellm_common.comm_backend.handoff_reason import HandoffReason, reason_of
 from sagellm_common.comm_backend.meter import PullMeter, metering
+from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
@@ -128,7 +129,8 @@ class HandoffLog:
     def read(self, key: str, epoch: int, num_blocks: int, num_bytes: int, seconds: float) -> None:
         """A source has sent, `seconds` long."""
         with self._lock:
-            record = self._running.get((Side.SOURCE, key, epoch))
+            # The receiver may have all of it, and say so, before the sender has returned.
+            record = self._running.get((Side.SOURCE, key, epoch)) or self._ended(Side.SOURCE, key, epoch)
             if record is None:
                 return
             if not record.bytes:
@@ -242,6 +244,10 @@ class HandoffLog:
                 break
         return self._begin(Side.TARGET, request_id, attempt)
 
+    def _ended(self, side: Side, key: str, epoch: int) -> HandoffRecord | None:
+        kept = (one for one in reversed(self._kept) if (one.side, one.request_id, one.epoch) == (side, key, epoch))
+        return next(kept, None)
+
     def _begin(self, side: Side, key: str, epoch: int) -> HandoffRecord:
         attempt = attempt_of(epoch) if side is Side.SOURCE else epoch
         record = HandoffRecord(key, attempt, epoch, side, self._clock.now(), self._backend, self._backend_why)
@@ -266,6 +272,8 @@ class HandoffLog:
 
     def _add(self, record: HandoffRecord, pulling: Pulling, meter: PullMeter) -> None:
         record.handshake_ms += pulling.handshake_ms
+        if pulling.result is not None and pulling.result.backend:
+            record.backend, record.backend_why = pulling.result.backend, pulling.result.why or record.backend_why
         if not record.first_byte_ms and meter.first_byte_s is not None:
             record.first_byte_ms = meter.first_byte_s * 1e3
         record.bytes += meter.bytes
@@ -282,10 +290,11 @@ class HandoffLog:
 
 
 class Pulling:
-    """One pull under way."""
+    """One pull under way. `result` is what came of it: it names the byte path taken, and where it was chosen, why."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._began_s, self.handshake_ms = clock, clock.now(), 0.0
+        self.result: TransferResult | None = None
 
     def agreed(self) -> None:
         """The handshake is done."""
@@ -306,6 +315,7 @@ _FAILED_AT = {
     HandoffReason.DEADLINE: "router",
     HandoffReason.INVALID_REQUEST: "router",
     HandoffReason.KV_EXHAUSTED: Side.TARGET,
+    HandoffReason.QUEUE_FULL: Side.TARGET,
     HandoffReason.DRAINING: Side.TARGET,
     HandoffReason.ENGINE_FAILED: Side.TARGET,
     HandoffReason.INTERNAL: Side.TARGET,

@@ -224,6 +224,10 @@ _ADVICE: dict[HandoffReason, tuple[str, str]] = {
         "{at} had no KV blocks left for this prompt",
         "raise decode.num_blocks (or engine.num_blocks), add a decode worker, or send less at a time",
     ),
+    HandoffReason.QUEUE_FULL: (
+        "too many pulls were waiting for their turn at {target}",
+        "raise transport.max_pulls or transport.max_waiting_pulls, or add a decode worker",
+    ),
     HandoffReason.DRAINING: ("{at} was shutting down", "nothing: the request goes to another worker"),
     HandoffReason.ENGINE_FAILED: ("the engine of {at} failed", "the log of {at} has its error"),
     HandoffReason.INVALID_REQUEST: ("what {target} was asked for makes no sense", "the message names the field"),

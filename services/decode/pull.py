@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from sagellm_common.comm_backend.handoff_record import HandoffLog
+from sagellm_common.comm_backend.handoff_record import HandoffLog, Pulling
 from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.comm_backend.telemetry import observe_handoff
@@ -64,9 +64,11 @@ class KvPuller:
         with self._handoffs.pulling(job.request_id, job.attempt, source, "pull") as pulling:
             theirs = await self._handshake(source)
             pulling.agreed()
-            return await self._pull(job, source, theirs, allocation)
+            return await self._pull(job, source, theirs, allocation, pulling)
 
-    async def _pull(self, job: DecodeJob, source: KvSource, theirs: KvLayout, allocation: Allocation) -> Transfer:
+    async def _pull(
+        self, job: DecodeJob, source: KvSource, theirs: KvLayout, allocation: Allocation, pulling: Pulling
+    ) -> Transfer:
         size = self._layout.block_size_tokens
         ready = min(self._ready_tokens(source), len(job.prompt))
         begin = self._first_missing(allocation)
@@ -74,7 +76,7 @@ class KvPuller:
         if begin >= end:
             return Transfer(0, 0.0, 0, end, self._channel.name)
         async with self.renewed(source):
-            result = await self._tokens.pull(
+            pulling.result = result = await self._tokens.pull(
                 source,
                 theirs,
                 allocation.block_ids,
@@ -121,7 +123,7 @@ class KvPuller:
             theirs = await self._handshake(source)
             pulling.agreed()
             begin = self._first_missing(allocation)
-            result = await self._tokens.pull_along(
+            pulling.result = result = await self._tokens.pull_along(
                 source,
                 theirs,
                 allocation.block_ids,

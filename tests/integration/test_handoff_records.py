@@ -83,6 +83,7 @@ async def fails(decode: Worker, source: KvSource | None, error: type[SageError])
 
 async def test_one_that_went_well(router: str, prefill: Worker, decode: Worker) -> None:
     await generate(prefill, decode, request(PROMPT))
+    await prefill.idle()  # the sender has returned
     handoff, found = await ended(router)
     assert (handoff.state, handoff.reason, found.not_asked) == (State.DONE, None, {})
     assert (handoff.source_id, handoff.target_id) == ("prefill-0", "decode-0")

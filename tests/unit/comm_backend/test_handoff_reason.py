@@ -42,7 +42,6 @@ def test_every_typed_error_has_a_reason() -> None:
     assert untold == {
         "INTERNAL",
         "NO_WORKER",
-        "QUEUE_FULL",
         "TENANT_QUOTA",
         "UNKNOWN_MODEL",
         "WORKER_ID_TAKEN",

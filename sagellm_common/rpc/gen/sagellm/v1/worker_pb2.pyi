@@ -46,6 +46,7 @@ class HandoffReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HANDOFF_REASON_ENGINE_FAILED: _ClassVar[HandoffReason]
     HANDOFF_REASON_INVALID_REQUEST: _ClassVar[HandoffReason]
     HANDOFF_REASON_INTERNAL: _ClassVar[HandoffReason]
+    HANDOFF_REASON_QUEUE_FULL: _ClassVar[HandoffReason]
 HANDOFF_SIDE_UNSPECIFIED: HandoffSide
 HANDOFF_SIDE_SOURCE: HandoffSide
 HANDOFF_SIDE_TARGET: HandoffSide
@@ -74,6 +75,7 @@ HANDOFF_REASON_DRAINING: HandoffReason
 HANDOFF_REASON_ENGINE_FAILED: HandoffReason
 HANDOFF_REASON_INVALID_REQUEST: HandoffReason
 HANDOFF_REASON_INTERNAL: HandoffReason
+HANDOFF_REASON_QUEUE_FULL: HandoffReason
 
 class PrefillRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes")
