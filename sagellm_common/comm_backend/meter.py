@@ -20,19 +20,30 @@ STALL_S = 0.1
 class PullMeter:
     """One thread reports at a time."""
 
-    __slots__ = ("_last_s", "began_s", "bytes", "digest_s", "first_byte_s", "longest_stall_s", "stalls")
+    __slots__ = (
+        "_last_s",
+        "began_s",
+        "bytes",
+        "digest_s",
+        "first_byte_s",
+        "longest_stall_s",
+        "messages_saved",
+        "stalls",
+    )
 
     def __init__(self) -> None:
         self.began_s = self._last_s = time.monotonic()
         self.bytes = 0
         self.first_byte_s: float | None = None
         """Seconds from the beginning until the first piece was here."""
+        self.messages_saved = 0
+        """By sending blocks together."""
         self.stalls = 0
         self.longest_stall_s = 0.0
         self.digest_s = 0.0
 
-    def arrived(self, num_bytes: int) -> None:
-        """A piece is here."""
+    def arrived(self, num_bytes: int, num_blocks: int = 1) -> None:
+        """A piece is here, of so many blocks."""
         now = time.monotonic()
         if self.first_byte_s is None:
             self.first_byte_s = now - self.began_s
@@ -41,6 +52,7 @@ class PullMeter:
             self.longest_stall_s = max(self.longest_stall_s, now - self._last_s)
         self._last_s = now
         self.bytes += num_bytes
+        self.messages_saved += num_blocks - 1
 
     def waited(self) -> None:
         """The source said that it has nothing to send yet: that is no stall."""
@@ -59,6 +71,7 @@ class PullMeter:
         if self.first_byte_s is None and part.first_byte_s is not None:
             self.first_byte_s = part.began_s - self.began_s + part.first_byte_s
         self.bytes += part.bytes
+        self.messages_saved += part.messages_saved
         self.stalls += part.stalls
         self.longest_stall_s = max(self.longest_stall_s, part.longest_stall_s)
         self.digest_s += part.digest_s

@@ -133,6 +133,7 @@ class InstrumentedChannel:
                 raise
             finally:
                 STALLS.labels(self.name).inc(meter.stalls)
+                FUSION_HITS.labels(self.name).inc(meter.messages_saved)
                 DIGEST_SECONDS.labels(self.name).inc(meter.digest_s)
                 if meter.first_byte_s is not None:
                     FIRST_BYTE_SECONDS.labels(self.name).observe(meter.first_byte_s)

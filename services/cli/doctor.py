@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -85,7 +86,8 @@ class Handoff:
         return max(side.record.age_ms for side in self.sides)
 
     def timeline(self) -> list[tuple[float, str, str]]:
-        """(ms since the first event, worker, what), in order. Two workers are aligned by when they were asked."""
+        """(ms since the first event, worker, what), in order. Workers are aligned by when they were asked: what is less
+        than a call apart may be told in the wrong order."""
         found = [
             (self.age_ms - side.record.age_ms + event.at_ms, side.worker_id, event.what)
             for side in self.sides
@@ -122,10 +124,11 @@ async def examine(
     """Asks every worker the router knows. Raises SageError when the router does not answer."""
     async with AsyncClient(router_address) as client:
         workers = {worker.record.worker_id: worker.record.address for worker in (await client.topology()).workers}
-    found, told = Findings(), list[Sided]()
+    found, told, began_s = Findings(), list[Sided](), time.monotonic()
     async with ChannelPool() as channels:
 
         async def ask(worker_id: str, address: str) -> None:
+            asked_s = time.monotonic()
             try:
                 channel = channels.get(address)
                 answer = await list_handoffs(channel, request_id=request_id, timeout_s=ASK_TIMEOUT_S)
@@ -134,6 +137,10 @@ async def examine(
             else:
                 found.incarnations[worker_id] = answer[0]
                 told.extend(Sided(worker_id, record) for record in answer[1])
+                # Ages are of the moment of the answer, taken as half-way between question and answer.
+                since_s = began_s - (asked_s + time.monotonic()) / 2
+                for record in answer[1]:
+                    record.age_ms += since_s * 1e3
 
         await asyncio.gather(*(ask(worker_id, address) for worker_id, address in workers.items()))
     for process in state.processes if state is not None else ():

@@ -226,5 +226,6 @@ async def test_pulled_ahead(router: str) -> None:
         await decode_all(decode, wanted, first.token_ids, first.source)
         handoff, _ = await ended(router)
         told = [what for _, _, what in handoff.timeline()]
-        assert told.index("announced") < told.index("pull ahead begins") < told.index("all KV is here")
+        assert told.index("pull ahead begins") < told.index("pull ahead is done") < told.index("all KV is here")
+        assert told.index("announced") < told.index("computed and pinned")
         assert handoff.reason is None

@@ -82,6 +82,11 @@ async def test_counts(pair: tuple[Worker, Worker]) -> None:
         ("sagellm_decode_handoff_blocks_total", ("origin", "pulled")): 4 + 1,
         ("sagellm_decode_handoff_blocks_total", ("origin", "reused")): 3,
         ("sagellm_decode_tpot_seconds_count", None): 2,
+        ("sagellm_comm_handoffs_total", ("outcome", "done")): 2,
+        ("sagellm_comm_fusion_hits_total", ("backend", "tcp")): 3,
+        ("sagellm_comm_first_byte_seconds_count", ("backend", "tcp")): 2,
+        ("sagellm_comm_request_share_ratio_count", None): 2,
+        ("sagellm_comm_overlap_ratio_count", None): 2,
     }
 
     def now() -> dict[tuple[str, tuple[str, str] | None], float]:

@@ -177,7 +177,7 @@ class TcpReceiver:
             digests = bytearray(len(group) * DIGEST_BYTES if self._digest else 0)
             with memory.writing(group) as (region, ids):
                 wire.recv_into([*([digests] if self._digest else []), *region.runs(ids)])
-                metered.arrived(len(group) * size)
+                metered.arrived(len(group) * size, len(group))
                 if self._digest:
                     with metered.digesting():
                         verify_blocks(region, ids, digests, source.transfer_id, group)
@@ -238,7 +238,7 @@ class TcpReceiver:
     ) -> None:
         digest = bytearray(DIGEST_BYTES if self._digest else 0)
         wire.recv_into([*([digest] if self._digest else []), *into])
-        metered.arrived(sum(map(len, into)))
+        metered.arrived(sum(map(len, into)), segment.num_blocks)
         if self._digest:
             with metered.digesting():
                 verify_segment(segment, into, digest, source.transfer_id)

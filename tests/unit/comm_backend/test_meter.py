@@ -42,11 +42,11 @@ def test_pulls_add_up_whatever_ends_them(time: Time) -> None:
         with metering() as part:
             assert current() is part
             time.now += 0.05
-            part.arrived(4)
+            part.arrived(4, 3)
         with metering() as part, part.digesting():
             time.now += 0.25
             part.arrived(4)
             raise ZeroDivisionError
-    assert (whole.bytes, whole.stalls, whole.digest_s) == (8, 1, 0.25)
+    assert (whole.bytes, whole.stalls, whole.messages_saved, whole.digest_s) == (8, 1, 2, 0.25)
     assert whole.first_byte_s == pytest.approx(1.05)
     assert current() is not whole
