@@ -12,7 +12,6 @@ import pytest
 
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
-from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import (
@@ -112,7 +111,7 @@ async def store() -> AsyncIterator[Running]:
         Registrar(
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
-            KvStoreServicer(KvStore(pool, leases, PullQueue(channel, 4, 4), worker), BlockLog(pool)),
+            KvStoreServicer(KvStore(pool, leases, channel, worker), BlockLog(pool)),
         ),
         Registrar(
             "sagellm.v1.KvTransferService",
