@@ -52,10 +52,12 @@ def lines(
     across = columns or len(panels)
     down = -(-len(panels) // across)
     size = (4.6 * across, 3.6 * down)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axis, (metric, series) in zip(axes.flat, panels.items(), strict=False):
-        for i, (name, points) in enumerate(series.items()):
-            axis.plot(list(points), list(points.values()), "o-", ms=3, label=name, color=COLOURS[i % len(COLOURS)])
+        for name, points in series.items():
+            axis.plot(list(points), list(points.values()), "o-", ms=3, label=name, color=colours[name])
             if any(isinstance(x, str) for x in points):
                 axis.tick_params("x", rotation=60, labelsize=7)
         axis.set_ylim(bottom=0)

@@ -80,7 +80,7 @@ def rows(found: Measured) -> list[dict[str, Any]]:
             "path": name,
             "gb_per_s": payload / statistics.median(samples.seconds) / 1e9,
             "best_gb_per_s": payload / min(samples.seconds) / 1e9,
-            "first_byte_us": 1e6 * statistics.median(samples.first_byte_s),
+            "first_byte_us": 1e6 * statistics.median(samples.first_byte_s) if samples.first_byte_s else None,
             "cpu_s_per_gb": 1e9 * statistics.median(samples.cpu_s) / payload,
         }
         for (payload, block), cell in found.cells.items()
@@ -103,7 +103,7 @@ def table(found: Measured) -> str:
     parts = [
         ("GB/s, median (best)", lambda r: f"{r['gb_per_s']:.2f} ({r['best_gb_per_s']:.2f})"),
         ("CPU seconds per GB, both processes", lambda r: f"{r['cpu_s_per_gb']:.2f}"),
-        ("first byte, µs", lambda r: f"{r['first_byte_us']:.0f}"),
+        ("first byte, µs", lambda r: f"{r['first_byte_us']:.0f}" if r["first_byte_us"] else "–"),
     ]
     found_tables = ["\n".join([head.format(title), *(line(name, text) for name in names)]) for title, text in parts]
     acks = " · ".join(f"{name} {1e6 * statistics.median(s):.0f}" for name, s in found.ack_s.items())
@@ -136,7 +136,7 @@ def draw(found: Measured, picture: Path) -> None:
         for title, key in (("GB/s", "gb_per_s"), ("CPU s per GB", "cpu_s_per_gb"), ("first byte, µs", "first_byte_us")):
             panel = panels.setdefault(f"{title}, blocks of {block // KIB} KiB", {})
             for row in rows(found):
-                if row["block_kib"] * KIB == block and NO_DIGEST not in row["path"]:
+                if row["block_kib"] * KIB == block and NO_DIGEST not in row["path"] and row[key] is not None:
                     panel.setdefault(row["path"], {})[f"{row['payload_mib']:.0f}M"] = row[key]
     lines(panels, "KV blocks, non-contiguous on both sides, between two processes", picture, columns=3)
 
