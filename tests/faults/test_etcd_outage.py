@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sagellm_common.client.aio import AsyncClient
 from sagellm_common.core.types import WorkerRole
@@ -18,6 +19,7 @@ DEADLINE_S = 60.0
 OUTAGE_TIMEOUT_S = 30.0
 
 
+@pytest.mark.timeout(300)  # ten processes of its own
 async def test_the_cluster_outlives_etcd(tiny_llama: Path, tmp_path: Path) -> None:
     prompt = np.random.default_rng(5).integers(3, 250, size=40).tolist()
     expected = greedy(tiny_llama, prompt, 20)
