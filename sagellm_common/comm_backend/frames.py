@@ -1,4 +1,4 @@
-"""What the TCP byte path says on the wire, before and around the raw blocks. All integers are little-endian.
+"""What byte paths over stream sockets say on the wire, before and around the blocks. All integers are little-endian.
 
 receiver → source   request   magic, version, op, flags, dtype (0: as the blocks are, or a place in kv_dtypes.NAMES
                               from 1 on), len(transfer_id), tokens of the last block, timeout_ms, epoch, num_blocks,
@@ -6,12 +6,22 @@ receiver → source   request   magic, version, op, flags, dtype (0: as the bloc
                               transfer_id (UTF-8); pull: block ids (int32 each), along: first block, layers (int32)
 source → receiver   answer    magic, status, len(reason), len(message); reason and message when refused
                     then, when accepted,
-             pull   for each group of at most group_blocks blocks: digests (8 bytes each, if asked for), the blocks
+             pull   the blocks, group_blocks at a time, and the digests of all (8 bytes each, if asked for)
                     trailer   magic: all was sent and the lease was held until here; for another dtype the deviation
             along   for each segment of blocks x layers that has become ready:
                     segment   kind, layers, blocks; data: digest (8 bytes, if asked for) and the bytes, block after
                               block; wait: nothing yet; done: all was sent, and for another dtype the deviation;
                               failed: an answer that refuses
+
+Over shm no block crosses the socket. The receiver copies it out of the source's memory, which the source holds for it
+until it hears so:
+
+source → receiver   after an answer that accepts: memory   kind, id, bytes, address; its file with the first answer
+             pull   receiver → source   copied, one byte for each group
+                    source → receiver   digests of all blocks (if asked for), trailer: held until here
+            along   after a data segment's header: number of pieces, their offsets, their sizes (int64 each)
+                    receiver → source   copied
+                    source → receiver   digest (zeros, if not asked for): held until here
 """
 
 from __future__ import annotations
@@ -20,6 +30,7 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sagellm_common.comm_backend.kv_dtypes import NAMES, Deviation
 from sagellm_common.comm_backend.protocol import Encoding
@@ -28,24 +39,30 @@ from sagellm_common.core.types import BlockIds, pack_int32
 
 MAGIC = b"SKVT"
 TRAILER = b"SKVE"
-VERSION = 1
+VERSION = 2
 OP_PULL, OP_ALONG = 1, 2
 SEGMENT_DATA, SEGMENT_WAIT, SEGMENT_DONE, SEGMENT_FAILED = 1, 2, 3, 4
 FLAG_DIGEST = 1
 ACCEPTED, REFUSED = 0, 1
-GROUP_BYTES = 1 << 20
-"""Unless configured: one group stays in a core's cache between its digest and its copy."""
+GROUP_BYTES = 2 << 20
+"""Unless configured: a system call costs less than moving a group, which is still in a cache when it is digested."""
+SHARED_GROUP_BYTES = 4 << 20
+"""The same over shm. While one is copied, a millisecond, the death of the other side goes unnoticed."""
 MAX_GROUP_BYTES = 64 << 20
 """No receiver makes a source stage any more at a time (but for one block)."""
 MAX_GROUP_BLOCKS = 1000
-"""Below IOV_MAX (1024) together with the digests."""
+"""Below IOV_MAX (1024) together with what goes before and after."""
 MAX_TIMEOUT_MS = 600_000
 """No receiver makes a source hold blocks for it any longer."""
 
 REQUEST = struct.Struct("<4sBBBBHHIqIQHxx")
 ANSWER = struct.Struct("<4sBxHI")
 ALONG = struct.Struct("<ii")
+PIECES = struct.Struct("<I")
 SEGMENT = struct.Struct("<BxHHxxII")
+MEMORY = struct.Struct("<BxxxxxxxQQQ")
+MEMORY_FILE, MEMORY_ADDRESS = 1, 2
+COPIED = b"\x06"
 DEVIATION = struct.Struct("<dddQ")
 
 
@@ -174,6 +191,16 @@ def decode_segment(header: bytes | bytearray) -> tuple[int, Segment]:
     if kind not in known or first_layer > end_layer or first_block > end_block:
         raise MalformedFrame(f"sent the segment {bytes(header)!r}")
     return kind, Segment(first_block, end_block, first_layer, end_layer)
+
+
+def encode_pieces(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bytes:
+    return PIECES.pack(len(offsets)) + offsets.astype("<i8").tobytes() + sizes.astype("<i8").tobytes()
+
+
+def decode_pieces(packed: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(offsets, sizes), from what follows the number of them."""
+    offsets, sizes = np.frombuffer(packed, dtype="<i8").reshape(2, -1)
+    return offsets, sizes
 
 
 def encode_refusal(reason: str, message: str) -> bytes:

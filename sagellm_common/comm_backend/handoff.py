@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import Draining, EpochFenced, LeaseExpired
@@ -81,6 +82,19 @@ class _Lease:
     ended: bool = False
     progress: KvProgress | None = None
     """Of a source that is, or was, pulled while it was computed."""
+    _members: NDArray[np.bool_] | None = None
+
+    def holds(self, block_ids: BlockIds) -> bool:
+        """Whether all these blocks are the allocation's."""
+        if self._members is None:
+            members = np.zeros(int(self.allocation.block_ids.max(initial=-1)) + 1, dtype=np.bool_)
+            members[self.allocation.block_ids] = True
+            self._members = members
+        try:
+            # A negative number is a very large one then.
+            return bool(self._members[block_ids.astype(np.uint32)].all())
+        except IndexError:
+            return False
 
 
 class _LeaseTable:
@@ -295,7 +309,7 @@ class _Reading(AbstractContextManager[None]):
     def __enter__(self) -> None:
         with self._table._lock:
             lease = self._table._live(*self._of)
-            if not np.isin(self._block_ids, lease.allocation.block_ids).all():
+            if not lease.holds(self._block_ids):
                 transfer_id, epoch = self._of
                 raise LeaseExpired(f"transfer {transfer_id!r} epoch {epoch} does not hold all of the blocks asked for")
             lease.users += 1

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import xxhash
 
+from sagellm_common.comm_backend.pieces import Pieces, blocks, digests
 from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.core.errors import InvalidRequest, KvCorrupt
 from sagellm_common.core.kv import KvMemory, KvRegion
@@ -17,24 +15,20 @@ DIGEST_BYTES = 8
 
 def block_digests(region: KvRegion, block_ids: BlockIds) -> bytes:
     """8-byte xxh3 of each block, in order."""
-    size, view = region.block_bytes, region.view
-    digest = xxhash.xxh3_64_digest
-    return b"".join([digest(view[at * size : (at + 1) * size]) for at in block_ids.tolist()])
+    return digests(blocks(region, block_ids))
 
 
-def segment_digest(views: Sequence[memoryview]) -> bytes:
-    """8-byte xxh3 of the bytes of a segment, in the order in which they are sent."""
-    digest = xxhash.xxh3_64()
-    for view in views:
-        digest.update(view)
-    return digest.digest()
+def segment_digest(pieces: Pieces) -> bytes:
+    """8-byte xxh3 of the xxh3 of a segment's pieces, in the order in which they are sent."""
+    return digest_of(digests(pieces))
 
 
-def verify_segment(
-    segment: Segment, views: Sequence[memoryview], expected: bytes | bytearray, transfer_id: str
-) -> None:
+def digest_of(piece_digests: bytes) -> bytes:
+    return xxhash.xxh3_64_digest(piece_digests)
+
+
+def verify_segment(segment: Segment, actual: bytes, expected: bytes | bytearray, transfer_id: str) -> None:
     """Raises KvCorrupt naming the segment when its bytes are not what the source sent."""
-    actual = segment_digest(views)
     if actual != expected:
         raise KvCorrupt(
             f"transfer {transfer_id!r}: layers {segment.first_layer}..{segment.end_layer - 1} of blocks "
@@ -55,10 +49,14 @@ def verify_blocks(
 
     `names` are the blocks' own numbers where the region is a copy.
     """
-    actual = block_digests(region, block_ids)
+    verify_digests(block_digests(region, block_ids), expected, block_ids if names is None else names, transfer_id)
+
+
+def verify_digests(actual: bytes, expected: bytes | bytearray, block_ids: BlockIds, transfer_id: str) -> None:
+    """`verify_blocks` for digests that were taken on the way."""
     if actual == expected:
         return
-    for n, block_id in enumerate((block_ids if names is None else names).tolist()):
+    for n, block_id in enumerate(block_ids.tolist()):
         part = slice(n * DIGEST_BYTES, (n + 1) * DIGEST_BYTES)
         if actual[part] != expected[part]:
             raise KvCorrupt(
@@ -84,5 +82,5 @@ def check_targets(region: KvMemory, target_blocks: BlockIds) -> None:
         raise InvalidRequest(
             f"target blocks {target_blocks.min()}..{target_blocks.max()} are outside the pool of {region.num_blocks}"
         )
-    if len(np.unique(target_blocks)) != len(target_blocks):
+    if len(set(target_blocks.tolist())) != len(target_blocks):
         raise InvalidRequest("a target block is named twice: each block can be filled once")

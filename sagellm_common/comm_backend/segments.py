@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.kv_progress import Watermark
-from sagellm_common.core.types import BlockIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +84,3 @@ def split(segment: Segment, layer_bytes: int, max_bytes: int) -> Iterator[Segmen
 def layers_apart(memory: KvMemory) -> int:
     """Layers of a block that can be read and written apart; 1: only whole blocks can."""
     return memory.num_layers if isinstance(memory, KvRegion) else 1
-
-
-def views(region: KvRegion, block_ids: BlockIds, segment: Segment, num_layers: int) -> list[memoryview]:
-    """The bytes of a segment, in the order of the wire: whole blocks, or of each block the layers."""
-    if segment.num_layers == num_layers:
-        return region.runs(block_ids)
-    return region.layers(block_ids, segment.first_layer, segment.end_layer)

@@ -1,17 +1,59 @@
-"""Blocking TCP with an end to every wait: scatter and gather between memoryviews, no staging copy."""
+"""Blocking stream sockets with an end to every wait: scatter and gather into KV memory, no staging copy."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import fcntl
+import os
 import select
 import socket
 import struct
+import termios
 import time
 from collections.abc import Sequence
+from typing import Any
 
-Buffer = bytes | bytearray | memoryview
+import numpy as np
+
+from sagellm_common.comm_backend.pieces import Pieces, Vectors
+
+Buffer = bytes | bytearray
 IOV_MAX = 1024
 _TIMEVAL = struct.Struct("@ll")
+
+
+class _Message(ctypes.Structure):
+    """struct msghdr"""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_bytes", ctypes.c_uint32),
+        ("vectors", ctypes.c_void_p),
+        ("num_vectors", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_bytes", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+for _call in (_libc.sendmsg, _libc.recvmsg):
+    _call.restype, _call.argtypes = ctypes.c_ssize_t, (ctypes.c_int, ctypes.POINTER(_Message), ctypes.c_int)
+
+
+_libc.ppoll.restype, _libc.ppoll.argtypes = (
+    ctypes.c_int,
+    (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p),
+)
+
+
+def _ppoll(descriptor: int, timeout_s: float) -> bool:
+    """Whether there is something to read within timeout_s. Python's poll() knows milliseconds only."""
+    watched = np.array([descriptor, select.POLLIN], dtype=np.int32)
+    timeout = np.array([0, timeout_s * 1e9], dtype=np.int64)
+    return bool(_libc.ppoll(watched.ctypes.data, 1, timeout.ctypes.data, None) > 0)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -28,53 +70,103 @@ class Wire:
     One thread sends and receives; `abort` may come from another one.
 
     Kernel timeouts instead of Python's: a Python timeout makes the socket non-blocking and costs a poll and an EAGAIN
-    per call, and MSG_WAITALL, which fills a whole group in one system call, has no effect then.
+    per call, and MSG_WAITALL, which fills a whole group in one system call, has no effect then. And the C library's
+    sendmsg and recvmsg instead of Python's, which want an object per block.
     """
 
     def __init__(self, sock: socket.socket, silence_s: float) -> None:
         sock.setblocking(True)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._silence_s = silence_s
+        self._armed: dict[int, float] = {}
+        """The kernel's timeouts as they are, by option: setting them costs a system call."""
+        self._pollers: dict[int, select.poll] = {}
         self.deadline_s = 0.0
 
-    def send(self, buffers: Sequence[Buffer]) -> None:
-        """Sends all of them. Raises TimeoutError, or OSError when the peer is gone."""
-        pending = list(buffers)
-        while pending:
-            self._arm(socket.SO_SNDTIMEO)
-            try:
-                sent = self._sock.sendmsg(pending[:IOV_MAX])
-            except BlockingIOError:
-                raise TimeoutError("the peer takes no bytes") from None
-            pending = _advance(pending, sent)
+    def send(self, head: Buffer, pieces: Pieces | None = None, tail: Buffer = b"") -> None:
+        """Sends all of it, in this order. Raises TimeoutError, or OSError when the peer is gone."""
+        if pieces is None:
+            self._send_bytes(head + tail)
+        else:
+            self._each(_Runs(head, pieces, tail), _libc.sendmsg, socket.MSG_NOSIGNAL, socket.SO_SNDTIMEO)
 
-    def recv_into(self, buffers: Sequence[bytearray | memoryview]) -> None:
-        """Fills all of them. Raises TimeoutError, EOFError when the peer closed before the first byte, else OSError."""
-        pending: list[Buffer] = list(buffers)
-        first = True
-        while pending:
-            self._arm(socket.SO_RCVTIMEO)
-            try:
-                received = self._sock.recvmsg_into(pending[:IOV_MAX], 0, socket.MSG_WAITALL)[0]
-            except BlockingIOError:
-                raise TimeoutError("the peer sends no bytes") from None
-            if received == 0:
-                raise EOFError if first else ConnectionResetError("the peer closed the connection half-way")
-            pending, first = _advance(pending, received), False
+    def recv_into(self, head: bytearray, pieces: Pieces, tail: bytearray | None = None) -> None:
+        """Fills all of them, in this order. Raises TimeoutError, EOFError when the peer closed before the first byte,
+        else OSError."""
+        runs = _Runs(head, pieces, b"" if tail is None else tail)
+        self._each(runs, _libc.recvmsg, socket.MSG_WAITALL, socket.SO_RCVTIMEO)
 
     def recv(self, size: int) -> bytearray:
-        buffer = bytearray(size)
-        if size:
-            self.recv_into([buffer])
+        """Exactly so many bytes. Raises as `recv_into`."""
+        buffer, done = bytearray(size), 0
+        with memoryview(buffer) as view:
+            while done < size:
+                self._arm(socket.SO_RCVTIMEO)
+                try:
+                    received = self._sock.recv_into(view[done:], 0, socket.MSG_WAITALL)
+                except BlockingIOError:
+                    raise TimeoutError("the peer sends no bytes") from None
+                if not received:
+                    raise EOFError if not done else ConnectionResetError("the peer closed the connection half-way")
+                done += received
         return buffer
+
+    def send_descriptors(self, head: bytes, descriptors: Sequence[int]) -> None:
+        """`head`, a few bytes, and open files with it, over a Unix socket."""
+        self._arm(socket.SO_SNDTIMEO)
+        sent = socket.send_fds(self._sock, [head], descriptors)
+        if sent < len(head):
+            self.send(head[sent:])
+
+    def recv_descriptors(self, size: int) -> tuple[bytearray, list[int]]:
+        """`size` bytes and the open files that came with the first of them: the caller closes them."""
+        self._arm(socket.SO_RCVTIMEO)
+        try:
+            first, descriptors, *_ = socket.recv_fds(self._sock, size, 4, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            raise TimeoutError("the peer sends no bytes") from None
+        try:
+            if not first:
+                raise EOFError
+            return bytearray(first) + self.recv(size - len(first)), descriptors
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
 
     def readable(self, timeout_s: float) -> bool:
         """Whether there are bytes to read, or the peer's end, within timeout_s."""
-        # Not select(), which cannot watch descriptors from 1024 on.
-        poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        return bool(poller.poll(timeout_s * 1000))
+        return bool(self._poller(select.POLLIN).poll(timeout_s * 1000))
+
+    def closed_by_peer(self) -> bool:
+        """Whether nobody is at the other end any more, whatever is still to be read."""
+        return bool(self._poller(select.POLLRDHUP).poll(0))
+
+    def available(self) -> int:
+        """Bytes that can be read without waiting."""
+        counted = bytearray(4)
+        fcntl.ioctl(self._sock, termios.FIONREAD, counted)
+        return int.from_bytes(counted, "little")
+
+    def has_soon(self, size: int, until_s: float) -> bool:
+        """Whether `size` bytes can be read without waiting, at the latest at `until_s` (monotonic)."""
+        while self.available() < size:
+            wait_s = until_s - time.monotonic()
+            if wait_s <= 0 or not _ppoll(self._sock.fileno(), wait_s) or self.closed_by_peer():
+                return False
+        return True
+
+    def peer_address(self) -> str:
+        """host:port of a TCP connection's other end."""
+        host, port, *_ = self._sock.getpeername()
+        return f"{host}:{port}"
+
+    def peer_credentials(self) -> tuple[int, int]:
+        """(pid, uid) of whoever made the other end of a Unix socket; pid 0: it is in a PID namespace not seen here."""
+        pid, uid, _ = struct.unpack("3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return pid, uid
 
     def abort(self) -> None:
         """Ends the connection under a thread that waits on it: its call fails at once."""
@@ -84,19 +176,79 @@ class Wire:
     def close(self) -> None:
         self._sock.close()
 
+    def _poller(self, events: int) -> select.poll:
+        """Not select(), which cannot watch descriptors from 1024 on."""
+        poller = self._pollers.get(events)
+        if poller is None:
+            poller = self._pollers[events] = select.poll()
+            poller.register(self._sock, events)
+        return poller
+
+    def _send_bytes(self, data: Buffer) -> None:
+        done = 0
+        while done < len(data):
+            self._arm(socket.SO_SNDTIMEO)
+            try:
+                done += self._sock.send(memoryview(data)[done:])
+            except BlockingIOError:
+                raise TimeoutError("the peer takes no bytes") from None
+
+    def _each(self, runs: _Runs, function: Any, flags: int, option: int) -> None:
+        """All the runs through sendmsg or recvmsg."""
+        vectors, left, first = runs.vectors, runs.num_bytes, True
+        while left:
+            self._arm(option)
+            some = vectors[:IOV_MAX]
+            message = _Message(vectors=_pointer(some), num_vectors=len(some))
+            done = function(self._sock.fileno(), message, flags)
+            if done < 0:
+                code = ctypes.get_errno()
+                if code == errno.EAGAIN:
+                    raise TimeoutError("the peer moves no bytes")
+                if code != errno.EINTR:
+                    raise OSError(code, os.strerror(code))
+                continue
+            if done == 0:
+                raise EOFError if first else ConnectionResetError("the peer closed the connection half-way")
+            left, first = left - done, False
+            if left:
+                vectors = _rest(vectors, done)
+
     def _arm(self, option: int) -> None:
         wait_s = min(self._silence_s, self.deadline_s - time.monotonic())
         if wait_s <= 0:
             raise TimeoutError("the deadline passed")
+        if self._armed.get(option) == wait_s:
+            return
+        self._armed[option] = wait_s
         # Zero would mean to wait forever.
         whole, micros = divmod(max(1, int(wait_s * 1e6)), 1_000_000)
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, micros))
 
 
-def _advance(buffers: list[Buffer], done: int) -> list[Buffer]:
-    """What is left of the buffers after `done` bytes."""
-    for n, buffer in enumerate(buffers):
-        if done < len(buffer):
-            return [memoryview(buffer)[done:], *buffers[n + 1 :]]
-        done -= len(buffer)
-    return []
+class _Runs:
+    """Where in this process the bytes of a message are; what they are of is kept alive."""
+
+    def __init__(self, head: Buffer, pieces: Pieces, tail: Buffer) -> None:
+        self._kept = [np.frombuffer(part, dtype=np.uint8) for part in (head, tail) if part]
+        found = pieces.vectors(before=bool(head), after=bool(tail))
+        if head:
+            found[0] = _pointer(self._kept[0]), len(head)
+        if tail:
+            found[-1] = _pointer(self._kept[-1]), len(tail)
+        self.vectors = found
+        self.num_bytes = len(head) + pieces.num_bytes + len(tail)
+
+
+def _pointer(array: Any) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _rest(vectors: Vectors, done: int) -> Vectors:
+    """What is left of the runs after `done` bytes of them; something is."""
+    ends = np.cumsum(vectors[:, 1])
+    at = int(np.searchsorted(ends, np.uint64(done), side="right"))
+    left = vectors[at:].copy()
+    rest = ends[at] - np.uint64(done)
+    left[0] = left[0, 0] + left[0, 1] - rest, rest
+    return left

@@ -98,10 +98,11 @@ class TransportConfig(Section):
     preset: Literal["", "high-bw", "low-latency", "low-cost"] = Field(
         "", description="values for the keys of this section that are not set themselves; see core/presets.yaml"
     )
-    backend: Literal["auto", "tcp", "gloo", "mooncake", "rdma"] = Field(
+    backend: Literal["auto", "tcp", "gloo", "shm", "mooncake", "rdma"] = Field(
         "tcp",
-        description="auto: for each peer the best byte path that both sides have, and tcp where it fails; mooncake: "
-        "Mooncake's Transfer Engine over TCP; rdma: the same over InfiniBand or RoCE",
+        description="auto: for each peer the best byte path that both sides have, and tcp where it fails; shm: workers "
+        "of one host copy KV out of each other's memory; mooncake: Mooncake's Transfer Engine over TCP; rdma: the same "
+        "over InfiniBand or RoCE",
     )
     digest: bool = Field(True, description="checks an xxh3 digest per block")
     wire_dtype: Literal["same", "auto", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
@@ -116,7 +117,7 @@ class TransportConfig(Section):
         0,
         ge=0,
         le=64 << 20,
-        description="KV in one message at most; 0: as it suits the byte path (tcp: 1 MiB, gloo: 4 MiB)",
+        description="KV in one message at most; 0: as it suits the byte path (tcp: 2 MiB, gloo and shm: 4 MiB)",
     )
     pipeline_depth: int = Field(
         2, ge=1, le=16, description="messages under way at a time, where a byte path has buffers"

@@ -52,13 +52,15 @@ class KvRegion:
 
     `view` is a writable memoryview of num_blocks x block_bytes bytes; block b starts at b * block_bytes. The byte
     path reads and writes it in place. `layer_parts` say where in a block a layer is; empty: blocks have no layers
-    that could be read apart.
+    that could be read apart. `descriptor` is an open file that begins with the view's bytes, for other processes to map
+    (`shared_memory`); None: the memory is this process's own.
     """
 
     view: memoryview
     block_bytes: int
     num_blocks: int
     layer_parts: tuple[LayerPart, ...] = ()
+    descriptor: int | None = None
 
     @property
     def num_layers(self) -> int:

@@ -33,12 +33,12 @@ TABLE = np.array([9, 3, 4, 5, 20, 1], dtype=np.int32)
 TARGETS = np.array([30, 31, 2, 40, 7, 8], dtype=np.int32)
 NUM_TOKENS = len(TABLE) * BLOCK_TOKENS - 1
 LAYERS = 4
-SOURCE = "sagellm_common.comm_backend.backends.tcp_source"
+SOURCES = "sagellm_common.comm_backend.backends"
 
 
-@pytest.fixture
-async def workers() -> AsyncIterator[Cluster]:
-    workers = Cluster("tcp")
+@pytest.fixture(params=["tcp", "shm", "vm-read"])
+async def workers(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
+    workers = Cluster(request.param)
     yield workers
     await workers.close()
 
@@ -216,7 +216,7 @@ async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest
             it.begin()
             it.compute(8)
             await it.arrived(2 * 64)
-            monkeypatch.setattr(f"{SOURCE}.segment_digest", lambda views: bytes(8))
+            monkeypatch.setattr(f"{SOURCES}.{workers.backend}_source.segment_digest", lambda views: bytes(8))
             it.compute(16, layers=1)
             with pytest.raises(KvCorrupt, match=r"'t': layers 0\.\.0 of blocks 2\.\.3"):
                 await it.pull

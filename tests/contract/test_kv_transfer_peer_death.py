@@ -21,7 +21,7 @@ from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from tests.support.kv_channels import Cluster, Side, a_layout, blocks_of, missing, random_region
 from tests.support.kv_source_process import BLOCK_BYTES, NUM_BLOCKS, SEED
 
-BACKENDS = ("tcp", "gloo", "mooncake")
+BACKENDS = ("tcp", "shm", "gloo", "mooncake")
 ALL = np.arange(NUM_BLOCKS, dtype=np.int32)
 
 

@@ -150,7 +150,7 @@ async def test_digest_mismatch(router: str, prefill: Worker, decode: Worker, mon
         raise KvCorrupt("block 3 arrived with another digest")
 
     source = await pinned(prefill, decode)
-    monkeypatch.setattr(tcp_receiver, "verify_blocks", corrupt)
+    monkeypatch.setattr(tcp_receiver, "verify_digests", corrupt)
     await fails(decode, source, KvCorrupt)
     handoff, found = await ended(router)
     assert handoff.reason is HandoffReason.DIGEST_MISMATCH

@@ -135,7 +135,7 @@ async def test_corrupt_blocks_of_the_store_cost_the_hit_only(router: str, monkey
         await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         with monkeypatch.context() as patch:
-            patch.setattr(tcp_receiver, "verify_blocks", corrupt)
+            patch.setattr(tcp_receiver, "verify_digests", corrupt)
             # Prefill fetches and fails; decode reuses what it has but for the last block, which it cannot pull either.
             with pytest.raises(KvCorrupt):
                 await generate(prefill, decode, request(PROMPT, request_id="r2"))

@@ -79,7 +79,7 @@ async def check(cluster: RunningCluster, model: Path, max_tokens: int, longest: 
 
 @pytest.mark.parametrize(
     ("prefill", "decode", "transport", "reuse"),
-    [(2, 2, "tcp", True), (1, 1, "gloo", True), (1, 1, "tcp", False)],
+    [(2, 2, "tcp", True), (1, 1, "gloo", True), (1, 1, "shm", True), (1, 1, "tcp", False)],
 )
 async def test_the_tiny_llama(tiny_llama: Path, prefill: int, decode: int, transport: str, reuse: bool) -> None:
     settings = (

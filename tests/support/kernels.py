@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sagellm_common.engines.lmdeploy.kernels.build import build, compiler, supported_isas
+from sagellm_common.core.cxx import compiler
+from sagellm_common.engines.lmdeploy.kernels.build import build, supported_isas
 from sagellm_common.engines.lmdeploy.kernels.native import NativeOps
 
 

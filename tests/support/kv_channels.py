@@ -14,9 +14,11 @@ import pytest
 
 from sagellm_common.comm_backend.backends import End, load
 from sagellm_common.comm_backend.backends.mock import Faults, MockChannel, MockNetwork
+from sagellm_common.comm_backend.backends.shm import ShmChannel
 from sagellm_common.comm_backend.backends.tcp import TcpChannel
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel, LeasedBlocks, PullRpc
+from sagellm_common.core import shared_memory
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import PeerLost
@@ -24,8 +26,9 @@ from sagellm_common.core.kv import Allocation, KvMemory, KvRegion, LayerPart
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
-BACKENDS = ("tcp", "staged", "gloo", "mooncake", "mock")
-"""`staged` is tcp between pools that are no host memory to it, as with a GPU."""
+BACKENDS = ("tcp", "staged", "shm", "vm-read", "gloo", "mooncake", "mock")
+"""`staged` is tcp between pools that are no host memory to it, as with a GPU; `vm-read` shm of pools in no file."""
+VARIANTS = {"staged": "tcp", "vm-read": "shm"}
 HOST = "127.0.0.1"
 
 
@@ -46,12 +49,18 @@ def a_layout(block_bytes: int = 64, block_size_tokens: int = 4, model_fingerprin
     return KvLayout(model_fingerprint, "float32", block_size_tokens, 1, 1, 2, block_bytes)
 
 
-def random_region(num_blocks: int, block_bytes: int, seed: int = 0, num_layers: int = 0) -> KvRegion:
-    """With layers a block has keys and values, one fourth and three fourths of it."""
+def random_region(
+    num_blocks: int, block_bytes: int, seed: int = 0, num_layers: int = 0, *, in_file: bool = False
+) -> KvRegion:
+    """With layers a block has keys and values, one fourth and three fourths of it. `in_file`: of shared memory."""
     data = np.random.default_rng(seed).integers(0, 256, num_blocks * block_bytes, dtype=np.uint8)
     quarter = block_bytes // 4
     parts = (LayerPart(0, quarter // num_layers), LayerPart(quarter, 3 * quarter // num_layers)) if num_layers else ()
-    return KvRegion(memoryview(data), block_bytes, num_blocks, parts)
+    if not in_file:
+        return KvRegion(memoryview(data), block_bytes, num_blocks, parts)
+    memory = shared_memory.allocate(len(data))
+    memory.arena[:] = data.data
+    return KvRegion(memoryview(memory.arena), block_bytes, num_blocks, parts, memory.descriptor)
 
 
 def staged(region: KvRegion) -> KvMemory:
@@ -137,8 +146,8 @@ class Cluster:
     def __init__(self, backend: str) -> None:
         if why := missing(backend):
             pytest.skip(why)
-        self._staged = backend == "staged"
-        self.backend = "tcp" if self._staged else backend
+        self._variant = backend
+        self.backend = VARIANTS.get(backend, backend)
         self.sides: dict[str, Side] = {}
         self._network = MockNetwork()
 
@@ -156,16 +165,21 @@ class Cluster:
         pull_rpc: PullRpc | None = None,
         transport: dict[str, Any] | None = None,
     ) -> Side:
-        region, clock, freed = random_region(num_blocks, block_bytes, len(self.sides), num_layers), ManualClock(), []
+        in_file = self._variant == "shm"
+        region = random_region(num_blocks, block_bytes, len(self.sides), num_layers, in_file=in_file)
+        clock = ManualClock()
+        freed: list[Allocation] = []
         leases = HandoffSource(ttl_s, clock, freed.append)
         watched = WatchedLeases(leases)
         channel: KVTransferChannel
         end = End(TransportConfig(segment_min_bytes=1, **(transport or {})), region, watched, HOST, 0)
         if self.backend == "tcp":
-            memory = staged(region) if self._staged else region
+            memory = staged(region) if self._variant == "staged" else region
             channel = TcpChannel(
                 lambda: memory, watched, HOST, 0, digest=digest, silence_s=silence_s, messages=end.planner()
             )
+        elif self.backend == "shm":
+            channel = ShmChannel(lambda: region, watched, digest=digest, silence_s=silence_s, messages=end.planner())
         elif self.backend == "gloo":
             from sagellm_common.comm_backend.backends.gloo import GlooChannel
 

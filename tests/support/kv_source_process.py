@@ -46,8 +46,8 @@ def pausing(step: Callable[..., Any], pause_at: int) -> Callable[..., Any]:
 
 
 def pause(backend: str, at: int) -> None:
-    """tcp and mooncake take the digests of a group before they send anything of it; gloo cuts a message for each."""
-    if backend in ("tcp", "mooncake"):
+    """All but gloo take the digests of a group before they are done with it; gloo cuts a message for each."""
+    if backend != "gloo":
         source = importlib.import_module(f"sagellm_common.comm_backend.backends.{backend}_source")
         source.block_digests = pausing(source.block_digests, at)
     else:
@@ -57,7 +57,8 @@ def pause(backend: str, at: int) -> None:
 
 
 async def serve(backend: str) -> None:
-    region, leases = random_region(NUM_BLOCKS, BLOCK_BYTES, SEED), HandoffSource(60.0, SystemClock(), lambda _: None)
+    region = random_region(NUM_BLOCKS, BLOCK_BYTES, SEED, in_file=True)
+    leases = HandoffSource(60.0, SystemClock(), lambda _: None)
     leases.pin("t", 1, Allocation(np.arange(NUM_BLOCKS, dtype=np.int32)), 0)
 
     async def never(source: KvSource, blocks: BlockIds, pair_id: str, timeout_s: float) -> bytes:

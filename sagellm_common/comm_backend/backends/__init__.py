@@ -26,6 +26,7 @@ MODULES = {
     "gloo": "sagellm_common.comm_backend.backends.gloo",
     "mooncake": "sagellm_common.comm_backend.backends.mooncake",
     "rdma": "sagellm_common.comm_backend.backends.rdma",
+    "shm": "sagellm_common.comm_backend.backends.shm",
     "tcp": "sagellm_common.comm_backend.backends.tcp",
 }
 

@@ -73,8 +73,7 @@ class MooncakeChannel:
         self.address = ""
         self._engine = engine
         self._regions = regions
-        self._source = MooncakeSource(regions, leases, silence_s, engine, settings)
-        self._host, self._port = host, port
+        self._source = MooncakeSource(regions, leases, silence_s, host, port, engine, settings)
         self._digest = digest
         self._silence_s = silence_s
         self._closed = False
@@ -96,7 +95,7 @@ class MooncakeChannel:
         )
 
     async def start(self) -> str:
-        self.address = self._source.start(self._host, self._port)
+        self.address = self._source.start()
         return self.address
 
     async def close(self) -> None:

@@ -23,7 +23,7 @@ from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
 from sagellm_common.comm_backend.integrity import block_digests
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions
-from sagellm_common.comm_backend.wire import Buffer, Wire
+from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import InvalidRequest, SageError
 from sagellm_common.core.kv import KvRegion
@@ -38,9 +38,16 @@ class MooncakeSource(TcpSource):
     """Serves pulls by letting receivers read."""
 
     def __init__(
-        self, regions: Regions, leases: LeasedBlocks, silence_s: float, engine: Engine, settings: KVTransportConfig
+        self,
+        regions: Regions,
+        leases: LeasedBlocks,
+        silence_s: float,
+        host: str,
+        port: int,
+        engine: Engine,
+        settings: KVTransportConfig,
     ) -> None:
-        super().__init__(regions, leases, silence_s, settings)
+        super().__init__(regions, leases, silence_s, host, port, settings)
         self._regions = regions
         self._engine = engine
         self._exposed: tuple[int, int] | None = None
@@ -75,24 +82,23 @@ class MooncakeSource(TcpSource):
                 held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
                 address = self._expose(region)
             except SageError as err:
-                wire.send([frames.encode_refusal(err.reason, err.message)])
+                wire.send(frames.encode_refusal(err.reason, err.message))
                 return
             session = self._engine.session.encode()
-            head: list[Buffer] = [frames.encode_accepted(), READING.pack(len(session), address), session]
+            head = frames.encode_accepted() + READING.pack(len(session), address) + session
             for group in frames.groups(block_ids, header.group_blocks):
                 # The first of them before the receiver can read: what it reads is what was there then, or is noticed.
-                digests = [block_digests(region, group)] if header.digest else []
-                wire.send([*head, *digests])
-                head = []
+                wire.send(head + (block_digests(region, group) if header.digest else b""))
+                head = b""
                 failpoints.hit("source.sending")
             while (said := bytes(wire.recv(1))) == GROUP_READ:
                 pass
             if said != ALL_READ:
                 raise MalformedFrame(f"ended a read with {said!r}")
-            wire.send([frames.TRAILER])
+            wire.send(frames.TRAILER)
 
     def _answer_along(
         self, wire: Wire, header: PullHeader, transfer_id: str, first_block: int, num_layers: int
     ) -> None:
         refusal = InvalidRequest("this source lets whole blocks be read, once they are all computed")
-        wire.send([frames.encode_refusal(refusal.reason, refusal.message)])
+        wire.send(frames.encode_refusal(refusal.reason, refusal.message))

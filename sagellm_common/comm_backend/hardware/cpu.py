@@ -16,6 +16,6 @@ def probe(host: Host) -> CapabilityDescriptor:
         driver_version="",
         dtypes=("float32", "bfloat16", "float16"),
         kv_quant_bits=(0, 4, 8),
-        transport=TransportProfile(("tcp", "gloo", "mooncake", "rdma"), staged=False, collective="gloo"),
+        transport=TransportProfile(("tcp", "gloo", "shm", "mooncake", "rdma"), staged=False, collective="gloo"),
         lmdeploy_device_type="cpu",
     )

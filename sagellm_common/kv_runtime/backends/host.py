@@ -7,7 +7,6 @@ absent ──begin_put──► filling ──commit_put──► stored, unrefe
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sagellm_common.core import shared_memory
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import ConfigError, InvalidRequest, KvExhausted, LayoutMismatch
 from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
@@ -281,9 +281,8 @@ class HostKvPool:
             raise ConfigError(
                 f"kv_store.budget_bytes is {self._budget_bytes}, which holds no block of {layout.block_bytes} bytes"
             )
-        # Zeroed, and taken from the system only as it is touched.
-        arena = mmap.mmap(-1, num_blocks * layout.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._region = KvRegion(memoryview(arena), layout.block_bytes, num_blocks)
+        memory = shared_memory.allocate(num_blocks * layout.block_bytes)
+        self._region = KvRegion(memoryview(memory.arena), layout.block_bytes, num_blocks, descriptor=memory.descriptor)
         self._free = list(range(num_blocks - 1, -1, -1))
         self._refs = np.zeros(num_blocks, dtype=np.int32)
         self._layout = layout

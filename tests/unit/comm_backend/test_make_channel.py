@@ -22,7 +22,7 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-@pytest.mark.parametrize("backend", ["tcp", "gloo", "mooncake"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "gloo", "mooncake"])
 async def test_a_measured_pull(backend: str) -> None:
     if why := missing(backend):
         pytest.skip(why)

@@ -66,14 +66,22 @@ def answers(side: Side) -> None:
     [
         (b"GET / HTTP/1.1\r\nHost: somewhere.example\r\n\r\n", "starts with b'GET '"),
         (b"SKVT\x09" + a_request()[5:], "version 9 op 1"),
-        (b"SKVT\x01\x07" + a_request()[6:], "version 1 op 7"),
+        (b"SKVT\x02\x07" + a_request()[6:], "version 2 op 7"),
         (a_request(group_blocks=0), "asks for groups of 0 blocks"),
         (a_request(group_blocks=1001), "asks for groups of 1001 blocks of 64 bytes"),
         (a_request(group_blocks=3, block_bytes=32 << 20), "asks for groups of 3 blocks of 33554432 bytes"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 2**32 - 1, 64, 1), "asks for 4294967295 blocks"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 1, 0, 1000, 1, 0, 64, 1), "asks for 0 blocks"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 0, 2, 0, 1000, 1, 1, 64, 1) + b"\xff\xfe", "not UTF-8"),
-        (frames.REQUEST.pack(frames.MAGIC, 1, 1, 0, 99, 1, 0, 1000, 1, 1, 64, 1), "asks for dtype 99"),
+        (
+            frames.REQUEST.pack(frames.MAGIC, frames.VERSION, 1, 0, 0, 1, 0, 1000, 1, 2**32 - 1, 64, 1),
+            "asks for 4294967295 blocks",
+        ),
+        (frames.REQUEST.pack(frames.MAGIC, frames.VERSION, 1, 0, 0, 1, 0, 1000, 1, 0, 64, 1), "asks for 0 blocks"),
+        (
+            frames.REQUEST.pack(frames.MAGIC, frames.VERSION, 1, 0, 0, 2, 0, 1000, 1, 1, 64, 1)
+            + b"\xff\xfe"
+            + bytes(4),
+            "not UTF-8",
+        ),
+        (frames.REQUEST.pack(frames.MAGIC, frames.VERSION, 1, 0, 99, 1, 0, 1000, 1, 1, 64, 1), "asks for dtype 99"),
     ],
     ids=["http", "version", "op", "no-group", "group", "group-bytes", "too-many", "none", "name", "dtype"],
 )
@@ -168,9 +176,9 @@ async def test_a_receiver_that_dies_gives_the_lease_back() -> None:
 
 async def test_a_port_in_use_is_a_config_error(source: Side) -> None:
     port = int(source.channel.address.split(":")[1])
-    second = TcpSource(lambda: source.region, source.leases, 1.0, KVTransportConfig(TransportConfig()))
+    second = TcpSource(lambda: source.region, source.leases, 1.0, HOST, port, KVTransportConfig(TransportConfig()))
     with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}: Address already in use"):
-        second.start(HOST, port)
+        second.start()
     second.close()
 
 

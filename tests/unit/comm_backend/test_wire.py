@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from sagellm_common.comm_backend.pieces import Pieces
 from sagellm_common.comm_backend.wire import IOV_MAX, Wire, split_address
 
 
@@ -24,22 +27,40 @@ def ends() -> Iterator[tuple[Wire, Wire]]:
         wire.close()
 
 
-def test_gathers_and_scatters_across_any_cuts(ends: tuple[Wire, Wire]) -> None:
+def pieces_of(memory: bytearray, *sizes: int) -> Pieces:
+    """Side by side, but the last two change places."""
+    bounds = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+    bounds[-2:] = reversed(bounds[-2:])
+    offsets = np.array([begin for begin, _ in bounds], dtype=np.int64)
+    return Pieces(memoryview(memory), offsets, np.array([end - begin for begin, end in bounds], dtype=np.int64))
+
+
+def scattered(pieces: Pieces) -> bytes:
+    return b"".join(
+        pieces.memory[at : at + size] for at, size in zip(pieces.offsets.tolist(), pieces.sizes.tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("head", [0, 7])
+@pytest.mark.parametrize("tail", [0, 3])
+def test_gathers_and_scatters_across_any_cuts(ends: tuple[Wire, Wire], head: int, tail: int) -> None:
     left, right = ends
-    payload = bytes(n % 251 for n in range(300_000))
-    parts = [payload[n : n + 100] for n in range(0, len(payload), 100)]
-    assert len(parts) > 2 * IOV_MAX
-    sender = threading.Thread(target=left.send, args=(parts,))
+    payload = bytes(n % 251 for n in range(600_000))
+    source = Pieces(memoryview(payload), np.arange(0, 600_000, 200), np.full(3000, 100))
+    assert len(source.vectors()) > 2 * IOV_MAX
+    sent = b"x" * head + scattered(source) + b"yz"
+    sender = threading.Thread(target=left.send, args=(b"x" * head, source, b"yz"))
     sender.start()
-    buffers = [bytearray(7), bytearray(199_993), *(bytearray(50) for _ in range(2000))]
-    right.recv_into(buffers)
+    begin, end = bytearray(head), bytearray(tail)
+    into = pieces_of(bytearray(300_002 - tail), 199_993, *(50,) * 2000, 300_002 - tail - 299_993)
+    right.recv_into(begin, into, end)
     sender.join(10)
-    assert b"".join(buffers) == payload
+    assert begin + scattered(into) + end == sent
 
 
 def test_an_end_between_and_within_messages(ends: tuple[Wire, Wire]) -> None:
     left, right = ends
-    left.send([b"abc"])
+    left.send(b"abc")
     left.close()
     assert right.recv(1) == b"a"
     with pytest.raises(ConnectionResetError, match="half-way"):
@@ -57,7 +78,7 @@ def test_waits_end(ends: tuple[Wire, Wire], silence_s: float, deadline_s: float)
     with pytest.raises(TimeoutError):
         right.recv(1)
     with pytest.raises(TimeoutError):
-        left.send([bytes(1 << 20)] * 64)
+        left.send(bytes(64 << 20))
 
 
 def test_abort_ends_a_wait_of_another_thread(ends: tuple[Wire, Wire]) -> None:
@@ -81,7 +102,7 @@ def test_abort_ends_a_wait_of_another_thread(ends: tuple[Wire, Wire]) -> None:
 def test_readable(ends: tuple[Wire, Wire]) -> None:
     left, right = ends
     assert not right.readable(0)
-    left.send([b"x"])
+    left.send(b"x")
     assert right.readable(10)
     assert right.recv(1) == b"x"
     left.close()

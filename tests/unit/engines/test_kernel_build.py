@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sagellm_common.core import cxx
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.engines.lmdeploy.kernels import build
 
@@ -48,7 +49,7 @@ def test_other_sources_or_flags_are_another_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_compiler_error_is_shown_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if build.compiler() is None:
+    if cxx.compiler() is None:
         pytest.skip("no C++ compiler; install g++")
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main() { return undeclared; }\n")

@@ -26,4 +26,4 @@ class CpuDevice:
         """In place: the pool is host memory, block after block."""
         num_blocks, block_bytes = cache_engine.pool.shape
         view = memoryview(cache_engine.pool.numpy()).cast("B")
-        return KvRegion(view, block_bytes, num_blocks, cache_engine.layer_parts)
+        return KvRegion(view, block_bytes, num_blocks, cache_engine.layer_parts, cache_engine.pool_descriptor)

@@ -17,6 +17,7 @@ import torch
 from lmdeploy.pytorch.engine.cache_engine import CacheEngine, StateCacheEngine
 from torch import Tensor
 
+from sagellm_common.core import shared_memory
 from sagellm_common.core.kv import LayerPart
 
 
@@ -25,6 +26,8 @@ class CpuCacheEngine(CacheEngine):
 
     pool: Tensor
     """uint8 [num_blocks, block_bytes]"""
+    pool_descriptor: int
+    """The pool's file, see `core.shared_memory`"""
     layer_parts: tuple[LayerPart, ...]
     """Where in a block each layer is; empty when several ranks fill it, each in its own time."""
 
@@ -36,18 +39,23 @@ class CpuCacheEngine(CacheEngine):
         tp_rank: int = 0,
         world_size: int = 1,
         cache_stream: Any = None,
-        pool: Tensor | None = None,
+        pool_file: int | None = None,
     ) -> None:
+        """The pool is in `pool_file`, which the ranks share, or in a file of its own."""
         self.world_size, self.rank, self.tp_rank = world_size, rank, tp_rank
         self.cache_config, self.model_config = cache_config, model_config
         self.block_size = cache_config.block_size
         self.num_layers = model_config.num_layers
         self.kv_cache_dtype = torch.uint8 if cache_config.quant_policy else model_config.dtype
         rank_bytes = self.block_bytes(cache_config, model_config, world_size)
-        if pool is None:
-            pool = torch.zeros(self.num_gpu_blocks, rank_bytes, dtype=torch.uint8)
-        self.pool = pool
-        self._part = pool[:, tp_rank * rank_bytes : (tp_rank + 1) * rank_bytes]
+        shape = (self.num_gpu_blocks, world_size * rank_bytes)
+        if pool_file is None:
+            memory = shared_memory.allocate(math.prod(shape))
+        else:
+            memory = shared_memory.open_file(pool_file, math.prod(shape))
+        self.pool = torch.frombuffer(memory.arena, dtype=torch.uint8).view(shape)
+        self.pool_descriptor = memory.descriptor
+        self._part = self.pool[:, tp_rank * rank_bytes : (tp_rank + 1) * rank_bytes]
         self.local_gpu_cache = self.allocate_gpu_cache()
         self.local_cpu_cache = self.allocate_cpu_cache()
         self.migration_backend_impl = None

@@ -120,8 +120,8 @@ class CpuModelAgent(model_agent.BaseModelAgent):
         logits = self.patched_model.get_logits(hidden_states)
         return None if logits is None else logits.float()
 
-    def build_cache_engine(self, pool: torch.Tensor | None = None) -> None:
-        """Over `pool`, uint8 [num_blocks, world_size × a rank's bytes of a block], or over memory of its own."""
+    def build_cache_engine(self, pool_file: int | None = None) -> None:
+        """Over the memory of `pool_file`, num_blocks × world_size × a rank's bytes of a block, or over its own."""
         with self.all_context():
             self.cache_engine = CpuCacheEngine(
                 self.cache_config,
@@ -130,7 +130,7 @@ class CpuModelAgent(model_agent.BaseModelAgent):
                 tp_rank=self.dist_ctx.attn_tp_group.rank,
                 world_size=self.dist_config.attn_tp,
                 cache_stream=self.cache_stream,
-                pool=pool,
+                pool_file=pool_file,
             )
             self.state_cache_engine = CpuStateCacheEngine(self.cache_config)
             self.spec_agent.build_cache_engine(self.cache_stream)

@@ -23,7 +23,7 @@ def serve(pipe: Connection) -> None:
         while True:
             operation, args = pickle.loads(pipe.recv_bytes())
             if operation == "build_cache_engine":
-                tensor_parallel.build_cache_engine(agent, setup.pool_fd)
+                agent.build_cache_engine(setup.pool_fd)
             elif operation == "step":
                 with agent.all_context():
                     runner.run(agent._async_step_background(**args[0]))

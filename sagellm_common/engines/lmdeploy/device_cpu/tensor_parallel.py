@@ -14,7 +14,6 @@ a model is of no use. A rank that only stops fails it after RANK_TIMEOUT_S.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import pickle
 import subprocess
@@ -32,6 +31,8 @@ from lmdeploy.pytorch.distributed import DistContext, DistGroup
 from lmdeploy.pytorch.engine.executor.base import ExecutorBase
 from lmdeploy.pytorch.engine.executor.uni_executor import UniExecutor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]  # not in __all__
+
+from sagellm_common.core import shared_memory
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 120.0
@@ -85,15 +86,6 @@ def build_agent(setup: RankSetup) -> Any:
     )
 
 
-def build_cache_engine(agent: Any, pool_fd: int) -> None:
-    """The agent's part of the KV pool; the first rank to come gives the memory its size."""
-    rank_bytes = model_agent.CacheEngine.block_bytes(agent.cache_config, agent.model_config, agent.world_size)
-    shape = (agent.cache_config.num_gpu_blocks, agent.world_size * rank_bytes)
-    os.ftruncate(pool_fd, shape[0] * shape[1])
-    pool = torch.frombuffer(mmap.mmap(pool_fd, shape[0] * shape[1]), dtype=torch.uint8).view(shape)
-    agent.build_cache_engine(pool)
-
-
 class _Rank:
     """One child process, as rank 0 sees it."""
 
@@ -136,7 +128,7 @@ class TpExecutor(UniExecutor):
         self._store = TCPStore(
             LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=START_TIMEOUT_S)
         )
-        self._pool_fd = os.memfd_create("sagellm-kv")
+        self._pool_fd = shared_memory.create_file()
         setups = [
             RankSetup(
                 rank, self.world_size, self._store.port, self._pool_fd, torch.get_num_threads(), dist_config, agent
@@ -171,7 +163,7 @@ class TpExecutor(UniExecutor):
 
     def build_cache_engine(self) -> None:
         self._tell("build_cache_engine")
-        build_cache_engine(self.model_agent, self._pool_fd)
+        self.model_agent.build_cache_engine(self._pool_fd)
 
     def start(self, forward_event: Any) -> None:
         """Once. Raises RuntimeError the second time: after a failed step the ranks no longer agree where they are."""

@@ -1,28 +1,19 @@
 """Compiles the kernels, one library per instruction set, into the cache directory. Needs a C++17 compiler, no network.
 
-    python -m sagellm_common.engines.lmdeploy.kernels.build [--optional]
-
-A library is named after the hash of its sources and flags: what is there is up to date.
+python -m sagellm_common.engines.lmdeploy.kernels.build [--optional]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import xxhash
-
+from sagellm_common.core import cxx
 from sagellm_common.core.errors import ConfigError
-from sagellm_common.core.paths import cache_home
 
 SOURCES = Path(__file__).parent / "csrc"
 MAIN = SOURCES / "sagellm_cpu.cpp"
-COMPILE_TIMEOUT_S = 300.0
 
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
@@ -60,45 +51,12 @@ def supported_isas(flags: frozenset[str] | None = None) -> list[str]:
 
 def library_path(isa: str) -> Path:
     """Where the library of these very sources is, built or not."""
-    digest = xxhash.xxh3_128(" ".join(FLAGS + ISA_FLAGS[isa]).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
-    return cache_home() / "kernels" / f"{isa}-{digest.hexdigest()[:16]}.so"
-
-
-def compiler() -> str | None:
-    """$CXX, or the first of the usual names that is installed."""
-    return next(
-        (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))),
-        None,
-    )
+    return cxx.library_path(isa, SOURCES.iterdir(), FLAGS + ISA_FLAGS[isa])
 
 
 def build(isa: str) -> Path:
     """The library for `isa`, compiled unless it is there. Raises ConfigError with the compiler's words."""
-    target = library_path(isa)
-    if target.is_file():
-        return target
-    cxx = compiler()
-    if cxx is None:
-        raise ConfigError("no C++ compiler found (c++, g++, clang++); install g++ or set CXX")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        output = Path(scratch) / target.name
-        try:
-            done = subprocess.run(
-                [cxx, *FLAGS, *ISA_FLAGS[isa], str(MAIN), "-o", str(output)],
-                capture_output=True,
-                text=True,
-                timeout=COMPILE_TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ConfigError(f"{cxx} did not finish {MAIN.name} for {isa} within {COMPILE_TIMEOUT_S:.0f} s") from None
-        if done.returncode:
-            raise ConfigError(f"{cxx} cannot compile {MAIN.name} for {isa}:\n{done.stderr[-2000:]}")
-        output.replace(target)  # whole or not at all: another process may be building, too
-    return target
+    return cxx.compile_library(MAIN, FLAGS + ISA_FLAGS[isa], library_path(isa))
 
 
 def main() -> None:

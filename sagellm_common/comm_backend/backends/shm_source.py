@@ -1,0 +1,94 @@
+"""Source side of the shm byte path: shows its memory, and holds the blocks until they are copied."""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from collections.abc import Callable
+
+from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend.backends.shm_address import own_address
+from sagellm_common.comm_backend.backends.socket_source import SocketSource
+from sagellm_common.comm_backend.config import KVTransportConfig
+from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
+from sagellm_common.comm_backend.integrity import DIGEST_BYTES, block_digests, segment_digest
+from sagellm_common.comm_backend.pieces import Pieces, address_of
+from sagellm_common.comm_backend.protocol import LeasedBlocks
+from sagellm_common.comm_backend.segments import Segment
+from sagellm_common.comm_backend.wire import Wire
+from sagellm_common.core import failpoints
+from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.types import BlockIds
+
+
+class ShmSource(SocketSource):
+    def __init__(
+        self, memory: Callable[[], KvRegion], leases: LeasedBlocks, silence_s: float, settings: KVTransportConfig
+    ) -> None:
+        super().__init__(memory, leases, silence_s, settings)
+        self._shown: weakref.WeakKeyDictionary[Wire, int] = weakref.WeakKeyDictionary()
+        """Which memory a receiver has been given the file of."""
+
+    def _listen(self) -> tuple[socket.socket, str]:
+        address = own_address()
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(address.socket_name)
+            listener.listen(128)
+        except OSError as err:
+            listener.close()
+            raise ConfigError(f"KV byte path cannot listen on a Unix socket: {err.strerror}; use tcp") from err
+        return listener, str(address)
+
+    def _admit(self, wire: Wire) -> str:
+        """Whoever is of the same user could read our memory anyway."""
+        pid, uid = wire.peer_credentials()
+        if uid != os.geteuid():
+            raise MalformedFrame(f"comes from user {uid}, not from {os.geteuid()}")
+        return f"process {pid}"
+
+    def _send_accepted(self, wire: Wire, memory: KvMemory) -> None:
+        assert isinstance(memory, KvRegion)
+        if memory.descriptor is None:
+            shown = frames.MEMORY.pack(frames.MEMORY_ADDRESS, 0, len(memory.view), address_of(memory.view))
+            wire.send(frames.encode_accepted() + shown)
+            return
+        memory_id = os.fstat(memory.descriptor).st_ino
+        answer = frames.encode_accepted() + frames.MEMORY.pack(frames.MEMORY_FILE, memory_id, len(memory.view), 0)
+        if self._shown.get(wire) == memory_id:
+            wire.send(answer)
+        else:
+            wire.send_descriptors(answer, [memory.descriptor])
+            self._shown[wire] = memory_id
+
+    def _send_blocks(self, wire: Wire, memory: KvMemory, header: PullHeader, block_ids: BlockIds) -> None:
+        """Digests are taken while the receiver copies."""
+        assert isinstance(memory, KvRegion)
+        self._send_accepted(wire, memory)
+        digests = []
+        groups = frames.groups(block_ids, header.group_blocks)
+        for group in groups:
+            if wire.closed_by_peer():
+                raise ConnectionResetError("it closed the connection")
+            if header.digest:
+                digests.append(block_digests(memory, group))
+            failpoints.hit("source.sending")
+        _expect_copied(wire, len(groups))
+        wire.send(b"".join(digests) + frames.TRAILER)
+
+    def _send_segment(self, wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
+        header = frames.encode_segment(frames.SEGMENT_DATA, segment)
+        wire.send(header + frames.encode_pieces(pieces.offsets, pieces.sizes))
+        taken = segment_digest(pieces) if digest else bytes(DIGEST_BYTES)
+        _expect_copied(wire, 1)
+        wire.send(taken)
+
+
+def _expect_copied(wire: Wire, num_groups: int) -> None:
+    """Raises what `Wire.recv` does when the receiver is gone, or copies no more: nobody reads the blocks then, or what
+    they read they will not be told to be right."""
+    told = wire.recv(num_groups)
+    if told != frames.COPIED * num_groups:
+        raise MalformedFrame(f"is followed by {bytes(told)!r} instead of what was copied")

@@ -1,0 +1,348 @@
+"""Receiver side of a byte path over stream sockets: connections, deadlines, and what is asked for in which order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm_common.comm_backend import frames, meter
+from sagellm_common.comm_backend.daemon import finished
+from sagellm_common.comm_backend.frames import MalformedFrame
+from sagellm_common.comm_backend.fusion import MessagePlanner
+from sagellm_common.comm_backend.integrity import check_pull, check_targets
+from sagellm_common.comm_backend.kv_dtypes import Deviation
+from sagellm_common.comm_backend.meter import PullMeter
+from sagellm_common.comm_backend.pieces import Pieces, of_segment
+from sagellm_common.comm_backend.protocol import Encoding, Memory, TransferResult
+from sagellm_common.comm_backend.segments import Segment, layers_apart
+from sagellm_common.comm_backend.wire import Wire
+from sagellm_common.core import failpoints
+from sagellm_common.core.errors import Draining, PeerLost, error_for
+from sagellm_common.core.kv import KvMemory
+from sagellm_common.core.types import BlockIds, KvSource
+
+T = TypeVar("T")
+IntArray = NDArray[np.int32]
+Steps = Generator[int, None, T]
+"""An exchange with a source. Yields how many bytes it reads next, before it waits for them; returns its result."""
+
+MAX_PULLS = 64
+"""Pulls at a time; more wait, within their deadline."""
+MAX_IDLE_PER_PEER = 4
+SMALL_BYTES, SMALL_BLOCKS = 64 << 10, 64
+"""A pull of so little is over sooner than a thread for it has begun: it is tried on the event loop first."""
+PATIENCE_S = 300e-6
+"""So long the loop waits for the answers to a small pull, all of them together, before a thread goes on with it."""
+
+
+class SocketReceiver(ABC):
+    """Pulls into a pool. Connections to a peer are kept for the next pull, and dropped after any error.
+
+    How the bytes get here is the subclass's.
+    """
+
+    group_bytes: int
+    """What is moved at a time where nothing is configured or known about the link."""
+
+    def __init__(self, memory: Memory, *, digest: bool, silence_s: float, messages: MessagePlanner) -> None:
+        self._messages = messages
+        self._memory = memory
+        self._digest = digest
+        self._silence_s = silence_s
+        self._threads = ThreadPoolExecutor(MAX_PULLS, "kv-pull")
+        self._idle: dict[str, list[Wire]] = {}
+        self._active: dict[Wire, asyncio.Future[Any]] = {}
+        self._closed = False
+
+    async def pull(
+        self,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
+    ) -> TransferResult:
+        """See `KVTransferChannel.pull`. When it returns or raises, nobody writes to the target blocks any more."""
+        memory = into or self._memory()
+        check_pull(memory, source_blocks, target_blocks)
+        began_s, num_bytes, deviation = time.monotonic(), len(target_blocks) * memory.block_bytes, None
+        if len(target_blocks):
+            deviation = await self._run(
+                source,
+                began_s + timeout_s,
+                lambda wire: self._transfer(wire, memory, source, source_blocks, target_blocks, encoding),
+                small=num_bytes <= SMALL_BYTES and len(target_blocks) <= SMALL_BLOCKS,
+            )
+        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks), deviation)
+
+    async def pull_along(
+        self,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+        into: KvMemory | None = None,
+        encoding: Encoding | None = None,
+    ) -> TransferResult:
+        """See `KVTransferChannel.pull_along`, and `pull`."""
+        memory = into or self._memory()
+        check_targets(memory, target_blocks)
+        seconds, deviation = 0.0, None
+        if len(target_blocks):
+            seconds, deviation = await self._run(
+                source,
+                time.monotonic() + timeout_s,
+                lambda wire: self._transfer_along(wire, memory, source, first_block, target_blocks, on_bytes, encoding),
+                small=False,
+            )
+        return TransferResult(len(target_blocks) * memory.block_bytes, seconds, len(target_blocks), deviation)
+
+    async def close(self) -> None:
+        """Ends all pulls. Idempotent."""
+        self._closed = True
+        for wire in self._active:
+            wire.abort()
+        if self._active:
+            await asyncio.wait(self._active.values())
+        for wires in self._idle.values():
+            for wire in wires:
+                wire.close()
+        self._idle.clear()
+        self._threads.shutdown(wait=False)
+
+    @abstractmethod
+    async def _connect(self, source: KvSource, deadline_s: float) -> Wire:
+        """Raises OSError, TimeoutError, or a SageError that says why this source cannot be reached this way."""
+
+    @abstractmethod
+    def _take_accepted(self, wire: Wire, source: KvSource) -> Steps[None]:
+        """Raises what the source refuses with."""
+
+    @abstractmethod
+    def _take_blocks(
+        self,
+        wire: Wire,
+        memory: KvMemory,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        group_blocks: int,
+    ) -> Steps[None]:
+        """What `SocketSource._send_blocks` sends, once accepted."""
+
+    @abstractmethod
+    def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
+        """What `SocketSource._send_segment` sends, after the segment's header."""
+
+    async def _run(
+        self, source: KvSource, deadline_s: float, exchange: Callable[[Wire], Steps[T]], *, small: bool
+    ) -> T:
+        """`exchange` on a connection of its own; when this returns or raises, it has ended.
+
+        Raises PeerLost for whatever the connection may fail with.
+        """
+        try:
+            return await self._exchange(source, deadline_s, exchange, small)
+        except (OSError, EOFError, MalformedFrame) as err:
+            raise PeerLost(
+                f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} "
+                f"was lost: {err or 'it closed the connection'}"
+            ) from err
+
+    async def _exchange(
+        self, source: KvSource, deadline_s: float, exchange: Callable[[Wire], Steps[T]], small: bool
+    ) -> T:
+        wire = await self._connection(source, deadline_s)
+        if self._closed:
+            wire.close()
+            raise Draining("this worker's KV byte path is closed")
+        wire.deadline_s = deadline_s
+        steps = exchange(wire)
+        try:
+            ended = _soon(steps, wire) if small else None
+        except BaseException:
+            wire.close()
+            raise
+        if ended is None:
+            ended = await self._in_thread(wire, steps)
+        self._keep(source.data_address, wire)
+        return ended.value  # type: ignore[no-any-return]
+
+    async def _in_thread(self, wire: Wire, steps: Steps[T]) -> StopIteration:
+        """What is left of the exchange, on a thread of its own."""
+        job = asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, _to_the_end, steps)
+        self._active[wire] = job
+        try:
+            return await asyncio.shield(job)
+        except BaseException:
+            wire.abort()
+            await finished(job)
+            wire.close()
+            raise
+        finally:
+            del self._active[wire]
+
+    def _transfer(
+        self,
+        wire: Wire,
+        memory: KvMemory,
+        source: KvSource,
+        source_blocks: BlockIds,
+        target_blocks: BlockIds,
+        encoding: Encoding | None,
+    ) -> Steps[Deviation | None]:
+        """The whole exchange of a pull."""
+        size = memory.block_bytes
+        most = frames.max_group_blocks(size)
+        plan = self._messages.plan(source, len(target_blocks), size, default_bytes=self.group_bytes, max_blocks=most)
+        wire.send(
+            frames.encode_pull(
+                source.transfer_id,
+                source.epoch,
+                source_blocks,
+                block_bytes=size,
+                digest=self._digest,
+                timeout_s=wire.deadline_s - time.monotonic(),
+                encoding=encoding,
+                group_blocks=plan.blocks_per_message,
+            )
+        )
+        yield from self._take_accepted(wire, source)
+        failpoints.hit("receiver.pulling")
+        yield from self._take_blocks(wire, memory, source, source_blocks, target_blocks, plan.blocks_per_message)
+        return (yield from _deviation(wire, encoding))
+
+    def _transfer_along(
+        self,
+        wire: Wire,
+        memory: KvMemory,
+        source: KvSource,
+        first_block: int,
+        target_blocks: BlockIds,
+        on_bytes: Callable[[int], None],
+        encoding: Encoding | None,
+    ) -> Steps[tuple[float, Deviation | None]]:
+        """The whole exchange of a pull along; returns the seconds in which bytes moved, too."""
+        num_layers, metered = layers_apart(memory), meter.current()
+        wire.send(
+            frames.encode_along(
+                source.transfer_id,
+                source.epoch,
+                first_block,
+                len(target_blocks),
+                num_layers,
+                block_bytes=memory.block_bytes,
+                digest=self._digest,
+                timeout_s=wire.deadline_s - time.monotonic(),
+                encoding=encoding,
+            )
+        )
+        yield from self._take_accepted(wire, source)
+        layers_here, seconds = np.zeros(len(target_blocks), dtype=np.int32), 0.0
+        while True:
+            yield frames.SEGMENT.size
+            kind, segment = frames.decode_segment(wire.recv(frames.SEGMENT.size))
+            if kind == frames.SEGMENT_DONE:
+                break
+            if kind == frames.SEGMENT_WAIT:
+                metered.waited()
+            if kind == frames.SEGMENT_FAILED:
+                expect_accepted(wire, wire.recv(frames.ANSWER.size))
+            if kind == frames.SEGMENT_DATA:
+                began_s = time.monotonic()
+                here = _next_layers(layers_here, segment, first_block, num_layers)
+                with memory.writing(target_blocks[here]) as (region, ids):
+                    into = of_segment(region, ids, segment, num_layers)
+                    self._take_segment(wire, source, segment, into, metered)
+                on_bytes(into.num_bytes)
+                seconds += time.monotonic() - began_s
+                failpoints.hit("receiver.pulling")
+        if (layers_here != num_layers).any():
+            raise MalformedFrame("ended before all blocks were sent")
+        return seconds, (yield from _deviation(wire, encoding))
+
+    async def _connection(self, source: KvSource, deadline_s: float) -> Wire:
+        """An idle connection to the peer that is still good, or a new one. Raises as `_connect`."""
+        idle = self._idle.get(source.data_address, [])
+        while idle:
+            wire = idle.pop()
+            if not wire.readable(0):
+                return wire
+            wire.close()
+        self._drop_stale()
+        return await self._connect(source, min(time.monotonic() + self._silence_s, deadline_s))
+
+    def _keep(self, address: str, wire: Wire) -> None:
+        idle = self._idle.setdefault(address, [])
+        if self._closed or len(idle) >= MAX_IDLE_PER_PEER:
+            wire.close()
+        else:
+            idle.append(wire)
+
+    def _drop_stale(self) -> None:
+        """Closes what peers have left behind, so that restarted ones do not use descriptors up."""
+        for address, wires in list(self._idle.items()):
+            for wire in [w for w in wires if w.readable(0)]:
+                wires.remove(wire)
+                wire.close()
+            if not wires:
+                del self._idle[address]
+
+
+def _deviation(wire: Wire, encoding: Encoding | None) -> Steps[Deviation | None]:
+    """What ends a transfer in another dtype than the source's."""
+    if encoding is None:
+        return None
+    yield frames.DEVIATION.size
+    return frames.decode_deviation(wire.recv(frames.DEVIATION.size))
+
+
+def _next_layers(layers_here: IntArray, segment: Segment, first_block: int, num_layers: int) -> slice:
+    """Which of the blocks asked for the segment is of; counts it. Raises MalformedFrame unless it is what was missing
+    next in each of them: then nothing is written outside them, or twice."""
+    here = slice(segment.first_block - first_block, segment.end_block - first_block)
+    inside = 0 <= here.start < here.stop <= len(layers_here) and segment.end_layer <= num_layers
+    if not inside or segment.num_layers < 1 or (layers_here[here] != segment.first_layer).any():
+        raise MalformedFrame(f"sent {segment} out of turn")
+    layers_here[here] = segment.end_layer
+    return here
+
+
+def _to_the_end(steps: Steps[T]) -> StopIteration:
+    """As a value: a future cannot be given a StopIteration to raise."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end
+
+
+def _soon(steps: Steps[T], wire: Wire) -> StopIteration | None:
+    """`steps` to the end, if that is a matter of PATIENCE_S; None when somebody with more time must go on."""
+    until_s = time.monotonic() + PATIENCE_S
+    try:
+        while True:
+            if not wire.has_soon(next(steps), until_s):
+                return None
+    except StopIteration as end:
+        return end
+
+
+def expect_accepted(wire: Wire, answer: bytes | bytearray) -> None:
+    """Raises what the source refuses with, or MalformedFrame."""
+    accepted, reason_bytes, message_bytes = frames.decode_answer(answer)
+    if not accepted:
+        reason = wire.recv(reason_bytes).decode(errors="replace")
+        raise error_for(reason, wire.recv(message_bytes).decode(errors="replace"))
