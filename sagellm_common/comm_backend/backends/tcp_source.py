@@ -70,6 +70,7 @@ class TcpSource(SocketSource):
                 if len(groups) == 1 and pieces.num_bytes < BESIDE_BYTES:
                     # All in one system call; what is last has gone when all the rest has.
                     digests = block_digests(region, ids) if header.digest else b""
+                    failpoints.hit("source.sending")
                     wire.send(head, pieces, digests + frames.TRAILER + deviation_of(memory))
                     return
                 job = self._digesting.submit(block_digests, region, ids) if header.digest else None
