@@ -13,26 +13,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import random
 import statistics
 import time
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.serving import table
-from bench.transfer import TIMEOUT_S, a_pair, a_region
+from sagellm_common.comm_backend import make_channel
+from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.comm_backend.transcode import row_bytes
 from sagellm_common.comm_backend.wire_dtype import seconds_per_head
-from sagellm_common.core.kv import KvRegion
-from sagellm_common.core.types import KvLayout
-from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.config import TransportConfig
+from sagellm_common.core.kv import Allocation, KvRegion
+from sagellm_common.core.types import KvLayout, KvSource
 
 MODELS = {"SmolLM2-135M, float32": (30, 3, 64, "float32"), "Qwen2-7B, bfloat16": (28, 4, 128, "bfloat16")}
 """layers, KV heads, head size, dtype"""
@@ -41,6 +48,9 @@ RESHAPES = {"blocks of 32": (32, 1), "blocks of 8": (8, 1), "blocks of 24": (24,
 """block size and ranks of the receiver"""
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8/float32", "int4/float32")
 TARGET_ADDED = 0.05
+HOST = "127.0.0.1"
+LEASE_TTL_S = 3600.0
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,47 @@ class Added:
     cpu: float
     moving: float
     gb_per_s: float
+
+
+def a_region(num_blocks: int, block_bytes: int) -> KvRegion:
+    data = np.random.default_rng(0).integers(0, 256, num_blocks * block_bytes, dtype=np.uint8)
+    return KvRegion(data.data, block_bytes, num_blocks)
+
+
+def an_end(region: KvRegion) -> PullQueue:
+    leases = HandoffSource(LEASE_TTL_S, SystemClock(), lambda _: None)
+    leases.pin("bench", 1, Allocation(np.arange(region.num_blocks, dtype=np.int32)), 0)
+    return make_channel(TransportConfig(backend="tcp"), region, leases, HOST, 0)
+
+
+def run_source(pipe: Connection, num_blocks: int, block_bytes: int) -> None:
+    async def serve() -> None:
+        channel = an_end(a_region(num_blocks, block_bytes))
+        pipe.send(await channel.start())
+        with contextlib.suppress(EOFError):  # until the parent closes its end
+            await asyncio.to_thread(pipe.recv)
+        await channel.close()
+
+    asyncio.run(serve())
+
+
+@contextlib.asynccontextmanager
+async def a_pair(region: KvRegion) -> AsyncIterator[tuple[PullQueue, KvSource]]:
+    """A receiver, and another process with as many blocks to pull from."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=run_source, args=(theirs, region.num_blocks, region.block_bytes), daemon=True)
+    process.start()
+    theirs.close()
+    channel = an_end(region)
+    try:
+        address = await asyncio.to_thread(ours.recv)
+        table = np.arange(region.num_blocks, dtype=np.int32)
+        yield channel, KvSource("bench", 1, "source", "1", "", address, channel.name, table, 0, 0)
+    finally:
+        await channel.close()
+        ours.close()
+        await asyncio.to_thread(process.join)
 
 
 def a_layout(model: str, block_size_tokens: int, tp: int = 1) -> KvLayout:
@@ -69,7 +120,7 @@ async def reshapes(model: str, total_bytes: int, rounds: int) -> dict[str, Added
     wall: dict[str, list[float]] = {name: [] for name in layouts}
     cpu: dict[str, list[float]] = {name: [] for name in layouts}
     moving: dict[str, list[float]] = {name: [] for name in layouts}
-    async with ChannelPool() as channels, a_pair("tcp", region, True, channels) as (channel, source):
+    async with a_pair(region) as (channel, source):
         rng = np.random.default_rng(0)
         source = replace(source, block_table=rng.permutation(2 * num_blocks)[:num_blocks].astype(np.int32))
         # The same memory for all, in blocks of each layout.
