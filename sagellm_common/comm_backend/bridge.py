@@ -63,7 +63,7 @@ class Incoming:
     block 0 is that one. What is written, each block once and in order, ends in the pool's `target_blocks`, the
     sequence's block table from its token 0 on.
 
-    For one writer at a time. `wait` before anything else is done with the target blocks. `on_thread`: leaving
+    For one writer at a time, which may begin anew at block 0 after another one failed. `wait` before anything else is done with the target blocks. `on_thread`: leaving
     `writing` takes no time.
     """
 
@@ -100,6 +100,10 @@ class Incoming:
         """Of blocks that were written and hold tokens from `_done` on, the bytes."""
         self._job: Future[None] | None = None
 
+    def _restart(self) -> None:
+        self.deviation = Deviation()
+        self._done, self._next, self._kept = self._tokens.start, 0, np.empty(0, np.uint8)
+
     def reading(self, block_ids: BlockIds) -> AbstractContextManager[tuple[KvRegion, BlockIds]]:
         raise io.UnsupportedOperation("incoming blocks are only written")
 
@@ -107,6 +111,9 @@ class Incoming:
     def writing(self, block_ids: BlockIds) -> Iterator[tuple[KvRegion, BlockIds]]:
         """See `KvMemory`. Blocks until what was written before the last time is transcoded."""
         count = len(block_ids)
+        if self._next and count and block_ids[0] == 0:
+            self.wait()
+            self._restart()
         if not np.array_equal(block_ids, np.arange(self._next, self._next + count)):
             raise ValueError(f"blocks {block_ids.tolist()} were filled after {self._next} of {self.num_blocks}")
         kept = len(self._kept) // self.block_bytes

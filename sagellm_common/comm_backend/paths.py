@@ -166,6 +166,9 @@ class PathsChannel:
         encoding: Encoding | None = None,
         priority: int = 0,
     ) -> TransferResult:
+        # What is converted on its way tells how fast that is, not the link.
+        encoded = encoding is not None or not isinstance(into, KvRegion | None)
+
         async def over(choice: Choice, left_s: float) -> TransferResult:
             result = await choice.path.channel.pull(
                 choice.source,
@@ -176,10 +179,10 @@ class PathsChannel:
                 encoding=encoding,
                 priority=priority,
             )
-            self.links.observe(source.worker_id, choice.path.backend, result.bytes, result.seconds)
+            if not encoded:
+                self.links.observe(source.worker_id, choice.path.backend, result.bytes, result.seconds)
             return result
 
-        encoded = encoding is not None or not isinstance(into, KvRegion | None)
         return await self._first_that_works(self.choices(source, encoded=encoded), over, timeout_s)
 
     async def pull_along(
@@ -194,6 +197,7 @@ class PathsChannel:
         encoding: Encoding | None = None,
         priority: int = 0,
     ) -> TransferResult:
+        encoded = encoding is not None or not isinstance(into, KvRegion | None)
         told = 0
 
         async def over(choice: Choice, left_s: float) -> TransferResult:
@@ -217,13 +221,13 @@ class PathsChannel:
                 encoding=encoding,
                 priority=priority,
             )
-            # Its seconds begin with the first byte.
-            known = self.links.find(source.worker_id, choice.path.backend)
-            latency_s = known.latency_s if known else 0.0
-            self.links.observe(source.worker_id, choice.path.backend, result.bytes, result.seconds + latency_s)
+            if not encoded:
+                # Its seconds begin with the first byte.
+                known = self.links.find(source.worker_id, choice.path.backend)
+                latency_s = known.latency_s if known else 0.0
+                self.links.observe(source.worker_id, choice.path.backend, result.bytes, result.seconds + latency_s)
             return result
 
-        encoded = encoding is not None or not isinstance(into, KvRegion | None)
         return await self._first_that_works(self.choices(source, along=True, encoded=encoded), over, timeout_s)
 
     async def _first_that_works(

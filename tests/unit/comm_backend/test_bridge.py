@@ -109,6 +109,24 @@ def test_blocks_come_in_order_and_once() -> None:
     incoming.wait()
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_after_a_failure_another_writer_begins_anew(device: bool) -> None:
+    """As when a byte path fails half-way and the next one takes over."""
+    source, target = a_layout(4), a_layout(3, "int8/float32")
+    theirs, mine, to = a_pool(source, 4, 1), a_pool(target, 6, 2), table(6, 3)
+    expected = KvRegion(memoryview(bytearray(mine.view)), mine.block_bytes, mine.num_blocks)
+    transcoder = Transcoder(source, target)
+    once = transcoder.move(theirs, np.arange(4, dtype=np.int32), expected, to, range(15))
+    incoming = Incoming(transcoder, staged(mine) if device else mine, to, range(15), Buffers())
+    for ids, data in (([0, 1], b"\0"), ([0], None), ([1, 2, 3], None)):
+        with incoming.writing(np.array(ids, np.int32)) as (region, here):
+            for block, slot in zip(ids, here.tolist(), strict=True):
+                region.block(slot)[:] = theirs.block(block) if data is None else data * source.block_bytes
+    incoming.wait()
+    assert mine.view.tobytes() == expected.view.tobytes()
+    assert incoming.deviation.relative_rms == pytest.approx(once.relative_rms, rel=1e-4)
+
+
 def test_a_group_that_fails_leaves_the_pool_alone() -> None:
     source, target = a_layout(4), a_layout(2)
     pool = a_pool(target, 8, 0)

@@ -243,6 +243,12 @@ async def test_links_learn_from_transfers() -> None:
     assert worker.channel.links.find("w", "tcp") is None
 
 
+async def test_what_is_converted_on_its_way_teaches_nothing_of_the_link() -> None:
+    worker = Worker()
+    await worker.channel.pull(a_source("tcp"), IDS, IDS, timeout_s=10.0, encoding=Encoding("int8", 16, 4))
+    assert worker.channel.links.all() == []
+
+
 async def test_a_path_that_does_not_start_is_left_out() -> None:
     worker = Worker()
     worker.shm.start_error = ConfigError("no memfd")
