@@ -63,8 +63,8 @@ class Incoming:
     block 0 is that one. What is written, each block once and in order, ends in the pool's `target_blocks`, the
     sequence's block table from its token 0 on.
 
-    For one writer at a time, which may begin anew at block 0 after another one failed. `wait` before anything else is done with the target blocks. `on_thread`: leaving
-    `writing` takes no time.
+    For one writer at a time, which may begin anew at block 0 after another one failed. `wait` before anything else is
+    done with the target blocks. `on_thread`: leaving `writing` takes no time.
     """
 
     def __init__(
