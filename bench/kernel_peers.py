@@ -31,7 +31,7 @@ Run = Callable[[list[list[int]], int], Awaitable[Took]]
 """Prompts, and new tokens of each."""
 
 
-# Workers run with -P: a script's folder comes first in the search for modules otherwise, and bench has a `kernels`, too.
+# Workers run with -P: otherwise a script's folder comes first in the search for modules, and bench has a `kernels`.
 
 
 async def worker(stack: AsyncExitStack, needs: str, *command: str, env: Mapping[str, str] | None = None) -> Run:
