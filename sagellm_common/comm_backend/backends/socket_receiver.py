@@ -26,7 +26,7 @@ from sagellm_common.comm_backend.segments import Segment, layers_apart
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import Draining, PeerLost, error_for
-from sagellm_common.core.kv import KvMemory
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 T = TypeVar("T")
@@ -81,7 +81,8 @@ class SocketReceiver(ABC):
                 source,
                 began_s + timeout_s,
                 lambda wire: self._transfer(wire, memory, source, source_blocks, target_blocks, encoding),
-                small=num_bytes <= SMALL_BYTES and len(target_blocks) <= SMALL_BLOCKS,
+                # Memory that is staged may have to be waited for: not on the event loop.
+                small=isinstance(memory, KvRegion) and num_bytes <= SMALL_BYTES and len(target_blocks) <= SMALL_BLOCKS,
             )
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks), deviation)
 
