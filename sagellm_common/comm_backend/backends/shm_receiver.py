@@ -66,7 +66,8 @@ class ShmReceiver(SocketReceiver):
         yield frames.ANSWER.size
         answer, descriptors = wire.recv_descriptors(frames.ANSWER.size)
         try:
-            expect_accepted(wire, answer)
+            yield from expect_accepted(wire, answer)
+            yield frames.MEMORY.size
             kind, memory_id, num_bytes, address = frames.MEMORY.unpack(wire.recv(frames.MEMORY.size))
             if kind == frames.MEMORY_FILE:
                 self._peers[wire] = self._map(source, memory_id, num_bytes, descriptors)

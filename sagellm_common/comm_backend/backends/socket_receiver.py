@@ -260,7 +260,7 @@ class SocketReceiver(ABC):
             if kind == frames.SEGMENT_WAIT:
                 metered.waited()
             if kind == frames.SEGMENT_FAILED:
-                expect_accepted(wire, wire.recv(frames.ANSWER.size))
+                yield from expect_accepted(wire, wire.recv(frames.ANSWER.size))
             if kind == frames.SEGMENT_DATA:
                 began_s = time.monotonic()
                 here = _next_layers(layers_here, segment, first_block, num_layers)
@@ -341,9 +341,10 @@ def _soon(steps: Steps[T], wire: Wire) -> StopIteration | None:
         return end
 
 
-def expect_accepted(wire: Wire, answer: bytes | bytearray) -> None:
+def expect_accepted(wire: Wire, answer: bytes | bytearray) -> Steps[None]:
     """Raises what the source refuses with, or MalformedFrame."""
     accepted, reason_bytes, message_bytes = frames.decode_answer(answer)
     if not accepted:
+        yield reason_bytes + message_bytes
         reason = wire.recv(reason_bytes).decode(errors="replace")
         raise error_for(reason, wire.recv(message_bytes).decode(errors="replace"))

@@ -45,7 +45,7 @@ class TcpReceiver(SocketReceiver):
 
     def _take_accepted(self, wire: Wire, source: KvSource) -> Steps[None]:
         yield frames.ANSWER.size
-        expect_accepted(wire, wire.recv(frames.ANSWER.size))
+        yield from expect_accepted(wire, wire.recv(frames.ANSWER.size))
 
     def _take_blocks(
         self,
