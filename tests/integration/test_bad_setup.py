@@ -63,7 +63,7 @@ def test_a_second_worker_with_the_same_id_is_refused(cluster: RunningCluster) ->
 
 
 async def test_a_worker_with_another_layout_is_not_paired(cluster: RunningCluster) -> None:
-    settings = ["--set", f"model.path={cluster.model_path}", "--set", "engine.kv_quant_bits=8"]
+    settings = ["--set", f"model.path={cluster.model_path}", "--set", "engine.weights=int8"]
     odd = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.decode", *settings, "--id", "odd", "--router", cluster.router_address),
         env=child_env(),
@@ -82,7 +82,7 @@ async def test_a_worker_with_another_layout_is_not_paired(cluster: RunningCluste
                 assert done.summary.decode_worker_id == "decode-0"
                 assert done.summary.kv_bytes_transferred > 0
             log = await asyncio.to_thread(cluster.log, "router")
-            assert "dtype 'int8/float32' != 'float32'" in log
+            assert "KV layout differs: model_fingerprint" in log
             odd.send_signal(signal.SIGTERM)
             assert await asyncio.wait_for(odd.wait(), 30) == 0
             await eventually(ids, lambda found: "odd" not in found, 5.0)
