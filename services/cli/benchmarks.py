@@ -11,7 +11,10 @@ from pathlib import Path
 import services
 from sagellm_common.core.errors import ConfigError
 
-BENCHMARKS = {"transfer": "KV between two processes over every byte path"}
+BENCHMARKS = {
+    "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
+    "transfer": "KV between two processes over every byte path",
+}
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
