@@ -142,7 +142,7 @@ class CostAware(Generic[K]):
         return self.lifetimes.value(block.block_class, self._now - block.used_at) * block.cost
 
     def _learn(self) -> None:
-        self._next_lesson = self._now + max(MIN_LESSON, len(self._blocks) // 2)
+        self._next_lesson = self._now + max(MIN_LESSON, (len(self._blocks) + len(self._ghosts)) // 4)
         held = ((block.block_class, self._now - block.used_at) for block in self._blocks.values())
         given_up = ((block_class, self._now - used_at) for block_class, used_at in self._ghosts.values())
         self.lifetimes.refresh(chain(held, given_up))
