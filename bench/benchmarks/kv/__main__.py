@@ -114,9 +114,8 @@ def main() -> int:
         rates = by_policy(rows)
         curves = {name: {c / unique: rate for c, rate in found.items()} for name, found in rates.items()}
         curves["nothing forgotten"] = dict.fromkeys(curves[BELADY], best)
-        lines(
-            {"hit rate by cache size, as a share of the trace's blocks": curves}, title, args.json.with_suffix(".png")
-        )
+        panel = "hit rate by cache size, as a share of all blocks"
+        lines({panel: curves}, title.replace(": ", "\n").replace(", at", ",\nat"), args.json.with_suffix(".png"))
     return 0
 
 
