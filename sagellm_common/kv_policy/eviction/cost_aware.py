@@ -81,11 +81,8 @@ class CostAware(Generic[K]):
             elif block.children:
                 block.passed_over = True
             else:
-                self._give_up(block)
                 gone.append(key)
-                freed = block.parent
-                if freed is not None and freed.passed_over and not freed.children:
-                    self._to_front(freed)
+                if freed := self._give_up(block):
                     worth[_queue_of(freed)] = self._worth(self._queues[_queue_of(freed)])
             if queue:
                 worth[worst] = self._worth(queue)
@@ -125,11 +122,19 @@ class CostAware(Generic[K]):
         block.block_class = _class_of(idle, from_end)
         self._queues.setdefault(_queue_of(block), OrderedDict())[block.key] = block
 
-    def _give_up(self, block: _Block[K]) -> None:
+    def _give_up(self, block: _Block[K]) -> _Block[K] | None:
+        """Returns its parent, if that waited for this, its last child, and is the next of its queue now."""
         del self._blocks[block.key]
         self._ghosts[block.key] = (block.block_class, block.used_at)
-        if block.parent is not None:
-            block.parent.children -= 1
+        block.passed_over = False
+        parent = block.parent
+        if parent is None:
+            return None
+        parent.children -= 1
+        if parent.children or not parent.passed_over:
+            return None
+        self._to_front(parent)
+        return parent
 
     def _to_front(self, block: _Block[K]) -> None:
         queue = self._queues[_queue_of(block)]

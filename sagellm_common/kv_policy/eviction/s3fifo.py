@@ -38,22 +38,25 @@ class S3Fifo(Generic[K]):
 
     def evict(self, count: int, keep: Container[K] = ()) -> list[K]:
         gone: list[K] = []
-        # One turn of each queue per use a block may have collected: then what is left is in `keep`.
-        turns = (MAX_USES + 1) * len(self) + count
-        while len(gone) < count and len(self) and turns:
-            turns -= 1
+        kept: list[tuple[OrderedDict[K, int], K, int]] = []
+        while len(gone) < count and len(self):
             from_small = len(self._small) >= self._small_blocks or not self._main
-            key, uses = (self._small if from_small else self._main).popitem(last=False)
+            # What is in `keep` stands aside meanwhile; the other queue may have what can go.
+            queue = (self._small or self._main) if from_small else self._main
+            key, uses = queue.popitem(last=False)
             if key in keep:
-                (self._small if from_small else self._main)[key] = uses
-            elif from_small and uses:
+                kept.append((queue, key, uses))
+            elif queue is self._small and uses:
                 self._main[key] = 0
             elif uses:
                 self._main[key] = uses - 1
             else:
                 gone.append(key)
-                if from_small:
+                if queue is self._small:
                     self._gone[key] = None
+        for queue, key, uses in reversed(kept):
+            queue[key] = uses
+            queue.move_to_end(key, last=False)
         while len(self._gone) > self._main_blocks:
             self._gone.popitem(last=False)
         return gone

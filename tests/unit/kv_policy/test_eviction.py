@@ -83,6 +83,16 @@ def test_cost_aware_minds_the_cost() -> None:
     assert dear.evict(1) == ["z"], "y is dear, and x is kept for it"
 
 
+@pytest.mark.parametrize("removed", ["x", "y"])
+def test_a_parent_that_waits_for_its_child_is_freed_once_either_is_removed(removed: str) -> None:
+    policy: CostAware[str] = CostAware(4, cost=lambda depth: 100.0 if depth else 1.0)
+    policy.access("xy")
+    assert policy.evict(1, keep={"y"}) == [], "x was to go and waits for y"
+    policy.remove(removed)
+    assert policy.evict(2) == [{"x": "y", "y": "x"}[removed]]
+    assert len(policy) == 0
+
+
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown eviction policy 'mru'; known: arc, cost-aware, gdsf, lfu, lru"):
         make_eviction("mru", 4)
