@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from sagellm_common.core.types import BlockHash, BlockIds
+
+
+class Tier(enum.IntEnum):
+    """Where a block is kept, the fastest first. A smaller number is nearer to the computation."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+    STORE = 3
 
 
 class KvMemory(Protocol):
@@ -115,7 +125,20 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class BlockEvent:
-    """Blocks that became available for reuse, or ceased to be."""
+    """Blocks that became available for reuse in a tier, or ceased to be there.
+
+    Blocks of one prefix come in token order. `tier` None: the one in which the pool keeps everything. A block that
+    moves is told twice: stored where it is now, then removed from where it was.
+    """
 
     stored: tuple[BlockHash, ...] = ()
     removed: tuple[BlockHash, ...] = ()
+    tier: Tier | None = None
+
+
+@runtime_checkable
+class TieredCache(Protocol):
+    """A pool of several tiers: its events name theirs, and so does what a new watcher is told."""
+
+    def cached_by_tier(self) -> Mapping[Tier, list[BlockHash]]:
+        """Hashes of all blocks that can be found in each tier; one that is in two is in both lists."""
