@@ -19,6 +19,7 @@ from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import ConfigError, InvalidRequest, KvExhausted, LayoutMismatch
 from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds, pack_int32
+from sagellm_common.kv_runtime.tiers import BlockKey, keys_of
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 _NO_MEMORY = KvRegion(memoryview(b""), 0, 0)
@@ -28,6 +29,7 @@ _NO_MEMORY = KvRegion(memoryview(b""), 0, 0)
 class _Stored:
     block_id: int
     token_bytes: bytes
+    parent: BlockHash = b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +37,14 @@ class PendingPut:
     """Blocks to be filled: allocation.block_ids[i] is for the put's hash number positions[i]."""
 
     positions: BlockIds
-    hashes: tuple[BlockHash, ...]
-    token_bytes: tuple[bytes, ...]
+    keys: tuple[BlockKey, ...]
     allocation: Allocation
     num_present: int
     """How many of the put's hashes are stored already."""
+
+    @property
+    def hashes(self) -> tuple[BlockHash, ...]:
+        return tuple(key.hash for key in self.keys)
 
 
 class HostKvPool:
@@ -209,6 +214,17 @@ class HostKvPool:
             self._take(hits)
             return self._hand_out(self._blocks_of(hits), len(hits))
 
+    def hold(self, hashes: Iterable[BlockHash]) -> tuple[list[BlockKey], Allocation]:
+        """References on those of the blocks that are stored, and their keys. No use of them: for what copies them.
+
+        The caller gives the allocation to `free`.
+        """
+        with self._lock:
+            held = [block_hash for block_hash in dict.fromkeys(hashes) if block_hash in self._stored]
+            self._take(held)
+            keys = [BlockKey(h, self._stored[h].token_bytes, self._stored[h].parent) for h in held]
+            return keys, self._hand_out(self._blocks_of(held), 0)
+
     def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> PendingPut:
         """Blocks for the hashes that are neither stored nor being filled by another put.
 
@@ -216,16 +232,19 @@ class HostKvPool:
         Nobody sees the blocks before `commit_put`; `abort_put` gives them back. Raises InvalidRequest.
         """
         self._check_tokens(hashes, token_ids)
-        step, packed = self.layout.block_size_tokens, pack_int32(token_ids)
+        return self.begin_put_of(keys_of(hashes, token_ids, self.layout.block_size_tokens))
+
+    def begin_put_of(self, keys: Sequence[BlockKey]) -> PendingPut:
+        """`begin_put` for blocks of whatever sequences."""
         with self._lock:
             self._expire_pins()
             present: list[BlockHash] = []
             absent: dict[BlockHash, int] = {}
-            for n, block_hash in enumerate(hashes):
-                if block_hash in self._stored:
-                    present.append(block_hash)
-                elif block_hash not in self._filling:
-                    absent.setdefault(block_hash, n)
+            for n, key in enumerate(keys):
+                if key.hash in self._stored:
+                    present.append(key.hash)
+                elif key.hash not in self._filling:
+                    absent.setdefault(key.hash, n)
             # Referenced meanwhile, so that the put does not evict the blocks it builds on.
             self._take(present)
             block_ids = self._claim(len(absent))
@@ -234,26 +253,26 @@ class HostKvPool:
             positions = list(absent.values())[: len(block_ids)]
             put = PendingPut(
                 positions=np.array(positions, dtype=np.int32),
-                hashes=tuple(hashes[n] for n in positions),
-                token_bytes=tuple(_token_bytes(packed, n, step) for n in positions),
+                keys=tuple(keys[n] for n in positions),
                 allocation=self._hand_out(block_ids, 0),
                 num_present=len(present),
             )
             self._filling.update(put.hashes)
             return put
 
-    def commit_put(self, put: PendingPut) -> None:
-        """The blocks are filled: from now on they are found. Ends the put."""
+    def commit_put(self, put: PendingPut, num_filled: int | None = None) -> None:
+        """The blocks are filled, or the first `num_filled` of them: from now on these are found. Ends the put."""
         with self._lock:
             if not self._end_put(put):
                 return
             block_ids = put.allocation.block_ids.tolist()
-            for block_hash, block_id, token_bytes in zip(put.hashes, block_ids, put.token_bytes, strict=True):
-                self._stored[block_hash] = _Stored(block_id, token_bytes)
-                self._hash_of[block_id] = block_hash
+            filled = put.keys[:num_filled]
+            for key, block_id in zip(filled, block_ids, strict=False):
+                self._stored[key.hash] = _Stored(block_id, key.token_bytes, key.parent)
+                self._hash_of[block_id] = key.hash
             self._drop(block_ids)
-            self.outcomes["stored"] += len(block_ids)
-            self._tell(BlockEvent(stored=put.hashes))
+            self.outcomes["stored"] += len(filled)
+            self._tell(BlockEvent(stored=tuple(key.hash for key in filled)))
 
     def abort_put(self, put: PendingPut) -> None:
         """The blocks were not filled. A no-op for a put that has ended."""

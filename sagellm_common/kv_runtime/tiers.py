@@ -1,0 +1,118 @@
+"""What every tier of a KV hierarchy is: blocks found by the hash of their content, copied in and out.
+
+device   the engine's own pool, above the hierarchy: it gives up blocks, and takes them back
+dram     `backends.host_tier.HostTier`: blocks in host memory, also served in place
+nvme     `backends.file.FileTier`: blocks in files, there after a restart
+…        whatever else has blocks to read: another store, an object store
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sagellm_common.core.kv import BlockEvent, KvRegion
+from sagellm_common.core.types import BlockHash, BlockIds, TokenIds, pack_int32
+
+NOTE_BYTES = 24
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKey:
+    """By what a block is found, and what tells a collision from a hit.
+
+    `parent` is the hash of the block before it, empty where it is the first or not known. `note` is for whoever keeps
+    something about a block beside it, at most NOTE_BYTES.
+    """
+
+    hash: BlockHash
+    token_bytes: bytes
+    parent: BlockHash = b""
+    note: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Blocks and bytes of a tier, and what became of them since the process began.
+
+    `torn` were dropped because their bytes are not those that were written, `failed` could not be read or written,
+    `dropped` left the tier above before they were written here.
+    """
+
+    name: str
+    dtype: str = ""
+    total_blocks: int = 0
+    used_blocks: int = 0
+    used_bytes: int = 0
+    hit_blocks: int = 0
+    stored_blocks: int = 0
+    evicted_blocks: int = 0
+    torn_blocks: int = 0
+    failed_blocks: int = 0
+    dropped_blocks: int = 0
+    recovered_blocks: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+
+
+class Tier(Protocol):
+    """Thread-safe. `read` and `write` may wait for a device, and let go of the GIL meanwhile; nothing else waits."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the blocks as they are read and written, whatever they take here."""
+
+    def holds(self, hashes: Sequence[BlockHash]) -> list[bool]: ...
+
+    def hashes(self) -> list[BlockHash]: ...
+
+    def read(self, keys: Sequence[BlockKey], region: KvRegion, block_ids: BlockIds) -> int:
+        """Fills region's blocks block_ids[i] with keys[i], up to the first that is not here; returns how many.
+
+        What is returned was checked: it is what was written for this hash and these tokens.
+        """
+
+    def write(self, keys: Sequence[BlockKey], region: KvRegion, block_ids: BlockIds) -> int:
+        """Stores copies of region's blocks; returns how many are here now. Fewer when the tier is short of room.
+
+        Blocks that are here already are not written again. The region must not change meanwhile.
+        """
+
+    def note(self, block_hash: BlockHash) -> bytes:
+        """That of the block's key; empty for none."""
+
+    def remove(self, hashes: Sequence[BlockHash]) -> None:
+        """Unknown ones are fine."""
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        """Calls back on each change, from whatever thread made it, in order; it must not call back into the tier."""
+
+    def stats(self) -> TierStats: ...
+
+    def close(self) -> None:
+        """Nothing is read or written any more. Idempotent."""
+
+
+def keys_of(hashes: Sequence[BlockHash], token_ids: TokenIds, block_size_tokens: int) -> list[BlockKey]:
+    """Keys of consecutive blocks; the parent of the first is not known."""
+    packed, step = pack_int32(token_ids), 4 * block_size_tokens
+    parents = (b"", *hashes)
+    return [BlockKey(block_hash, packed[n * step : (n + 1) * step], parents[n]) for n, block_hash in enumerate(hashes)]
+
+
+def paths(keys: Sequence[BlockKey]) -> list[list[BlockHash]]:
+    """The hashes of `keys`, cut where a block is not the child of the one before it."""
+    found: list[list[BlockHash]] = []
+    last = None
+    for key in keys:
+        if last is None or key.parent != last:
+            found.append([])
+        found[-1].append(key.hash)
+        last = key.hash
+    return found
