@@ -226,6 +226,8 @@ def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
             n.end_token,
             n.overlap if n.HasField("overlap") else None,
             n.segment_bytes,
+            n.chunk_tokens,
+            n.priority,
         )
         for n in plan.nodes
     )

@@ -173,6 +173,12 @@ class RouterConfig(Section):
     max_queue: int = Field(256, ge=1, description="requests in flight; more are turned away with QUEUE_FULL")
     request_timeout_s: float = Field(300.0, gt=0)
     max_attempts: int = Field(3, ge=1)
+    prefill_chunk_tokens: int = Field(
+        0,
+        ge=0,
+        description="plans have a prompt computed by so many tokens at a time: between them more urgent prompts go; "
+        "0, or more than engine.max_prefill_tokens: by that",
+    )
     worker_grace_s: float = Field(2.0, ge=0, description="how long a new request waits for a worker when none is there")
     resume_grace_s: float = Field(30.0, ge=0, description="the same for a request whose worker was lost: its restart")
 

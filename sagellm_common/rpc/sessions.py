@@ -88,11 +88,13 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
         on_started: Callable[[KvSource], None] | None = None,
         overlap: bool | None = None,
         segment_bytes: int = 0,
+        chunk_tokens: int = 0,
     ) -> PrefillOutcome:
         """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled.
 
         `on_started` hears where the KV can be pulled while it is computed, if the plan (`overlap`) says that this is
         worth it, or where the plan does not know the worker does; in pieces of `segment_bytes` (0: as configured).
+        `chunk_tokens` of the prompt are computed at a time (0: as configured).
         """
         message = worker_pb2.PrefillRequest(
             request_id=request.request_id,
@@ -107,6 +109,7 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             announce=on_started is not None,
             overlap=overlap,
             segment_bytes=segment_bytes,
+            chunk_tokens=chunk_tokens,
         )
         key = ("prefill", request.request_id, attempt)
         async with self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key)) as replies:

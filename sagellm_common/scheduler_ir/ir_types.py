@@ -26,7 +26,8 @@ class PlanNode:
     """One step on one worker, on tokens [start_token, end_token) of prompt + generated tokens.
 
     Of a transfer: whether it is done along the prefill (None: as the workers are configured), and how much KV is
-    gathered before it is moved on (0: likewise).
+    gathered before it is moved on (0: likewise). Of a prefill: how many tokens are computed at a time (0: likewise).
+    Of prefill and decode: `priority`, on their worker the larger goes first.
     """
 
     node_id: int
@@ -37,10 +38,14 @@ class PlanNode:
     end_token: int
     overlap: bool | None = None
     segment_bytes: int = 0
+    chunk_tokens: int = 0
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_token <= self.end_token:
             raise ValueError(f"node {self.node_id}: tokens [{self.start_token}, {self.end_token}) are not a range")
+        if self.chunk_tokens < 0:
+            raise ValueError(f"node {self.node_id}: chunk_tokens is {self.chunk_tokens}, but must be at least 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from sagellm_common.client.aio import Completion
 from sagellm_common.client.router import ClusterView, Explanation
 from sagellm_common.core.capability import CapabilityDescriptor
 from sagellm_common.core.types import GenerationSummary
-from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode
 from services.cli import models
 from services.cli.cluster import ClusterEvent
 from services.cli.home import ClusterState
@@ -177,7 +177,7 @@ def status_table(state: ClusterState, view: ClusterView) -> Table:
 
 def plan_diagram(plan: ExecutionPlan) -> Text:
     """One column per step, in order: what, on which worker, on which tokens."""
-    columns = [(node.kind.value, node.worker_id, f"{node.start_token}–{node.end_token}") for node in plan.nodes]
+    columns = [(node.kind.value, node.worker_id, _tokens(node)) for node in plan.nodes]
     widths = [max(map(len, column)) for column in columns]
     text = Text()
     for row, style in enumerate(("bold", "", "dim")):
@@ -185,6 +185,11 @@ def plan_diagram(plan: ExecutionPlan) -> Text:
         line = "  " + joint.join(f"{column[row]:<{width}}" for column, width in zip(columns, widths, strict=True))
         text.append(line.rstrip() + "\n", style=style)
     return text
+
+
+def _tokens(node: PlanNode) -> str:
+    chunks = f" by {node.chunk_tokens}" if node.chunk_tokens else ""
+    return f"{node.start_token}–{node.end_token}{chunks}"
 
 
 def explanation_table(explanation: Explanation) -> Table:

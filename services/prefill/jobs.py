@@ -18,6 +18,7 @@ class PrefillJob:
 
     The receiver holds KV of the first `receiver_cached_tokens`. `announce` None: it does not pull before the answer.
     `overlap` is whether the plan has it pull before, None: no plan says so; then in pieces of `segment_bytes`.
+    `chunk_tokens` are computed at a time, 0: as the engine is configured.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class PrefillJob:
     announce: Announce | None = None
     overlap: bool | None = None
     segment_bytes: int = 0
+    chunk_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -140,6 +140,7 @@ class PrefillLoop:
             timeout_s=job.timeout_s,
             hold_blocks=True,
             progress=progress,
+            chunk_tokens=job.chunk_tokens,
         )
         outputs: list[SequenceOutput] = []
         last = await self._sequences.run(request, blocks, outputs.append)

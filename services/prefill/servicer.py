@@ -85,13 +85,15 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             receiver_cached_tokens=request.ticket.num_cached_tokens,
             announce=announce,
             overlap=request.overlap if request.HasField("overlap") else None,
-            segment_bytes=_segment_bytes(request.segment_bytes),
+            segment_bytes=_planned(request, "segment_bytes"),
+            chunk_tokens=_planned(request, "chunk_tokens"),
         )
 
 
-def _segment_bytes(wanted: int) -> int:
+def _planned(request: worker_pb2.PrefillRequest, name: str) -> int:
+    wanted: int = getattr(request, name)
     if wanted < 0:
-        raise InvalidRequest(f"segment_bytes is {wanted}, but must be at least 0 (0: as configured)")
+        raise InvalidRequest(f"{name} is {wanted}, but must be at least 0 (0: as configured)")
     return wanted
 
 

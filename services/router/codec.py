@@ -32,6 +32,8 @@ def encode_plan(plan: ExecutionPlan) -> plan_pb2.ExecutionPlan:
                 end_token=node.end_token,
                 overlap=node.overlap,
                 segment_bytes=node.segment_bytes,
+                chunk_tokens=node.chunk_tokens,
+                priority=node.priority,
             )
             for node in plan.nodes
         ],

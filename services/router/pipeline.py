@@ -164,7 +164,8 @@ class Pipeline:
     ) -> Routed:
         def try_once() -> Routed:
             links = retry.preferred(self._workers.usable(admitted.model))
-            return place(admitted, matched, generation, links, self._strategy, self._transfers)
+            chunk_tokens = self._config.prefill_chunk_tokens
+            return place(admitted, matched, generation, links, self._strategy, self._transfers, chunk_tokens)
 
         # A request that lost its worker has work to lose: it waits for the restart. A fresh one is better told at once.
         grace_s = self._config.resume_grace_s if generation.attempts > 1 else self._config.worker_grace_s
@@ -191,7 +192,8 @@ class Pipeline:
         """Meanwhile the decode worker pulls what is computed, where the prefill worker says that it is worth it."""
         timeout_s = admitted.deadline.budget_s()
         slot.calls.prefilling(worker, generation.attempts)
-        transfer = routed.plan.node(PlanNodeKind.TRANSFER)
+        transfer, compute = (routed.plan.node(kind) for kind in (PlanNodeKind.TRANSFER, PlanNodeKind.PREFILL))
+        assert compute is not None, "a prefill worker has a prefill to do"
         overlap = transfer.overlap if transfer else None
 
         def pull_ahead(source: KvSource) -> None:
@@ -203,13 +205,14 @@ class Pipeline:
         with worker.engaged(), generation.stage("prefill", worker):
             with _renewed(routed.decode, reserved.ticket):
                 outcome = await worker.prefill.prefill(
-                    admitted.request,
+                    replace(admitted.request, priority=compute.priority),
                     generation.attempts,
                     reserved.ticket,
                     timeout_s=timeout_s,
                     on_started=None if overlap is False else pull_ahead,
                     overlap=overlap,
                     segment_bytes=transfer.segment_bytes if transfer else 0,
+                    chunk_tokens=compute.chunk_tokens,
                 )
             computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
             self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)
@@ -220,9 +223,11 @@ class Pipeline:
     ) -> AsyncGenerator[GenerationOutput, None]:
         timeout_s = admitted.deadline.budget_s()
         slot.calls.decoding(routed.decode, generation.attempts)
+        generating = routed.plan.node(PlanNodeKind.DECODE)
+        assert generating is not None, "every plan ends in decoding"
         with generation.stage("decode", routed.decode):
             steps = routed.decode.decode.decode(
-                admitted.request,
+                replace(admitted.request, priority=generating.priority),
                 generation.attempts,
                 generation.emitted,
                 source.outcome.source if source else None,

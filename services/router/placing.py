@@ -21,8 +21,9 @@ def place(
     links: Sequence[WorkerLink],
     strategy: Strategy,
     transfers: TransferPlanner,
+    chunk_tokens: int = 0,
 ) -> Routed:
-    """Raises NoWorker when none of `links` can decode."""
+    """Raises NoWorker when none of `links` can decode. Prompts are computed by `chunk_tokens`; see PlanNode."""
     resumed = bool(generation.emitted)
     pinned = generation.pinned
     by_id = {link.worker_id: link for link in links if not (resumed and link.record.role is WorkerRole.PREFILL)}
@@ -59,6 +60,7 @@ def place(
         kv_source_worker_id=pinned.worker.worker_id if pinned else None,
         overlap=overlap.overlap if overlap else None,
         segment_bytes=overlap.segment_bytes if overlap else 0,
+        chunk_tokens=chunk_tokens,
         attempt=generation.attempts,
     )
     return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None)

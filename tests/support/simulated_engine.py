@@ -353,7 +353,8 @@ class SimulatedEngine:
         self.kv.grow(blocks, len(tokens))
         kv = self.kv.read(blocks, sequence.computed)
         layers = self._next_layers(sequence)
-        chunk = tokens[sequence.computed :][: self._max_prefill_tokens]
+        most = self._max_prefill_tokens
+        chunk = tokens[sequence.computed :][: min(sequence.request.chunk_tokens or most, most)]
         for position, token in enumerate(chunk, sequence.computed):
             slot = _slot(kv, token)
             self.kv.write(blocks, position, slot, layers)

@@ -165,7 +165,7 @@ class EngineCore(LmdeployEngineBase):
 
     async def run(self, stop: asyncio.Event) -> None:
         """Steps until `stop` is set. Whatever ends it, every sequence gets its last output."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._stop = asyncio.get_running_loop(), stop
         error: SageError | None = EngineFailed("the engine stopped; restart the worker, its log has the cause")
         try:
             await self._start_executor()
@@ -188,7 +188,8 @@ class EngineCore(LmdeployEngineBase):
                 batch, is_prefill = self._schedule()
             if batch:
                 with self.watch.step():
-                    await self._run_batch(batch, is_prefill)
+                    for part in self._parts(batch, is_prefill):
+                        await self._run_batch(part, is_prefill)
             else:
                 await self._idle()
 
@@ -202,9 +203,7 @@ class EngineCore(LmdeployEngineBase):
                 step = self._inputs(batch, is_prefill)
                 known = self._runs()
             runs = [known[seq.session_id] for seq in batch]
-            self.executor.model_agent.abandoned = lambda: all(run.cancelled for run in runs)
-            self.progress.begin_step([run.request.progress if run.keeps_its_blocks() else None for run in runs])
-            output = await self._forward(step)
+            output = await self._prefill(step, runs) if is_prefill else await self._forward(step, runs)
         except EngineFailed as error:
             log.exception("a step of %d sequences failed", len(batch))
             if len(batch) == 1 and failed_before:
@@ -215,9 +214,7 @@ class EngineCore(LmdeployEngineBase):
             for part in filter(None, (batch[:half], batch[half:])):
                 await self._run_batch(part, is_prefill, failed_before=True)
             return
-        self.progress.end_step()
         with self.kv.lock:
-            self.steering.stepped(sum(seq.num_token_ids for seq in batch) if is_prefill else 0)
             try:
                 outputs = self._collect(output, batch, not is_prefill)
             except Exception:
@@ -225,8 +222,61 @@ class EngineCore(LmdeployEngineBase):
                 log.exception("the results of a step of %d sequences are lost", len(batch))
                 failure = EngineFailed(FAILED)
                 outputs = [self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)]
-        self.steps += 1
         self._emit_all(outputs)
+
+    # ---- a prompt in chunks ----
+
+    def _chunk_tokens(self, run: Running) -> int:
+        """How many of its prompt's tokens are computed at a time: as planned, within what is configured."""
+        most = int(self.cache_config.max_prefill_token_num)
+        return min(run.request.chunk_tokens or most, most)
+
+    def _parts(self, batch: list[Any], is_prefill: bool) -> list[list[Any]]:
+        """Who is to be computed in chunks is computed alone, after the others."""
+        if not is_prefill or len(batch) == 1:
+            return [batch]
+        known = self._runs()
+        alone = [seq for seq in batch if seq.num_token_ids > self._chunk_tokens(known[seq.session_id])]
+        together = [seq for seq in batch if seq not in alone]
+        return [part for part in (together, *([seq] for seq in alone)) if part]
+
+    async def _prefill(self, step: dict[str, Any], runs: list[Running]) -> Any:
+        """A step of prompts, or of one prompt chunk by chunk; of what nobody wants any more the rest is not computed.
+
+        LMDeploy samples after each chunk; only the last one's token counts, for draws depend on seed and position.
+        """
+        chunks = [step["inputs"]]
+        if len(runs) == 1 and chunks[0].input_ids.numel() > (size := self._chunk_tokens(runs[0])):
+            chunks = chunks[0].split(size)
+        for place, chunk in enumerate(chunks):
+            if place and all(run.cancelled for run in runs):
+                break
+            if place:
+                await self._let_others_go(runs[0])
+            output = await self._forward({**step, "inputs": chunk}, runs)
+        return output
+
+    async def _let_others_go(self, run: Running) -> None:
+        """Between two chunks of this one's prompt: who waits and comes before it, and who decodes and has earned it."""
+        while not self._stop.is_set():
+            with self.kv.lock:
+                is_prefill = self._comes_before(run)
+                decodes = self.scheduler.has_running() and not self._may_prefill(True)
+                batch = self._batch(is_prefill) if is_prefill or decodes else []
+            if not batch:
+                return
+            for part in self._parts(batch, is_prefill):
+                await self._run_batch(part, is_prefill)
+
+    def _comes_before(self, run: Running) -> bool:
+        """Whether somebody waits whom the policy puts before this one, and there is a slot."""
+        scheduler = self.scheduler
+        slots = self.scheduler_config.max_batches - scheduler.num_running() - scheduler.num_locked()
+        waiting = sorted(scheduler.waiting, key=lambda seq: seq.arrive_time)
+        if slots <= 0 or not waiting:
+            return False
+        order = hooks.ask("order_waiting", scheduler, [run.seq, *waiting], lambda _, as_they_came: as_they_came)
+        return order[0] is not run.seq and self._may_prefill(True)
 
     async def _idle(self) -> None:
         """Waits for work; when sequences wait for blocks, only a little."""
@@ -250,11 +300,12 @@ class EngineCore(LmdeployEngineBase):
         """
         scheduler = self.scheduler
         has_slot = scheduler.has_waiting() and scheduler.num_running() < self.scheduler_config.max_batches
-        if hooks.ask("should_prefill", scheduler, has_slot, self.steering.should_prefill) and (
-            batch := self._batch(is_prefill=True)
-        ):
+        if self._may_prefill(has_slot) and (batch := self._batch(is_prefill=True)):
             return batch, True
         return (self._batch(is_prefill=False) if scheduler.has_running() else []), False
+
+    def _may_prefill(self, possible: bool) -> bool:
+        return bool(hooks.ask("should_prefill", self.scheduler, possible, self.steering.should_prefill))
 
     def _batch(self, is_prefill: bool) -> list[Any]:
         """What LMDeploy's scheduler chooses, locked. It may fail on one sequence: that one ends, the others stay."""
@@ -304,15 +355,20 @@ class EngineCore(LmdeployEngineBase):
 
         await asyncio.create_task(start())
 
-    async def _forward(self, step: dict[str, Any]) -> Any:
+    async def _forward(self, step: dict[str, Any], runs: list[Running]) -> Any:
         """Runs the batch. Raises EngineFailed when LMDeploy's model agent died of it; it is started again then."""
         agent = self.executor.model_agent
+        self.progress.begin_step([run.request.progress if run.keeps_its_blocks() else None for run in runs])
         await self.executor.forward_async(step)
         output = asyncio.ensure_future(self.executor.get_output_async())
         await asyncio.wait(
             {output, agent._background_task, agent._preprocess_task}, return_when=asyncio.FIRST_COMPLETED
         )
+        self.progress.end_step()
         if output.done():
+            self.steps += 1
+            with self.kv.lock:
+                self.steering.stepped(0 if step["inputs"].is_decoding else step["inputs"].input_ids.numel())
             return output.result()
         output.cancel()
         self.executor.stop()

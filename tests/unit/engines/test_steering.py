@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.types import as_token_ids
 from sagellm_common.engines.lmdeploy import hooks
 from sagellm_common.engines.lmdeploy.engine import LmdeployEngine
+from sagellm_common.engines.lmdeploy.progress import StepProgress
 from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, StepPlan
 from tests.support.engines import Driver, running_engine
+from tests.support.waiting import TIMEOUT_S
 
 Greedy = Callable[[Path, list[int], int], list[int]]
 
@@ -171,3 +176,72 @@ async def test_without_the_hook_arrival_decides_and_plans_are_refused(tiny_llama
         assert started_in_order(driver, waiting) == waiting
         with pytest.raises(ConfigError, match="takes no plans: patch 0003 is missing"):
             engine_of(driver).inject(StepPlan())
+
+
+def turns_of(driver: Driver) -> list[set[str]]:
+    """Who had a token, step by step."""
+    return [{output.request_id for output in step if output.token_ids} for step in driver.steps]
+
+
+@pytest.mark.parametrize("priority", [0, 1])
+@pytest.mark.usefixtures("hooked")
+async def test_between_the_chunks_of_a_prompt_goes_who_is_more_urgent(
+    tiny_llama: Path, hf_greedy: Greedy, monkeypatch: pytest.MonkeyPatch, priority: int
+) -> None:
+    long, short = prompt(90, 1), prompt(9, 2)
+    async with running_engine(tiny_llama, max_prefill_tokens=64) as driver:
+        submitted = threading.Event()
+        forward = StepProgress.forward
+
+        @contextmanager
+        def after_the_first_chunk(self: StepProgress, history: Any, lengths: Any) -> Iterator[None]:
+            with forward(self, history, lengths):
+                yield
+            if history.tolist() == [0] and lengths.tolist() == [16]:
+                loop.call_soon_threadsafe(submit_short)
+                assert submitted.wait(TIMEOUT_S)
+
+        def submit_short() -> None:
+            ids.append(driver.submit(short, 3, {"priority": priority}))
+            submitted.set()
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(StepProgress, "forward", after_the_first_chunk)
+        ids = [driver.submit(long, 3, {"chunk_tokens": 16})]
+        found = [await tokens_of(driver, ids[0]), await tokens_of(driver, ids[1])]
+        assert found == [hf_greedy(tiny_llama, p, 3) for p in (long, short)]
+        assert started_in_order(driver, ids) == (ids[::-1] if priority else ids)
+
+
+async def test_between_the_chunks_of_a_prompt_others_decode_as_often_as_they_have_earned(
+    tiny_llama: Path, hf_greedy: Greedy
+) -> None:
+    first, long = prompt(9, 1), prompt(64, 2)
+    settings = {"max_prefill_tokens": 64, "prefill_tokens_per_decode_step": 8}
+    async with running_engine(tiny_llama, **settings) as driver:
+        running = driver.submit(first, 60)
+        await anext(driver.outputs(running))
+        waiting = driver.submit(long, 3, {"chunk_tokens": 16})
+        found = await tokens_of(driver, waiting)
+        assert found == hf_greedy(tiny_llama, long, 3)
+        turns = turns_of(driver)
+        start = turns.index({waiting})
+        # 16 tokens at 8 for each step: two steps after each of the chunks but the last.
+        assert turns[start - 6 : start] == [{running}] * 6
+        before = driver.engine.stats().steps
+        assert before >= start + 4
+        driver.engine.cancel(running)
+        await tokens_of(driver, running)
+
+
+async def test_prompts_in_chunks_share_no_step_with_others(tiny_llama: Path, hf_greedy: Greedy) -> None:
+    prompts = [prompt(40, 1), prompt(12, 2), prompt(30, 3), prompt(8, 4)]
+    async with running_engine(tiny_llama, max_batch_size=4, max_prefill_tokens=128) as driver:
+        blocker = await blocked(driver)
+        chunks = (16, 0, 7, 0)
+        ids = [driver.submit(p, 4, {"chunk_tokens": chunk}) for p, chunk in zip(prompts, chunks, strict=True)]
+        found = await asyncio.gather(*(tokens_of(driver, request_id) for request_id in ids))
+        assert found == [hf_greedy(tiny_llama, p, 4) for p in prompts]
+        driver.engine.cancel(blocker)
+        await tokens_of(driver, blocker)
+        assert driver.engine.kv.get_utilization().balanced

@@ -36,6 +36,12 @@ def test_the_whole_way() -> None:
     assert (plan.plan_id, plan.request_id, plan.strategy, plan.reason) == ("r/1", "r", "fifo", "because")
 
 
+def test_who_computes_hears_how_urgent_it_is_and_prefill_by_how_many_tokens() -> None:
+    plan = IRBuilder(4, 4).build(RequestView("r", 10, 7), DISAGGREGATED, max_new_tokens=6, chunk_tokens=5)
+    told = {node.kind.value: (node.chunk_tokens, node.priority) for node in plan.nodes}
+    assert {kind: how for kind, how in told.items() if how != (0, 0)} == {"prefill": (5, 7), "decode": (0, 7)}
+
+
 def test_the_store_is_not_asked_for_what_prefill_holds() -> None:
     plan = build(DISAGGREGATED, prefill_cached_tokens=8, store_cached_tokens=8)
     assert [kind for kind, *_ in shape(plan)] == ["prefill", "transfer", "decode", "offload"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,27 +85,10 @@ class _TorchOnCpu(types.ModuleType):
 class CpuModelAgent(model_agent.BaseModelAgent):
     """LMDeploy's model agent with its device set to the CPU."""
 
-    abandoned: Callable[[], bool]
-    """Whether anybody still wants the step's output; the engine says so for each step."""
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.device = "cpu"
-        self.abandoned = lambda: False
-        self._last_chunk: dict[str, Any] | None = None
         self.progress = StepProgress()
-
-    async def async_forward(self, inputs: Any) -> Any:
-        """One chunk of a step: a prompt longer than engine.max_prefill_tokens has many, with no other step between.
-
-        Of an abandoned step the rest is not computed. LMDeploy still wants an output; nobody will look at it. Several
-        ranks finish it: they would have to agree where to stop.
-        """
-        if self._last_chunk is not None and self.world_size == 1 and self.abandoned():
-            return dict(self._last_chunk)
-        output = await super().async_forward(inputs)
-        self._last_chunk = dict(output)
-        return output
 
     def _forward_impl(self, inputs: Any) -> Any:
         """On a CPU the chunk is computed when this returns."""

@@ -17,7 +17,7 @@ PLAN = ExecutionPlan(
     "r",
     "fifo",
     (
-        PlanNode(0, PlanNodeKind.PREFILL, "prefill-0", (), 0, 100),
+        PlanNode(0, PlanNodeKind.PREFILL, "prefill-0", (), 0, 100, chunk_tokens=16),
         PlanNode(1, PlanNodeKind.TRANSFER, "decode-0", (0,), 0, 100),
         PlanNode(2, PlanNodeKind.DECODE, "decode-0", (1,), 100, 164),
     ),
@@ -32,9 +32,9 @@ def printed(what: object) -> list[str]:
 
 def test_plan_diagram_aligns_what_where_and_which_tokens() -> None:
     kinds, workers, tokens = str(render.plan_diagram(PLAN)).splitlines()
-    assert kinds == "  prefill   ──► transfer ──► decode"
-    assert workers == "  prefill-0     decode-0     decode-0"
-    assert tokens == "  0–100         0–100        100–164"
+    assert kinds == "  prefill     ──► transfer ──► decode"
+    assert workers == "  prefill-0       decode-0     decode-0"
+    assert tokens == "  0–100 by 16     0–100        100–164"
 
 
 def test_status_shows_workers_and_processes_the_topology_lost() -> None:
