@@ -94,6 +94,11 @@ def of_segment(region: KvRegion, block_ids: BlockIds, segment: Segment, num_laye
     return checked(region.view, offsets, np.tile(sizes, len(block_ids)))
 
 
+def natively(pieces: Pieces) -> bool:
+    """Whether the library is there and digests pieces like these."""
+    return native.library() is not None and bool(len(pieces.sizes)) and pieces.sizes.min() >= SHORTEST_NATIVE_BYTES
+
+
 def digests(pieces: Pieces) -> bytes:
     """8-byte xxh3 of each piece, in order."""
     library = native.library()

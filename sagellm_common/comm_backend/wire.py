@@ -1,4 +1,7 @@
-"""Blocking stream sockets with an end to every wait: scatter and gather into KV memory, no staging copy."""
+"""Blocking stream sockets with an end to every wait: scatter and gather into KV memory, no staging copy.
+
+Blocks go through `native/stream.h`, which digests them on their way; without the library, through the C library.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from sagellm_common.comm_backend.pieces import Pieces, Vectors
+from sagellm_common.comm_backend import native
+from sagellm_common.comm_backend.pieces import Pieces, Vectors, address_of, digests, natively
 
 Buffer = bytes | bytearray
 IOV_MAX = 1024
@@ -85,18 +89,32 @@ class Wire:
         self._pollers: dict[int, select.poll] = {}
         self.deadline_s = 0.0
 
-    def send(self, head: Buffer, pieces: Pieces | None = None, tail: Buffer = b"") -> None:
-        """Sends all of it, in this order. Raises TimeoutError, or OSError when the peer is gone."""
+    def send(
+        self, head: Buffer, pieces: Pieces | None = None, tail: Buffer = b"", taken: memoryview | None = None
+    ) -> float:
+        """Sends all of it, in this order. Raises TimeoutError, or OSError when the peer is gone.
+
+        `taken`, which may lie in the tail, gets the `digests` of the pieces; returns the seconds that took.
+        """
         if pieces is None:
             self._send_bytes(head + tail)
-        else:
-            self._each(_Runs(head, pieces, tail), _libc.sendmsg, socket.MSG_NOSIGNAL, socket.SO_SNDTIMEO)
+            return 0.0
+        if natively(pieces):
+            return self._stream(True, head, pieces, tail, taken)
+        digest_s = _take(taken, pieces)
+        self._each(_Runs(head, pieces, tail), _libc.sendmsg, socket.MSG_NOSIGNAL, socket.SO_SNDTIMEO)
+        return digest_s
 
-    def recv_into(self, head: bytearray, pieces: Pieces, tail: bytearray | None = None) -> None:
+    def recv_into(
+        self, head: bytearray, pieces: Pieces, tail: bytearray | None = None, taken: memoryview | None = None
+    ) -> float:
         """Fills all of them, in this order. Raises TimeoutError, EOFError when the peer closed before the first byte,
-        else OSError."""
+        else OSError. `taken` and what is returned are as in `send`."""
+        if natively(pieces):
+            return self._stream(False, head, pieces, b"" if tail is None else tail, taken)
         runs = _Runs(head, pieces, b"" if tail is None else tail)
         self._each(runs, _libc.recvmsg, socket.MSG_WAITALL, socket.SO_RCVTIMEO)
+        return _take(taken, pieces)
 
     def recv(self, size: int) -> bytearray:
         """Exactly so many bytes. Raises as `recv_into`."""
@@ -193,6 +211,39 @@ class Wire:
             except BlockingIOError:
                 raise TimeoutError("the peer takes no bytes") from None
 
+    def _stream(self, out: bool, head: Buffer, pieces: Pieces, tail: Buffer, taken: memoryview | None) -> float:
+        """`send` or `recv_into`, in one call that holds no GIL."""
+        library = native.library()
+        assert library is not None
+        self._armed.pop(socket.SO_SNDTIMEO if out else socket.SO_RCVTIMEO, None)
+        digest_s = ctypes.c_double()
+        failed = library.sage_stream(
+            out,
+            self._sock.fileno(),
+            address_of(head),
+            len(head),
+            address_of(pieces.memory),
+            _pointer(pieces.offsets),
+            _pointer(pieces.sizes),
+            len(pieces.sizes),
+            address_of(tail),
+            len(tail),
+            None if taken is None else address_of(taken),
+            library.isas[-1],
+            self._silence_s,
+            self.deadline_s,
+            ctypes.byref(digest_s),
+        )
+        if failed == errno.ETIMEDOUT:
+            raise TimeoutError("the peer moves no bytes, or the deadline passed")
+        if failed < 0:
+            raise EOFError
+        if failed == errno.ECONNRESET:
+            raise ConnectionResetError("the peer closed the connection half-way")
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+        return digest_s.value
+
     def _each(self, runs: _Runs, function: Any, flags: int, option: int) -> None:
         """All the runs through sendmsg or recvmsg."""
         vectors, left, first = runs.vectors, runs.num_bytes, True
@@ -224,6 +275,14 @@ class Wire:
         # Zero would mean to wait forever.
         whole, micros = divmod(max(1, int(wait_s * 1e6)), 1_000_000)
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, micros))
+
+
+def _take(taken: memoryview | None, pieces: Pieces) -> float:
+    if taken is None:
+        return 0.0
+    began_s = time.perf_counter()
+    taken[:] = digests(pieces)
+    return time.perf_counter() - began_s
 
 
 class _Runs:

@@ -10,20 +10,21 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
+from sagellm_common.comm_backend.backends import tcp_source
 from sagellm_common.comm_backend.backends.mock import Faults
+from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core.errors import Draining, InvalidRequest, KvCorrupt, LayoutMismatch, LeaseExpired, PeerLost
 from sagellm_common.core.types import BlockIds
 from tests.support.kv_channels import BACKENDS, Cluster, Gate, Side, blocks_of
 
 TIMEOUT_S = 10.0
 DIGESTS = {
-    "tcp": "sagellm_common.comm_backend.backends.tcp_source",
     "shm": "sagellm_common.comm_backend.backends.shm_source",
     "gloo": "sagellm_common.comm_backend.backends.gloo",
     "mooncake": "sagellm_common.comm_backend.backends.mooncake_source",
     "mock": "sagellm_common.comm_backend.backends.mock",
 }
-"""Where a source takes its digests: the place to come between them and the bytes."""
+"""Where a source takes its digests: the place to come between them and the bytes. tcp takes them as it sends."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -182,17 +183,29 @@ async def test_a_closed_channel_pulls_no_more(workers: Cluster) -> None:
 
 async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = await workers.side("source"), await workers.side("target")
-    module = importlib.import_module(DIGESTS[workers.backend])
-    real = module.block_digests
+    if workers.backend == "tcp":
+        send = Wire.send
 
-    def then_flip(region, block_ids):  # type: ignore[no-untyped-def]
-        digests = real(region, block_ids)
-        if workers.backend in ("tcp", "shm"):  # sent by now, or not
-            return digests[:8] + bytes(8)
-        region.block(int(block_ids[1]))[7] ^= 1
-        return digests
+        def blocks_first(wire, head, pieces=None, tail=b"", taken=None):  # type: ignore[no-untyped-def]
+            if taken is None:
+                return send(wire, head, pieces, tail)
+            send(wire, head, pieces, b"", taken)
+            taken[8:] = bytes(8)
+            return send(wire, bytes(tail))
 
-    monkeypatch.setattr(module, "block_digests", then_flip)
+        monkeypatch.setattr(Wire, "send", blocks_first)
+    else:
+        module = importlib.import_module(DIGESTS[workers.backend])
+        real = module.block_digests
+
+        def then_flip(region, block_ids):  # type: ignore[no-untyped-def]
+            digests = real(region, block_ids)
+            if workers.backend == "shm":  # copied by now, or not
+                return digests[:8] + bytes(8)
+            region.block(int(block_ids[1]))[7] ^= 1
+            return digests
+
+        monkeypatch.setattr(module, "block_digests", then_flip)
     pinned = source.pin("t", ids(1, 2))
     with pytest.raises(KvCorrupt, match=r"'t': block 9 ") as caught:
         await target.channel.pull(pinned, ids(1, 2), ids(8, 9), timeout_s=TIMEOUT_S)
@@ -214,9 +227,13 @@ async def test_without_digests_nobody_looks(workers: Cluster, monkeypatch: pytes
 
 @pytest.fixture
 def gate(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """For sources over tcp (after the first group) and gloo (before it)."""
+    """For sources over tcp (after the first group) and the others (before it)."""
+    if workers.backend == "tcp":
+        gate = Gate(tcp_source.blocks, stop_at=1)
+        monkeypatch.setattr(tcp_source, "blocks", gate)
+        return gate
     module = importlib.import_module(DIGESTS[workers.backend])
-    gate = Gate(module.block_digests, stop_at=1 if workers.backend == "tcp" else 0)
+    gate = Gate(module.block_digests, stop_at=0)
     monkeypatch.setattr(module, "block_digests", gate)
     return gate
 

@@ -11,7 +11,6 @@ from sagellm_common.comm_backend.backends.socket_receiver import SocketReceiver,
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.integrity import (
     DIGEST_BYTES,
-    block_digests,
     segment_digest,
     verify_digests,
     verify_segment,
@@ -56,21 +55,23 @@ class TcpReceiver(SocketReceiver):
         target_blocks: BlockIds,
         group_blocks: int,
     ) -> Steps[None]:
-        groups, actual, metered = frames.groups(target_blocks, group_blocks), [], meter.current()
-        tail = bytearray(len(target_blocks) * DIGEST_BYTES * self._digest + len(frames.TRAILER))
+        metered, digest_bytes = meter.current(), DIGEST_BYTES if self._digest else 0
+        actual, done = bytearray(len(target_blocks) * digest_bytes), 0
+        tail = bytearray(len(actual) + len(frames.TRAILER))
+        groups = frames.groups(target_blocks, group_blocks)
         for n, group in enumerate(groups, start=1):
             last = tail if n == len(groups) else bytearray()
             yield len(group) * memory.block_bytes + len(last)
             with memory.writing(group) as (region, ids):
-                wire.recv_into(bytearray(), blocks(region, ids), last)
-                metered.arrived(len(group) * memory.block_bytes, len(group))
-                if self._digest:
-                    with metered.digesting():
-                        actual.append(block_digests(region, ids))
-        told, trailer = tail[: -len(frames.TRAILER)], tail[-len(frames.TRAILER) :]
+                taken = memoryview(actual)[done : done + len(ids) * digest_bytes]
+                digest_s = wire.recv_into(bytearray(), blocks(region, ids), last, taken if self._digest else None)
+            done += len(taken)
+            metered.arrived(len(group) * memory.block_bytes, len(group))
+            metered.digest_s += digest_s
+        told, trailer = tail[: len(actual)], tail[len(actual) :]
         if trailer != frames.TRAILER:
             raise MalformedFrame(f"ended with {bytes(trailer)!r}")
-        verify_digests(b"".join(actual), told, target_blocks, source.transfer_id)
+        verify_digests(bytes(actual), told, target_blocks, source.transfer_id)
 
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
         digest = bytearray(DIGEST_BYTES if self._digest else 0)

@@ -1,4 +1,4 @@
-"""`pieces.cpp` through ctypes: copies and digests without the GIL. `comm_backend.pieces` says what it does.
+"""`pieces.cpp` through ctypes: copies, digests and sockets without the GIL. `pieces` and `wire` use it.
 
 python -m sagellm_common.comm_backend.native [--optional]      compiles it, `make setup` does
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sagellm_common.core import cxx
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "pieces.cpp"
+HEADERS = tuple(SOURCE.with_name(name) for name in ("pieces.h", "stream.h", "xxh3.h"))
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-Wall", "-Wextra"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # gcc 12 warns of its own intrinsics
@@ -26,7 +27,7 @@ FLAGS = (
 
 def library_path() -> Path:
     """Where it is, built or not."""
-    return cxx.library_path("pieces", [SOURCE], FLAGS)
+    return cxx.library_path("pieces", [SOURCE, *HEADERS], FLAGS)
 
 
 def build() -> Path:
@@ -36,8 +37,10 @@ def build() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Library:
+    """See `pieces.cpp`; `isa` is one of `isas`."""
+
     sage_pieces: Any
-    """See `pieces.cpp`; its last argument is one of `isas`."""
+    sage_stream: Any
     isas: range
 
 
@@ -51,8 +54,15 @@ def library() -> Library | None:
     found = ctypes.CDLL(str(path))
     found.sage_pieces_isas.restype, found.sage_pieces_isas.argtypes = c_int, ()
     found.sage_pieces.restype, found.sage_pieces.argtypes = None, (*(c_void_p,) * 5, c_int64, c_void_p, c_int)
+    found.sage_stream.restype = c_int
+    found.sage_stream.argtypes = (
+        *(c_int, c_int, c_void_p, c_int64),
+        *(c_void_p, c_void_p, c_void_p, c_int64),
+        *(c_void_p, c_int64, c_void_p, c_int),
+        *(c_double, c_double, c_void_p),
+    )
     isas = range(found.sage_pieces_isas())
     if not isas:
         log.warning("KV copies and digests are done in Python, slower: this is no little-endian machine")
         return None
-    return Library(found.sage_pieces, isas)
+    return Library(found.sage_pieces, found.sage_stream, isas)

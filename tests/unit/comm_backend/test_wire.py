@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sagellm_common.comm_backend.pieces import Pieces
+from sagellm_common.comm_backend import native
+from sagellm_common.comm_backend.pieces import Pieces, digests
 from sagellm_common.comm_backend.wire import IOV_MAX, Wire, split_address
+from sagellm_common.core import cxx
 
 
 @pytest.fixture
@@ -41,6 +43,48 @@ def scattered(pieces: Pieces) -> bytes:
     )
 
 
+@pytest.fixture(params=["python", "native"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two ways the wire takes."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif cxx.compiler() is None:
+        pytest.skip("no C++ compiler: install g++ or set CXX")
+    else:
+        native.build()
+        native.library.cache_clear()
+
+
+@pytest.mark.usefixtures("library")
+def test_digests_on_the_way(ends: tuple[Wire, Wire]) -> None:
+    """Those sent are of what was sent, those taken on arrival of what arrived; in the tail behind the pieces, too."""
+    left, right = ends
+    source = pieces_of(bytearray(np.random.default_rng(1).bytes(3_000_000)), *(1000,) * 1000, *(1_000_000,) * 2)
+    count = len(source.sizes)
+    told, ours = bytearray(8 * count), bytearray(8 * count)
+    message = bytearray(b"head"), source, told, memoryview(told)
+    sender = threading.Thread(target=left.send, args=message)
+    sender.start()
+    head, tail, into = bytearray(4), bytearray(8 * count), pieces_of(bytearray(3_000_000), *source.sizes.tolist())
+    assert right.recv_into(head, into, tail, memoryview(ours)) >= 0.0
+    sender.join(10)
+    assert head == b"head"
+    assert scattered(into) == scattered(source)
+    assert tail == told == ours == digests(source)
+
+
+@pytest.mark.usefixtures("library")
+def test_ends_of_a_message_of_pieces(ends: tuple[Wire, Wire]) -> None:
+    left, right = ends
+    left.send(b"", pieces_of(bytearray(2000), 1000, 1000))
+    left.close()
+    with pytest.raises(ConnectionResetError, match="half-way"):
+        right.recv_into(bytearray(), pieces_of(bytearray(3000), 1500, 1500))
+    with pytest.raises(EOFError):
+        right.recv_into(bytearray(), pieces_of(bytearray(3000), 1500, 1500))
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("head", [0, 7])
 @pytest.mark.parametrize("tail", [0, 3])
 def test_gathers_and_scatters_across_any_cuts(ends: tuple[Wire, Wire], head: int, tail: int) -> None:
@@ -69,6 +113,7 @@ def test_an_end_between_and_within_messages(ends: tuple[Wire, Wire]) -> None:
         right.recv(10)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("silence_s", "deadline_s"), [(0.05, 20.0), (20.0, 0.05), (20.0, -1.0)])
 def test_waits_end(ends: tuple[Wire, Wire], silence_s: float, deadline_s: float) -> None:
     left, right = ends
@@ -78,7 +123,11 @@ def test_waits_end(ends: tuple[Wire, Wire], silence_s: float, deadline_s: float)
     with pytest.raises(TimeoutError):
         right.recv(1)
     with pytest.raises(TimeoutError):
+        right.recv_into(bytearray(), pieces_of(bytearray(2000), 1000, 1000))
+    with pytest.raises(TimeoutError):
         left.send(bytes(64 << 20))
+    with pytest.raises(TimeoutError):
+        left.send(b"", pieces_of(bytearray(64 << 20), 32 << 20, 32 << 20))
 
 
 def test_abort_ends_a_wait_of_another_thread(ends: tuple[Wire, Wire]) -> None:

@@ -1,0 +1,124 @@
+// Pieces through a stream socket. Each batch is digested while it is in the core's cache: before it goes out, and after
+// it came in.
+#pragma once
+
+#include <cerrno>
+#include <ctime>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+
+#include "pieces.h"
+
+namespace sage {
+
+constexpr int64_t kBatchBytes = 256 << 10;  // half of a small L2
+constexpr int64_t kBatchPieces = 512;       // with head and tail below IOV_MAX
+
+inline double now_s() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);  // time.monotonic() of Python
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+struct Stream {
+    int socket;
+    double silence_s;   // a wait for the peer ends after so long, and
+    double deadline_s;  // at this time
+
+    // 0, or the errno that ended it; kClosed: the peer closed before the first byte of it.
+    template <class Call>
+    int all(iovec* runs, int64_t count, int option, Call call) const {
+        bool first = true;
+        while (count) {
+            if (const int error = arm(option)) return error;
+            msghdr message{};
+            message.msg_iov = runs;
+            message.msg_iovlen = static_cast<size_t>(count);
+            ssize_t done = call(socket, &message);
+            if (done < 0 && errno == EINTR) continue;
+            if (done < 0) return errno == EAGAIN ? ETIMEDOUT : errno;
+            if (done == 0) return first ? kClosed : ECONNRESET;
+            first = false;
+            while (count && done >= static_cast<ssize_t>(runs->iov_len)) {
+                done -= static_cast<ssize_t>(runs->iov_len);
+                ++runs, --count;
+            }
+            if (count) {
+                runs->iov_base = static_cast<uint8_t*>(runs->iov_base) + done;
+                runs->iov_len -= static_cast<size_t>(done);
+            }
+        }
+        return 0;
+    }
+
+    int send(iovec* runs, int64_t count) const {
+        return all(runs, count, SO_SNDTIMEO, [](int s, msghdr* message) { return sendmsg(s, message, MSG_NOSIGNAL); });
+    }
+    int recv(iovec* runs, int64_t count) const {
+        return all(runs, count, SO_RCVTIMEO, [](int s, msghdr* message) { return recvmsg(s, message, MSG_WAITALL); });
+    }
+
+    static constexpr int kClosed = -1;
+
+private:
+    // The kernel's timeout for the next call: its clock starts anew with each.
+    int arm(int option) const {
+        const double left_s = deadline_s - now_s();
+        const double wait_s = left_s < silence_s ? left_s : silence_s;
+        if (wait_s <= 0) return ETIMEDOUT;
+        timeval wait{static_cast<time_t>(wait_s), 0};
+        wait.tv_usec = static_cast<suseconds_t>(1e6 * (wait_s - static_cast<double>(wait.tv_sec)));
+        if (!wait.tv_sec && !wait.tv_usec) wait.tv_usec = 1;  // zero would mean to wait forever
+        return setsockopt(socket, SOL_SOCKET, option, &wait, sizeof wait) ? errno : 0;
+    }
+};
+
+struct Bytes {
+    uint8_t* data;
+    int64_t size;
+};
+
+// The runs of head, pieces and tail; neighbours in memory share one.
+inline int64_t runs_of(const Bytes& head, const Pieces& pieces, const Bytes& tail, iovec* runs) {
+    int64_t count = 0;
+    if (head.size) runs[count++] = {head.data, static_cast<size_t>(head.size)};
+    for (int64_t i = 0; i < pieces.count; ++i) {
+        if (i && pieces.piece(i) == pieces.piece(i - 1) + pieces.sizes[i - 1])
+            runs[count - 1].iov_len += static_cast<size_t>(pieces.sizes[i]);
+        else
+            runs[count++] = {pieces.piece(i), static_cast<size_t>(pieces.sizes[i])};
+    }
+    if (tail.size) runs[count++] = {tail.data, static_cast<size_t>(tail.size)};
+    return count;
+}
+
+// `head`, the pieces and `tail` through the socket, out or in; with `digests` those of the pieces, which may lie in the
+// tail. *digest_s grows by what the digests took. Returns as `Stream::all` does.
+template <bool kOut>
+int move(const Stream& stream, const Bytes& head, const Pieces& pieces, const Bytes& tail, uint64_t* digests, int isa,
+         double* digest_s) {
+    iovec runs[kBatchPieces + 2];
+    int64_t first = 0;
+    do {
+        int64_t end = first, bytes = 0;
+        while (end < pieces.count && end - first < kBatchPieces && (end == first || bytes + pieces.sizes[end] <= kBatchBytes))
+            bytes += pieces.sizes[end++];
+        const Pieces batch = pieces.part(first, end);
+        const auto digest_batch = [&] {
+            if (!digests || !batch.count) return;
+            const double began_s = now_s();
+            copy_and_digest(batch, nullptr, digests + first, isa);
+            *digest_s += now_s() - began_s;
+        };
+        if (kOut) digest_batch();
+        const int64_t count = runs_of(first ? Bytes{nullptr, 0} : head, batch, end == pieces.count ? tail : Bytes{nullptr, 0}, runs);
+        const int error = kOut ? stream.send(runs, count) : stream.recv(runs, count);
+        if (error) return error == Stream::kClosed && first ? ECONNRESET : error;
+        if (!kOut) digest_batch();
+        first = end;
+    } while (first < pieces.count);
+    return 0;
+}
+
+}  // namespace sage
