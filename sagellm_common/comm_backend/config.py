@@ -70,8 +70,8 @@ class KVTransportConfig:
 
     def changes(self) -> list[Change]:
         """What differs from the file."""
-        loaded, now = self.loaded.model_dump(), self._now.model_dump()
-        return [Change(key, _text(loaded[key]), _text(now[key])) for key in AT_RUN_TIME if loaded[key] != now[key]]
+        pairs = [(key, getattr(self.loaded, key), getattr(self._now, key)) for key in AT_RUN_TIME]
+        return [Change(key, _text(loaded), _text(now)) for key, loaded, now in pairs if loaded != now]
 
     def in_force(self) -> dict[str, str]:
         """The keys that can be changed, and their values."""

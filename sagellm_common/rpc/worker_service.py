@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import grpc
 
@@ -100,6 +100,16 @@ class BlockFeed:
         )
 
 
+class _State(NamedTuple):
+    """What a worker's status tells. Taken and compared many times a second beside the engine's thread, which waits for
+    the interpreter meanwhile: it is encoded when it has changed."""
+
+    record: WorkerRecord
+    kv: KvStats
+    load: Load
+    transport_changes: tuple[tuple[str, str, str], ...]
+
+
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """`handoffs` None: this worker keeps no records of them."""
 
@@ -110,21 +120,32 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._feed = feed
         self._transport = transport
         self._handoffs = handoffs
+        self._encoded: tuple[WorkerRecord, worker_pb2.WorkerRecord] | None = None
+        """The record as it was told last: it seldom changes, and holds the model's whole description."""
 
     def status(self) -> worker_pb2.WorkerStatus:
-        load = self._worker.load()
+        return self._encode(self._state())
+
+    def _state(self) -> _State:
+        worker = self._worker
+        return _State(worker.record, worker.kv_stats(), worker.load(), tuple(self._transport.changes()))
+
+    def _encode(self, state: _State) -> worker_pb2.WorkerStatus:
+        load = state.load
         return worker_pb2.WorkerStatus(
-            record=codec.encode_worker_record(self._worker.record),
-            kv=codec.encode_kv_stats(self._worker.kv_stats()),
+            record=self._encode_record(state.record),
+            kv=codec.encode_kv_stats(state.kv),
             running_requests=load.running_requests,
             waiting_requests=load.waiting_requests,
             reservations=load.reservations,
             pinned_transfers=load.pinned_transfers,
-            transport_changes=self._changes(),
+            transport_changes=_encode_changes(state.transport_changes),
         )
 
-    def _changes(self) -> list[worker_pb2.TransportChange]:
-        return [worker_pb2.TransportChange(key=k, loaded=a, now=b) for k, a, b in self._transport.changes()]
+    def _encode_record(self, record: WorkerRecord) -> worker_pb2.WorkerRecord:
+        if self._encoded is None or self._encoded[0] is not record:
+            self._encoded = record, codec.encode_worker_record(record)
+        return self._encoded[1]
 
     async def GetStatus(
         self,
@@ -142,19 +163,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         interval_s = max(request.min_interval_ms / 1000 or DEFAULT_MIN_INTERVAL_S, SHORTEST_MIN_INTERVAL_S)
         key, hashes = self._feed.subscribe()
         try:
-            revision, last = 1, self.status()
-            message = worker_pb2.WorkerStatus()
-            message.CopyFrom(last)
+            revision, last = 1, self._state()
+            message = self._encode(last)
             message.block_events.MergeFrom(_events(BlockEvent(stored=tuple(hashes)), revision, snapshot=True))
             yield message
             while True:
                 await asyncio.sleep(interval_s)
-                event, now = self._feed.take(key), self.status()
+                event, now = self._feed.take(key), self._state()
                 if now == last and not event.stored and not event.removed:
                     continue
                 revision, last = revision + 1, now
-                message = worker_pb2.WorkerStatus()
-                message.CopyFrom(now)
+                message = self._encode(now)
                 message.block_events.MergeFrom(_events(event, revision))
                 yield message
         finally:
@@ -196,7 +215,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         context: grpc.aio.ServicerContext[worker_pb2.SetWorkerTransportRequest, worker_pb2.SetWorkerTransportResponse],
     ) -> worker_pb2.SetWorkerTransportResponse:
         self._transport.set(request.settings)
-        return worker_pb2.SetWorkerTransportResponse(in_force=self._transport.settings, changes=self._changes())
+        return worker_pb2.SetWorkerTransportResponse(
+            in_force=self._transport.settings, changes=_encode_changes(self._transport.changes())
+        )
+
+
+def _encode_changes(changes: Iterable[tuple[str, str, str]]) -> list[worker_pb2.TransportChange]:
+    return [worker_pb2.TransportChange(key=key, loaded=loaded, now=now) for key, loaded, now in changes]
 
 
 def _events(event: BlockEvent, revision: int, *, snapshot: bool = False) -> worker_pb2.BlockEvents:
