@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sagellm_common.core.types import WorkerRole
 
+Eviction = Literal["cost-aware", "arc", "s3-fifo", "gdsf", "lfu", "lru"]
+"""See kv_policy/eviction."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
@@ -48,6 +51,7 @@ class EngineConfig(Section):
     max_prefill_tokens: int = Field(512, ge=16, description="tokens of one prefill chunk")
     context_length_tokens: int = Field(0, ge=0, description="0: the model's")
     prefix_caching: bool = True
+    eviction: Eviction = Field("cost-aware", description="which cached blocks go first; `sagellm kv policy` changes it")
     policy: Literal["fifo", "priority", "deadline"] = Field(
         "priority", description="who starts first and loses memory last; deadline: the earlier of equal priority"
     )
@@ -90,6 +94,7 @@ class RoleConfig(Section):
     max_batch_size: int | None = Field(None, ge=1)
     max_prefill_tokens: int | None = Field(None, ge=16)
     prefix_caching: bool | None = None
+    eviction: Eviction | None = None
     threads: int | None = Field(None, ge=1)
     tensor_parallel: int | None = Field(None, ge=1, le=64)
 
@@ -191,6 +196,7 @@ class GatewayConfig(Section):
 class KvStoreConfig(Section):
     enabled: bool = True
     budget_bytes: int = Field(512 << 20, ge=1 << 20)
+    eviction: Eviction = Field("cost-aware", description="which blocks go first; `sagellm kv policy` changes it")
 
 
 class TelemetryConfig(Section):

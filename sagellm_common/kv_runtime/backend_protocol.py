@@ -37,3 +37,10 @@ class KVBackendProtocol(Protocol):
     def get_utilization(self) -> KvStats: ...
 
     def regions(self) -> KvMemory: ...
+
+    @property
+    def eviction(self) -> str:
+        """Name of the policy that says which unused blocks of the prefix cache go first."""
+
+    def set_eviction(self, name: str) -> None:
+        """Another policy from now on; what is cached stays. Raises ConfigError, having changed nothing."""

@@ -27,7 +27,7 @@ from services.kv_store.telemetry import StoreCollector
 
 async def compose(args: WorkerArgs) -> None:
     config, clock = args.config, SystemClock()
-    pool = HostKvPool(config.kv_store.budget_bytes, clock)
+    pool = HostKvPool(config.kv_store.budget_bytes, clock, eviction=config.kv_store.eviction)
     REGISTRY.register(StoreCollector(pool))
     async with ChannelPool() as channels:
         handoffs = HandoffLog(clock, config.transport.backend, "transport.backend says so")

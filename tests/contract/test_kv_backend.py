@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from sagellm_common.core.clock import ManualClock
-from sagellm_common.core.errors import KvExhausted
+from sagellm_common.core.errors import ConfigError, KvExhausted
 from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
 from sagellm_common.core.types import KvStats, TokenIds
 from sagellm_common.engines.lmdeploy import hooks
+from sagellm_common.kv_policy.eviction import EVICTION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
@@ -297,3 +298,21 @@ def test_nothing_is_allocated_for_nothing(pool: Pool) -> None:
     assert allocation.block_ids.size == 0
     pool.backend.free(allocation)
     assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)
+
+
+def test_another_eviction_policy_loses_no_block_and_can_give_up_all(pool: Pool) -> None:
+    backend = pool.backend
+    for start in (0, 100, 200):
+        pool.cache(tokens(16, start=start))
+    before = set(backend.cached_hashes())
+    assert len(before) == 12
+    for name in EVICTION:
+        backend.set_eviction(name)
+        assert backend.eviction == name
+        assert set(backend.cached_hashes()) == before
+    with pytest.raises(ConfigError, match="unknown eviction policy 'oldest'; known: arc,"):
+        backend.set_eviction("oldest")
+    assert backend.eviction == name
+    everything = backend.allocate(tokens(NUM_BLOCKS * BLOCK_TOKENS, start=1000), NUM_BLOCKS * BLOCK_TOKENS)
+    assert used_free_cached(pool) == (NUM_BLOCKS, 0, 0)
+    backend.free(everything)

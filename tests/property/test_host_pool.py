@@ -11,6 +11,7 @@ from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import KvExhausted
 from sagellm_common.core.kv import Allocation, BlockEvent
 from sagellm_common.core.types import BlockHash, TokenIds
+from sagellm_common.kv_policy.eviction import EVICTION
 from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from tests.support.kv_channels import a_layout
@@ -25,7 +26,7 @@ class HostPool(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock()
-        self.pool = HostKvPool(NUM_BLOCKS * 16, self.clock, LAYOUT)
+        self.pool = HostKvPool(NUM_BLOCKS * 16, self.clock, LAYOUT, eviction="cost-aware")
         self.seen: set[BlockHash] = set()
         self.pool.watch(self.follow)
         self.puts: list[PendingPut] = []
@@ -108,6 +109,10 @@ class HostPool(RuleBasedStateMachine):
         pinned = self.pool.pin(hashes, ttl_s)
         assert pinned == (len(self.seen.intersection(hashes)) if ttl_s else 0)
 
+    @rule(name=st.sampled_from(sorted(EVICTION)))
+    def set_eviction(self, name: str) -> None:
+        self.pool.set_eviction(name)
+
     @rule(seconds=st.integers(1, 3))
     def time_passes(self, seconds: int) -> None:
         self.clock.advance(seconds)
@@ -117,6 +122,7 @@ class HostPool(RuleBasedStateMachine):
         stats = self.pool.get_utilization()
         assert stats.balanced, stats
         assert stats.used_blocks >= len(set(self.busy()))
+        assert stats.cached_blocks + stats.used_blocks >= len(self.seen)
         assert set(self.pool.cached_hashes()) == self.seen
 
     @invariant()
@@ -131,9 +137,13 @@ class HostPool(RuleBasedStateMachine):
             self.pool.abort_put(put)
         for allocation, _ in self.held:
             self.pool.free(allocation)
+        self.held.clear()
         self.clock.advance(100)
         stats = self.pool.get_utilization()
         assert stats.balanced and stats.used_blocks == 0
+        allocation = self.pool.allocate(np.zeros(0, np.int32), NUM_BLOCKS)
+        assert not self.seen, "what nobody uses can be had"
+        self.pool.free(allocation)
 
 
 TestHostPool = HostPool.TestCase

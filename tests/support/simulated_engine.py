@@ -30,6 +30,7 @@ from sagellm_common.core.types import (
     as_token_ids,
 )
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
+from sagellm_common.kv_policy.eviction import make_eviction
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 SLOT_BYTES = 16
@@ -79,6 +80,7 @@ class SimulatedPool:
 
     def __init__(self, layout: KvLayout, num_blocks: int) -> None:
         self.layout = layout
+        self.eviction = "lru"
         memory = memoryview(bytearray(num_blocks * layout.block_bytes))
         self._region = KvRegion(memory, layout.block_bytes, num_blocks, _layer_parts(layout))
         self._share_bytes = HALF_BYTES // layout.num_layers
@@ -157,6 +159,11 @@ class SimulatedPool:
             used = sum(refs > 0 for refs in self._refs)
             cached = sum(not self._refs[block] for block in self._hash_of)
             return KvStats(len(self._refs), len(self._free), used, cached)
+
+    def set_eviction(self, name: str) -> None:
+        """Only the name is kept."""
+        make_eviction(name, 1)
+        self.eviction = name
 
     def regions(self) -> KvRegion:
         return self._region

@@ -35,7 +35,7 @@ class KvBlockManager(DefaultBlockManager):
         super().__init__(cache_config.num_gpu_blocks, cache_config.num_cpu_blocks)
         self.lock = threading.RLock()
         self.allocator = CheckedAllocator(cache_config.num_cpu_blocks, cache_config.num_gpu_blocks)
-        self.cache = PrefixCache(self.allocator, cache_config.block_size)
+        self.cache = PrefixCache(self.allocator, cache_config.block_size, cache_config.num_gpu_blocks)
 
     def num_required_blocks(self, obj: Any, prealloc_size: int = 0) -> int:
         """What LMDeploy asks first of each sequence it looks at."""
@@ -67,6 +67,7 @@ class KvEviction(BaseEvictionHelper):
                 break
             manager.free(victim)
             victim.set_step(0)
+            cache.used(cache.prefixes[victim.session_id].hashes)
             if missing() > 0:
                 cache.evict(missing())
         return missing() <= 0
@@ -77,7 +78,7 @@ class KvEviction(BaseEvictionHelper):
         references = manager.allocator.get_ref_count(np.arange(manager.num_gpu_blocks)).copy()
         for victim in victims:
             references[victim.logical_blocks.get_real_blocks()] -= 1
-        references[list(manager.cache.blocks())] -= 1
+        references[manager.cache.blocks()] -= 1
         return int(np.count_nonzero(references <= 0))
 
 

@@ -70,6 +70,7 @@ class EngineCore(LmdeployEngineBase):
         memory: KvMemory,
         *,
         prefix_caching: bool,
+        eviction: str,
         tells_layers: bool,
         watch: StepWatch,
         policy: EnginePolicy,
@@ -77,7 +78,7 @@ class EngineCore(LmdeployEngineBase):
         emit: Callable[[Sequence[SequenceOutput]], None],
     ) -> LmdeployKvPool:
         """Puts our KV manager and policy in charge. Once, before `run`. `tells_layers`: the model itself does."""
-        self.kv = LmdeployKvPool(manager_of(self.scheduler), self.scheduler, layout, memory, prefix_caching)
+        self.kv = LmdeployKvPool(manager_of(self.scheduler), self.scheduler, layout, memory, prefix_caching, eviction)
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent
         self.watch = watch
@@ -430,7 +431,7 @@ class EngineCore(LmdeployEngineBase):
         held = None
         if run.request.hold_blocks and reason in (FinishReason.STOP, FinishReason.LENGTH):
             held = self.kv.hold(seq.logical_blocks.get_real_blocks(), seq.num_history_ids)
-        self.kv.cache.prefixes.pop(seq.session_id)
+        self.kv.cache.leave(seq.session_id)
         self.steering.leave(seq.session_id)
         self.end_session(seq.session_id)
         return SequenceOutput(run.request.request_id, token_ids, logprobs, reason, error, held)

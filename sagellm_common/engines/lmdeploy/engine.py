@@ -259,6 +259,7 @@ class LmdeployEngine:
             layout,
             memory,
             prefix_caching=cfg.prefix_caching,
+            eviction=cfg.eviction,
             tells_layers=cfg.weights != "dtype",
             watch=self._watch,
             policy=RankedPolicy(

@@ -2,14 +2,12 @@
 
 `PrefixCache` stands where LMDeploy has its BlockTrie: `SequenceManager.fetch` calls `match` before it allocates,
 `SequenceManager.store` calls `allocate`, the eviction helper calls `evict`. Blocks become shareable through `publish`,
-after their KV was computed, never before: a failed step publishes nothing.
+after their KV was computed, never before: a failed step publishes nothing. A use of blocks counts when it ends.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from sagellm_common.core.errors import KvExhausted
 from sagellm_common.core.kv import Allocation, BlockEvent, KvMemory
 from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds, pack_int32
+from sagellm_common.kv_policy.eviction import make_eviction, swap_eviction
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ BlockArray = NDArray[np.int64]
 class CachedBlock:
     block: int  # logical id
     token_ids: bytes
-    parent: BlockHash
-    children: int = 0
-    last_used: int = 0
 
 
 @dataclass(slots=True)
@@ -51,12 +47,20 @@ class SequencePrefix:
 class PrefixCache:
     """Block hash → block, with one reference on each block it holds. Guarded by the block manager's lock."""
 
-    def __init__(self, allocator: Any, block_size_tokens: int, enabled: bool = True) -> None:
+    def __init__(
+        self, allocator: Any, block_size_tokens: int, num_blocks: int, enabled: bool = True, eviction: str = "lru"
+    ) -> None:
         self._allocator = allocator
         self._block_size = block_size_tokens
+        self._num_blocks = num_blocks
         self.enabled = enabled
         self._entries: dict[BlockHash, CachedBlock] = {}
-        self._clock = itertools.count()
+        self._holds = np.zeros(num_blocks, dtype=bool)
+        """By logical block."""
+        self._eviction_name = eviction
+        self._eviction = make_eviction(eviction, num_blocks)
+        self._in_first_use: dict[BlockHash, None] = {}
+        """Those that `_eviction` has not heard of yet."""
         self._watchers: list[Callable[[BlockEvent], None]] = []
         self.prefixes: dict[int, SequencePrefix] = {}
         """session id → prefix, for the sequences LMDeploy schedules."""
@@ -71,7 +75,7 @@ class PrefixCache:
 
     def blocks(self) -> BlockArray:
         """Each of them once."""
-        return np.fromiter((entry.block for entry in self._entries.values()), np.int64, len(self._entries))
+        return np.flatnonzero(self._holds)
 
     def lookup(self, token_ids: TokenIds, root: BlockHash) -> tuple[list[BlockHash], BlockArray]:
         """The longest cached prefix that leaves at least one token to compute. Takes a reference on each block."""
@@ -83,7 +87,6 @@ class PrefixCache:
             entry = self._entries.get(key)
             if entry is None or entry.token_ids != packed[i * step : (i + 1) * step]:
                 break
-            entry.last_used = next(self._clock)
             found.append(key)
             blocks.append(entry.block)
         array = np.array(blocks, dtype=np.int64)
@@ -110,13 +113,35 @@ class PrefixCache:
                 continue
             tokens = packed[offset * step : (offset + 1) * step]
             block = int(blocks[start + offset])
-            self._entries[key] = CachedBlock(block, tokens, parent, last_used=next(self._clock))
-            if parent in self._entries:
-                self._entries[parent].children += 1
+            self._entries[key] = CachedBlock(block, tokens)
+            self._in_first_use[key] = None
             published.append(block)
             stored.append(key)
         self._allocator.add_ref_count(np.array(published, dtype=np.int64), 1)
+        self._holds[published] = True
         self._tell(BlockEvent(stored=tuple(stored)))
+
+    def used(self, hashes: Sequence[BlockHash]) -> None:
+        """A sequence's blocks were used, and are so no longer by it: what is counted and ordered for eviction."""
+        path = [key for key in hashes if key in self._entries]
+        for key in path:
+            self._in_first_use.pop(key, None)
+        self._eviction.access(path)
+
+    def leave(self, session_id: int) -> None:
+        """The session ends."""
+        self.used(self.prefixes.pop(session_id).hashes)
+
+    # ---- which blocks go ----
+
+    @property
+    def eviction(self) -> str:
+        return self._eviction_name
+
+    def set_eviction(self, name: str) -> None:
+        """From now on; what is cached stays. Raises ConfigError, having changed nothing."""
+        self._eviction = swap_eviction(self._eviction, name, self._num_blocks)
+        self._eviction_name = name
 
     # ---- what LMDeploy calls ----
 
@@ -139,29 +164,16 @@ class PrefixCache:
             self.publish(prefix, seq.all_ids, seq.logical_blocks.get_real_blocks(), seq.num_history_ids)
 
     def evict(self, max_num_blocks: int) -> int:
-        """Frees up to max_num_blocks blocks that nobody but the cache holds, least recently used leaves first."""
-        leaves = [key for key, entry in self._entries.items() if entry.children == 0]
-        references = self._allocator.get_ref_count(
-            np.array([self._entries[key].block for key in leaves], dtype=np.int64)
-        )
-        heap = [
-            (self._entries[key].last_used, key) for key, count in zip(leaves, references, strict=True) if count == 1
-        ]
-        heapq.heapify(heap)
-        removed: list[BlockHash] = []
-        freed: list[int] = []
-        while heap and len(removed) < max_num_blocks:
-            _, key = heapq.heappop(heap)
-            entry = self._entries.pop(key)
-            freed.append(entry.block)
-            removed.append(key)
-            parent = self._entries.get(entry.parent)
-            if parent is not None:
-                parent.children -= 1
-                unused = int(self._allocator.get_ref_count(np.array([parent.block]))[0]) == 1
-                if parent.children == 0 and unused:
-                    heapq.heappush(heap, (parent.last_used, entry.parent))
-        self._allocator.free(np.array(freed, dtype=np.int64))
+        """Frees up to max_num_blocks blocks that nobody but the cache holds, as the policy ranks them."""
+        in_use = _InUse(self._entries, self._allocator)
+        removed = self._eviction.evict(max_num_blocks, in_use)
+        if len(removed) < max_num_blocks:
+            # Their first user lost them before it ended.
+            self.used([key for key in self._in_first_use if key not in in_use])
+            removed += self._eviction.evict(max_num_blocks - len(removed), in_use)
+        freed = np.array([self._entries.pop(key).block for key in removed], dtype=np.int64)
+        self._holds[freed] = False
+        self._allocator.free(freed)
         self._tell(BlockEvent(removed=tuple(removed)))
         return len(removed)
 
@@ -169,6 +181,17 @@ class PrefixCache:
         if event.stored or event.removed:
             for callback in self._watchers:
                 callback(event)
+
+
+class _InUse(Container[BlockHash]):
+    """Cached blocks that a sequence or an allocation holds, too."""
+
+    def __init__(self, entries: Mapping[BlockHash, CachedBlock], allocator: Any) -> None:
+        self._entries = entries
+        self._ref_counts = allocator.get_ref_count(slice(None))
+
+    def __contains__(self, key: object) -> bool:
+        return bool(self._ref_counts[self._entries[key].block] > 1)  # type: ignore[index]
 
 
 @dataclass(slots=True, eq=False)
@@ -192,12 +215,19 @@ class LmdeployKvPool:
     """
 
     def __init__(
-        self, manager: KvBlockManager, scheduler: Any, layout: KvLayout, memory: KvMemory, prefix_caching: bool
+        self,
+        manager: KvBlockManager,
+        scheduler: Any,
+        layout: KvLayout,
+        memory: KvMemory,
+        prefix_caching: bool,
+        eviction: str = "lru",
     ) -> None:
         self.lock = manager.lock
         self.layout = layout
         self.cache = manager.cache
         self.cache.enabled = prefix_caching
+        self.cache.set_eviction(eviction)
         self._scheduler = scheduler
         self._manager = manager
         self._allocator = manager.allocator
@@ -241,7 +271,17 @@ class LmdeployKvPool:
         with self.lock:
             if allocation.live:
                 self._allocator.free(self.take(allocation))
+                self.cache.used(allocation.hashes)
         self._on_free()
+
+    @property
+    def eviction(self) -> str:
+        return self.cache.eviction
+
+    def set_eviction(self, name: str) -> None:
+        """See `PrefixCache.set_eviction`."""
+        with self.lock:
+            self.cache.set_eviction(name)
 
     def cached_hashes(self) -> list[BlockHash]:
         with self.lock:

@@ -262,7 +262,7 @@ class VllmEngine:
             head_dim=head_dim,
             block_bytes=cfg.block_size_tokens * token_bytes,
         )
-        pool = HostKvPool(cfg.num_blocks * layout.block_bytes, SystemClock(), layout, "engine.num_blocks")
+        pool = HostKvPool(cfg.num_blocks * layout.block_bytes, SystemClock(), layout, "engine.num_blocks", cfg.eviction)
         self._state = STATES[engine_id] = SharedState(pool, self._running)
         self._vllm = LLMEngine(vllm_config, Executor.get_class(vllm_config), log_stats=False)
         self._model = ModelInfo(

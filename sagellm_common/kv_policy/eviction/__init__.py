@@ -30,4 +30,15 @@ def make_eviction(name: str, capacity_blocks: int) -> EvictionPolicy[Any]:
     return EVICTION.get(name)(capacity_blocks)
 
 
-__all__ = ["EVICTION", "EvictionPolicy", "make_eviction"]
+def swap_eviction(old: EvictionPolicy[Any], name: str, capacity_blocks: int) -> EvictionPolicy[Any]:
+    """Another policy that holds what `old` holds, in its order. What `old` has learned is lost.
+
+    Raises ConfigError listing the known names.
+    """
+    new = make_eviction(name, capacity_blocks)
+    for block in old:
+        new.access([block])
+    return new
+
+
+__all__ = ["EVICTION", "EvictionPolicy", "make_eviction", "swap_eviction"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Generic
 
-from sagellm_common.kv_policy.eviction.base import K
+from sagellm_common.kv_policy.eviction.base import K, Queueing
+
+ONCE, AGAIN = 0, 1
 
 
-class Arc(Generic[K]):
+class Arc(Queueing[K, int]):
     """Two lists, used once and used again, whose shares follow the hits on what either has lately given up. O(1)."""
 
     def __init__(self, capacity_blocks: int) -> None:
+        super().__init__()
         self._capacity = max(1, capacity_blocks)
         self._once: OrderedDict[K, None] = OrderedDict()
         self._again: OrderedDict[K, None] = OrderedDict()
@@ -23,6 +25,7 @@ class Arc(Generic[K]):
         """How many blocks `_once` is meant to hold."""
 
     def access(self, path: Sequence[K]) -> None:
+        self._return(path)
         for key in reversed(path):
             if key in self._once:
                 del self._once[key]
@@ -42,34 +45,30 @@ class Arc(Generic[K]):
             else:
                 self._once[key] = None
 
-    def evict(self, count: int, keep: Container[K] = ()) -> list[K]:
-        gone: list[K] = []
-        while len(gone) < count:
-            first_once = len(self._once) > self._share
-            for held, ghosts in self._lists() if first_once else reversed(self._lists()):
-                key = next((key for key in held if key not in keep), None)
-                if key is not None:
-                    del held[key]
-                    ghosts[key] = None
-                    gone.append(key)
-                    break
-            else:
-                break
+    def remove(self, key: K) -> None:
+        self._once.pop(key, None)
+        self._again.pop(key, None)
+        self._aside.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._once) + len(self._again) + len(self._aside)
+
+    def __iter__(self) -> Iterator[K]:
+        return chain(self._once, self._again, self._aside)
+
+    def _victim(self) -> tuple[K, int] | None:
+        if self._once and (len(self._once) > self._share or not self._again):
+            return self._once.popitem(last=False)[0], ONCE
+        return (self._again.popitem(last=False)[0], AGAIN) if self._again else None
+
+    def _put_back(self, key: K, place: int) -> None:
+        (self._again if place == AGAIN else self._once)[key] = None
+
+    def _give_up(self, key: K, place: int) -> None:
+        (self._gone_again if place == AGAIN else self._gone_once)[key] = None
+
+    def _forget(self) -> None:
         while len(self._once) + len(self._gone_once) > self._capacity and self._gone_once:
             self._gone_once.popitem(last=False)
         while len(self) + len(self._gone_once) + len(self._gone_again) > 2 * self._capacity and self._gone_again:
             self._gone_again.popitem(last=False)
-        return gone
-
-    def remove(self, key: K) -> None:
-        self._once.pop(key, None)
-        self._again.pop(key, None)
-
-    def __len__(self) -> int:
-        return len(self._once) + len(self._again)
-
-    def __iter__(self) -> Iterator[K]:
-        return chain(self._once, self._again)
-
-    def _lists(self) -> list[tuple[OrderedDict[K, None], OrderedDict[K, None]]]:
-        return [(self._once, self._gone_once), (self._again, self._gone_again)]

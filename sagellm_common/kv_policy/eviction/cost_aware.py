@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Generic
+from typing import Any, Generic
 
-from sagellm_common.kv_policy.eviction.base import K
+from sagellm_common.kv_policy.eviction.base import K, Queueing
 from sagellm_common.kv_policy.lifetime import BlockClass, LifetimePredictor
 
 GHOSTS_PER_BLOCK = 8
 MIN_GHOSTS = 1 << 14
 """Blocks given up are remembered, so that a small pool, too, learns when its blocks would have been used."""
 MIN_LESSON = 512
+WORTH_LASTS = 64
+"""One in so many of the pool's blocks may be accessed before what the queues are worth is looked at again."""
+
+_Queue = tuple[BlockClass, int]
+"""Class, and power of two of the cost."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,11 +32,13 @@ class _Block(Generic[K]):
     parent: _Block[K] | None = None
     children: int = 0
     """Held ones: while there are some the block stays, for without it they are of no use."""
-    passed_over: bool = False
-    """It was to go and had children. It stands in no queue, and goes after them."""
+
+    @property
+    def queue(self) -> _Queue:
+        return self.block_class, math.frexp(self.cost)[1]
 
 
-class CostAware(Generic[K]):
+class CostAware(Queueing[K, Any]):
     """Gives up the block with the least (uses per time held, as `LifetimePredictor` has learned) x cost(depth).
 
     Blocks of one class and, to a factor of two, one cost stand in a queue, least recently used first; a victim is the
@@ -40,6 +47,7 @@ class CostAware(Generic[K]):
     """
 
     def __init__(self, capacity_blocks: int, cost: Callable[[int], float] = lambda depth: 1.0) -> None:
+        super().__init__()
         self.lifetimes = LifetimePredictor()
         self._cost = cost
         self._max_ghosts = max(MIN_GHOSTS, GHOSTS_PER_BLOCK * capacity_blocks)
@@ -47,17 +55,25 @@ class CostAware(Generic[K]):
         """In block accesses."""
         self._next_lesson = MIN_LESSON
         self._blocks: dict[K, _Block[K]] = {}
-        self._queues: dict[tuple[BlockClass, int], OrderedDict[K, _Block[K]]] = {}
-        """All blocks but those that were to go and had children."""
+        self._queues: dict[_Queue, OrderedDict[K, _Block[K]]] = {}
+        """All blocks but those aside and those that wait."""
+        self._waiting: dict[K, _Block[K]] = {}
+        """They were to go and had children: they go after them."""
+        self._worth: dict[_Queue, float] = {}
+        """Of the queues' heads."""
+        self._worth_until = 0
         self._ghosts: OrderedDict[K, tuple[BlockClass, int]] = OrderedDict()
 
     def access(self, path: Sequence[K]) -> None:
-        blocks, parent = [], None
+        self._return(path)
+        blocks: list[_Block[K]] = []
+        parent: _Block[K] | None = None
         for depth, key in enumerate(path):
             block = self._blocks.get(key)
             if block is None:
                 block = self._blocks[key] = _Block(key, self._cost(depth))
             if parent is not None and block.parent is not parent:
+                self._leave_parent(block)
                 block.parent = parent
                 parent.children += 1
             blocks.append(block)
@@ -68,38 +84,12 @@ class CostAware(Generic[K]):
         if self._now >= self._next_lesson:
             self._learn()
 
-    def evict(self, count: int, keep: Container[K] = ()) -> list[K]:
-        gone: list[K] = []
-        kept: list[_Block[K]] = []
-        worth = {name: self._worth(queue) for name, queue in self._queues.items() if queue}
-        while worth and len(gone) < count:
-            worst = min(worth, key=worth.__getitem__)
-            queue = self._queues[worst]
-            key, block = queue.popitem(last=False)
-            if key in keep:
-                kept.append(block)
-            elif block.children:
-                block.passed_over = True
-            else:
-                gone.append(key)
-                if freed := self._give_up(block):
-                    worth[_queue_of(freed)] = self._worth(self._queues[_queue_of(freed)])
-            if queue:
-                worth[worst] = self._worth(queue)
-            else:
-                worth.pop(worst, None)
-        for block in reversed(kept):
-            self._to_front(block)
-        while len(self._ghosts) > self._max_ghosts:
-            _, (block_class, used_at) = self._ghosts.popitem(last=False)
-            self.lifetimes.observe(block_class, self._now - used_at, used=False)
-        return gone
-
     def remove(self, key: K) -> None:
         block = self._blocks.get(key)
         if block is not None:
-            self._queues[_queue_of(block)].pop(key, None)
-            self._give_up(block)
+            self._take_out(block)
+            self._aside.pop(key, None)
+            self._give_up(key, block)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -107,42 +97,79 @@ class CostAware(Generic[K]):
     def __iter__(self) -> Iterator[K]:
         return iter(sorted(self._blocks, key=lambda key: self._blocks[key].used_at))
 
+    def _victim(self) -> tuple[K, _Block[K]] | None:
+        if self._now >= self._worth_until:
+            self._worth = {name: self._worth_of(queue) for name, queue in self._queues.items() if queue}
+            self._worth_until = self._now + 1 + len(self._blocks) // WORTH_LASTS
+        while self._worth:
+            worst = min(self._worth, key=self._worth.__getitem__)
+            queue = self._queues[worst]
+            block = queue.popitem(last=False)[1] if queue else None
+            if queue:
+                self._worth[worst] = self._worth_of(queue)
+            else:
+                del self._worth[worst]
+            if block is not None and block.children:
+                self._waiting[block.key] = block
+            elif block is not None:
+                return block.key, block
+        # Their children are in use: they are not, and who asks needs room.
+        return self._waiting.popitem() if self._waiting else None
+
+    def _put_back(self, key: K, place: _Block[K]) -> None:
+        self._now += 1
+        place.used_at = self._now
+        self._enqueue(place)
+
+    def _give_up(self, key: K, place: _Block[K]) -> None:
+        del self._blocks[key]
+        self._ghosts[key] = (place.block_class, place.used_at)
+        self._leave_parent(place)
+
+    def _forget(self) -> None:
+        while len(self._ghosts) > self._max_ghosts:
+            _, (block_class, used_at) = self._ghosts.popitem(last=False)
+            self.lifetimes.observe(block_class, self._now - used_at, used=False)
+
     def _use(self, block: _Block[K], from_end: int) -> None:
         idle = 0
         if block.used_at:
             idle = self._now - block.used_at
             self.lifetimes.observe(block.block_class, idle, used=True)
-            self._queues[_queue_of(block)].pop(block.key, None)
-            block.passed_over = False
+            self._take_out(block)
         elif ghost := self._ghosts.pop(block.key, None):
             block_class, used_at = ghost
             idle = self._now - used_at
             self.lifetimes.observe(block_class, idle, used=True)
         block.used_at = self._now
         block.block_class = _class_of(idle, from_end)
-        self._queues.setdefault(_queue_of(block), OrderedDict())[block.key] = block
+        self._enqueue(block)
 
-    def _give_up(self, block: _Block[K]) -> _Block[K] | None:
-        """Returns its parent, if that waited for this, its last child, and is the next of its queue now."""
-        del self._blocks[block.key]
-        self._ghosts[block.key] = (block.block_class, block.used_at)
-        block.passed_over = False
-        parent = block.parent
-        if parent is None:
-            return None
-        parent.children -= 1
-        if parent.children or not parent.passed_over:
-            return None
-        self._to_front(parent)
-        return parent
-
-    def _to_front(self, block: _Block[K]) -> None:
-        queue = self._queues[_queue_of(block)]
+    def _enqueue(self, block: _Block[K], *, first: bool = False) -> None:
+        name = block.queue
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = OrderedDict()
         queue[block.key] = block
-        queue.move_to_end(block.key, last=False)
-        block.passed_over = False
+        if first:
+            queue.move_to_end(block.key, last=False)
+        if first or name not in self._worth:
+            self._worth[name] = self._worth_of(queue)
 
-    def _worth(self, queue: OrderedDict[K, _Block[K]]) -> float:
+    def _take_out(self, block: _Block[K]) -> None:
+        """Of where it stands: in its queue, aside, or waiting for its children."""
+        if self._waiting.pop(block.key, None) is None:
+            self._queues[block.queue].pop(block.key, None)
+
+    def _leave_parent(self, block: _Block[K]) -> None:
+        parent, block.parent = block.parent, None
+        if parent is not None:
+            parent.children -= 1
+            if not parent.children and parent.key in self._waiting:
+                del self._waiting[parent.key]
+                self._enqueue(parent, first=True)
+
+    def _worth_of(self, queue: OrderedDict[K, _Block[K]]) -> float:
         block = next(iter(queue.values()))
         return self.lifetimes.value(block.block_class, self._now - block.used_at) * block.cost
 
@@ -151,10 +178,6 @@ class CostAware(Generic[K]):
         held = ((block.block_class, self._now - block.used_at) for block in self._blocks.values())
         given_up = ((block_class, self._now - used_at) for block_class, used_at in self._ghosts.values())
         self.lifetimes.refresh(chain(held, given_up))
-
-
-def _queue_of(block: _Block[K]) -> tuple[BlockClass, int]:
-    return block.block_class, math.frexp(block.cost)[1]
 
 
 def _class_of(idle: int, from_end: int) -> BlockClass:

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Generic
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
-from sagellm_common.kv_policy.eviction.base import K
-from sagellm_common.kv_policy.eviction.heap import RankedBlocks
+from sagellm_common.kv_policy.eviction.base import K, Queueing
+from sagellm_common.kv_policy.eviction.heap import Rank, RankedBlocks
 
 
-class Lfu(Generic[K]):
+class Lfu(Queueing[K, Rank]):
     """Least frequently used; of equals the least recently used. Counts end when a block goes."""
 
     def __init__(self, capacity_blocks: int) -> None:
+        super().__init__()
         self._blocks: RankedBlocks[K] = RankedBlocks()
         self._uses: dict[K, int] = {}
         self._now = 0
 
     def access(self, path: Sequence[K]) -> None:
+        self._return(path)
         for key in reversed(path):
             self._now += 1
             uses = self._uses[key] = self._uses.get(key, 0) + 1
             self._blocks.put(key, (uses, self._now))
 
-    def evict(self, count: int, keep: Container[K] = ()) -> list[K]:
-        gone = [key for key, _ in self._blocks.pop(count, keep)]
-        for key in gone:
-            del self._uses[key]
-        return gone
-
     def remove(self, key: K) -> None:
         self._blocks.drop(key)
+        self._aside.pop(key, None)
         self._uses.pop(key, None)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._uses)
 
     def __iter__(self) -> Iterator[K]:
-        return iter(self._blocks)
+        return chain(self._blocks, self._aside)
+
+    def _victim(self) -> tuple[K, Rank] | None:
+        return self._blocks.pop()
+
+    def _put_back(self, key: K, place: Rank) -> None:
+        self._blocks.put(key, place)
+
+    def _give_up(self, key: K, place: Rank) -> None:
+        del self._uses[key]
 
 
-class Gdsf(Generic[K]):
+class Gdsf(Queueing[K, Rank]):
     """Greedy-Dual Size Frequency (Cherkasova 1998): rank = age + uses x cost / size, age being the last victim's rank.
 
     `cost(depth)` is what it takes to compute the block with this number in its path again, over its size; the default
@@ -48,6 +54,7 @@ class Gdsf(Generic[K]):
     """
 
     def __init__(self, capacity_blocks: int, cost: Callable[[int], float] = lambda depth: 1.0 + depth / 1024) -> None:
+        super().__init__()
         self._blocks: RankedBlocks[K] = RankedBlocks()
         self._uses: dict[K, int] = {}
         self._cost = cost
@@ -55,25 +62,30 @@ class Gdsf(Generic[K]):
         self._now = 0
 
     def access(self, path: Sequence[K]) -> None:
+        self._return(path)
         for depth in range(len(path) - 1, -1, -1):
             key = path[depth]
             self._now += 1
             uses = self._uses[key] = self._uses.get(key, 0) + 1
             self._blocks.put(key, (self._age + uses * self._cost(depth), self._now))
 
-    def evict(self, count: int, keep: Container[K] = ()) -> list[K]:
-        gone = self._blocks.pop(count, keep)
-        for key, rank in gone:
-            self._age = rank[0]
-            del self._uses[key]
-        return [key for key, _ in gone]
-
     def remove(self, key: K) -> None:
         self._blocks.drop(key)
+        self._aside.pop(key, None)
         self._uses.pop(key, None)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._uses)
 
     def __iter__(self) -> Iterator[K]:
-        return iter(self._blocks)
+        return chain(self._blocks, self._aside)
+
+    def _victim(self) -> tuple[K, Rank] | None:
+        return self._blocks.pop()
+
+    def _put_back(self, key: K, place: Rank) -> None:
+        self._blocks.put(key, place)
+
+    def _give_up(self, key: K, place: Rank) -> None:
+        self._age = place[0]
+        del self._uses[key]

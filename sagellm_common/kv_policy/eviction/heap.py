@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Generic
 
 from sagellm_common.kv_policy.eviction.base import K
@@ -36,33 +36,14 @@ class RankedBlocks(Generic[K]):
             self._heap = [entry for entry in self._heap if self._rank.get(entry[2]) == entry[0]]
             heapq.heapify(self._heap)
 
-    def lowest(self) -> Rank | None:
-        self._surface()
-        return self._heap[0][0] if self._heap else None
-
-    def pop(self, count: int, keep: Container[K]) -> list[tuple[K, Rank]]:
-        """The `count` lowest that are not in `keep`."""
-        gone: list[tuple[K, Rank]] = []
-        kept = []
-        while len(gone) < count:
-            self._surface()
-            if not self._heap:
-                break
-            entry = heapq.heappop(self._heap)
-            rank, _, key = entry
-            if key in keep:
-                kept.append(entry)
-            else:
+    def pop(self) -> tuple[K, Rank] | None:
+        """The lowest, with its rank; None when there is none."""
+        while self._heap:
+            rank, _, key = heapq.heappop(self._heap)
+            if self._rank.get(key) == rank:
                 del self._rank[key]
-                gone.append((key, rank))
-        for entry in kept:
-            heapq.heappush(self._heap, entry)
-        return gone
+                return key, rank
+        return None
 
     def drop(self, key: K) -> None:
         self._rank.pop(key, None)
-
-    def _surface(self) -> None:
-        """Throws outdated entries off the top."""
-        while self._heap and self._rank.get(self._heap[0][2]) != self._heap[0][0]:
-            heapq.heappop(self._heap)

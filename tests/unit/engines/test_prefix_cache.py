@@ -14,7 +14,7 @@ def test_a_parent_evicted_under_a_running_sequence_leaves_nothing_that_cannot_be
     from lmdeploy.pytorch.paging.block_manager.base_block_manager import LogicalAllocator
 
     allocator = LogicalAllocator(0, 8)
-    cache = PrefixCache(allocator, block_size_tokens=4)
+    cache = PrefixCache(allocator, block_size_tokens=4, num_blocks=8)
     tokens = as_token_ids(list(range(8)))
     first, second, third = (SequencePrefix(ROOT) for _ in range(3))
     one, two, three = allocator.allocate(1), allocator.allocate(2), allocator.allocate(2)

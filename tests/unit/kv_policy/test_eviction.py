@@ -8,7 +8,7 @@ import pytest
 
 from bench.benchmarks.kv.replay import ceiling, replay
 from sagellm_common.core.errors import ConfigError
-from sagellm_common.kv_policy.eviction import make_eviction
+from sagellm_common.kv_policy.eviction import EVICTION, make_eviction
 from sagellm_common.kv_policy.eviction.cost_aware import CostAware
 from sagellm_common.kv_policy.eviction.frequency import Gdsf
 
@@ -87,10 +87,41 @@ def test_cost_aware_minds_the_cost() -> None:
 def test_a_parent_that_waits_for_its_child_is_freed_once_either_is_removed(removed: str) -> None:
     policy: CostAware[str] = CostAware(4, cost=lambda depth: 100.0 if depth else 1.0)
     policy.access("xy")
-    assert policy.evict(1, keep={"y"}) == [], "x was to go and waits for y"
+    policy.access("z")
+    assert policy.evict(1, keep={"y"}) == ["z"], "x was to go first, and waits for y"
     policy.remove(removed)
     assert policy.evict(2) == [{"x": "y", "y": "x"}[removed]]
     assert len(policy) == 0
+
+
+def test_a_parent_goes_before_its_child_only_where_nothing_else_can() -> None:
+    policy: CostAware[str] = CostAware(4)
+    policy.access("xy")
+    assert policy.evict(2, keep={"y"}) == ["x"]
+    assert policy.evict(2) == ["y"]
+
+
+@pytest.mark.parametrize("name", sorted(EVICTION))
+def test_blocks_in_use_for_long_cost_nothing_per_eviction(name: str) -> None:
+    """1000 blocks are in use throughout, and nothing is as old: they are not asked about at each eviction."""
+
+    class InUse(frozenset[int]):
+        asked = 0
+
+        def __contains__(self, block: object) -> bool:
+            self.asked += 1
+            return super().__contains__(block)
+
+    policy, in_use = make_eviction(name, 1100), InUse(range(1000))
+    policy.access(range(1000))
+    for block in range(2000, 6000):
+        policy.access([block])
+        if len(policy) > 1100:
+            assert len(policy.evict(1, in_use)) == 1
+    assert in_use.asked < 5 * 4000
+    assert len(policy) == 1100
+    assert set(policy) >= set(range(1000))
+    assert len(policy.evict(1100)) == 1100, "they can go once nobody uses them"
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
