@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sagellm_common.core.kv import BlockEvent, KvRegion
+from sagellm_common.core.kv import BlockEvent, KvRegion, Tier
 from sagellm_common.core.types import BlockHash, BlockIds, TokenIds, pack_int32
 
 NOTE_BYTES = 24
@@ -58,11 +58,15 @@ class TierStats:
     write_s: float = 0.0
 
 
-class Tier(Protocol):
+class TierBackend(Protocol):
     """Thread-safe. `read` and `write` may wait for a device, and let go of the GIL meanwhile; nothing else waits."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def kind(self) -> Tier:
+        """How block events name it."""
 
     @property
     def block_bytes(self) -> int:
@@ -84,8 +88,11 @@ class Tier(Protocol):
         Blocks that are here already are not written again. The region must not change meanwhile.
         """
 
-    def note(self, block_hash: BlockHash) -> bytes:
-        """That of the block's key; empty for none."""
+    def keys(self, hashes: Sequence[BlockHash]) -> list[BlockKey]:
+        """Of those of the blocks that are here."""
+
+    def used(self, hashes: Sequence[BlockHash]) -> None:
+        """Blocks of one sequence were used, wherever they were read from: what is here of them is worth keeping."""
 
     def remove(self, hashes: Sequence[BlockHash]) -> None:
         """Unknown ones are fine."""

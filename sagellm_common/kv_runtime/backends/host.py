@@ -11,6 +11,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -200,6 +201,17 @@ class HostKvPool:
                     return n
             return len(hashes)
 
+    def holds(self, hashes: Sequence[BlockHash]) -> list[bool]:
+        """Whether each is stored."""
+        with self._lock:
+            return [block_hash in self._stored for block_hash in hashes]
+
+    def drop(self, hashes: Iterable[BlockHash]) -> None:
+        """Those that nobody holds are stored no longer. Unknown ones are fine."""
+        with self._lock:
+            self._expire_pins()
+            self._evict([block_hash for block_hash in hashes if block_hash in self._lru])
+
     def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> Allocation:
         """References on the leading blocks that are stored for exactly these tokens; an empty one for none.
 
@@ -360,15 +372,19 @@ class HostKvPool:
 
     def _claim(self, wanted: int) -> list[int]:
         """Up to `wanted` unreferenced blocks, evicting the least recently used ones where free ones run out."""
-        evicted = [self._lru.popitem(last=False)[0] for _ in range(min(wanted - len(self._free), len(self._lru)))]
-        for block_hash in evicted:
+        self._evict(list(islice(self._lru, max(0, wanted - len(self._free)))))
+        return [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+
+    def _evict(self, hashes: Sequence[BlockHash]) -> None:
+        """Stored and unreferenced ones."""
+        for block_hash in hashes:
+            del self._lru[block_hash]
             block_id = self._stored.pop(block_hash).block_id
             del self._hash_of[block_id]
             self._free.append(block_id)
-        if evicted:
-            self.outcomes["evicted"] += len(evicted)
-            self._tell(BlockEvent(removed=tuple(evicted)))
-        return [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+        if hashes:
+            self.outcomes["evicted"] += len(hashes)
+            self._tell(BlockEvent(removed=tuple(hashes)))
 
     def _hand_out(self, block_ids: list[int], num_shared: int) -> Allocation:
         allocation = Allocation(
