@@ -16,6 +16,7 @@ patched := $(VENV)/.patched
 kernels := $(VENV)/.kernels
 csrc := sagellm_common/engines/lmdeploy/kernels/csrc
 pieces := sagellm_common/comm_backend/native
+index := sagellm_common/prefix_reuse/native
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm system-deps run demo proto fmt lint type test test-unit test-integration test-faults \
@@ -54,11 +55,12 @@ $(patched): $(stamp) $(wildcard third_party/patches/lmdeploy/*.patch) third_part
 setup-vllm: ## vLLM, the second engine, in .venv-vllm (2.4 GB)
 	@$(MAKE) --no-print-directory $(VLLM_VENV)/.installed VENV=$(VLLM_VENV) LOCK=requirements-vllm.lock
 
-# Without a compiler torch computes, and Python copies and digests KV, instead; their logs say so.
-$(kernels): $(stamp) $(wildcard $(csrc)/*) $(csrc)/../build.py $(pieces)/pieces.cpp
+# Without a compiler torch computes, and Python copies and digests KV and keeps the prefix index, instead; logs say so.
+$(kernels): $(stamp) $(wildcard $(csrc)/*) $(csrc)/../build.py $(pieces)/pieces.cpp $(wildcard $(index)/*)
 	@echo "CPU kernels: half a minute, once"
 	@$(bin)/python -m sagellm_common.engines.lmdeploy.kernels.build --optional >/dev/null && \
-	  $(bin)/python -m sagellm_common.comm_backend.native --optional >/dev/null && touch $@
+	  $(bin)/python -m sagellm_common.comm_backend.native --optional >/dev/null && \
+	  $(bin)/python -m sagellm_common.prefix_reuse.native --optional >/dev/null && touch $@
 
 system-deps: ## etcd and what Mooncake links to from apt (root); `make test` skips what needs them otherwise
 	@test "$$(id -u)" = 0 || { echo "make system-deps: needs root (sudo make system-deps)" >&2; exit 1; }

@@ -1,87 +1,86 @@
-"""Who holds which prefix: block hash → workers, fed by worker events.
+"""Who holds which prefix: block hash → workers and tiers, fed by worker events.
 
-A block hash names its whole prefix (it is chained over the parent), so a dict is a radix tree flattened: a worker
+A block hash names its whole prefix (it is chained over the parent), so a hash table is a radix tree flattened: a worker
 holds a prefix of n blocks when it holds the first n hashes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from sagellm_common.core.types import BlockHash
-from sagellm_common.prefix_reuse.metrics import IndexMetrics
+from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.kv import Tier
+from sagellm_common.prefix_reuse import native
+from sagellm_common.prefix_reuse.holder_table import MAX_BLOCKS, Depths, HolderTable, NativeTable, PythonTable
+from sagellm_common.prefix_reuse.metrics import PrefixReuseMetrics
+
+
+def make_table(max_blocks: int, guard: AbstractContextManager[Any]) -> HolderTable:
+    """The compiled one where it was built. `guard` is for the other."""
+    library = native.library()
+    return NativeTable(library, max_blocks) if library is not None else PythonTable(max_blocks, guard)
 
 
 class PrefixReuseIndex:
-    """Bounded: beyond `max_blocks` entries the least recently used hashes are forgotten, of one prefix its end first.
+    """Bounded: beyond `max_blocks` blocks the least recently used are forgotten, of one prefix its end first.
 
-    It is a hint. A forgotten or stale entry costs a recompute, never a wrong token: workers check hits themselves.
+    It is a hint. A forgotten or stale entry costs a recompute, never a wrong token: workers check hits themselves
+    (`matcher`). Hashes are packed, 16 bytes each, those of a prefix in token order. Any thread may call it, where the
+    table is compiled or `guard` is a lock; of one worker a single thread at a time tells the changes.
     """
 
-    def __init__(self, max_blocks: int = 1 << 20) -> None:
-        if max_blocks < 1:
-            raise ValueError(f"max_blocks is {max_blocks}; it must be at least 1")
-        self._max_blocks = max_blocks
-        self._holders: OrderedDict[BlockHash, set[str]] = OrderedDict()
-        self._held: dict[str, set[BlockHash]] = {}
-        self.metrics = IndexMetrics()
+    def __init__(
+        self,
+        max_blocks: int = 1 << 20,
+        guard: AbstractContextManager[Any] | None = None,
+        table: HolderTable | None = None,
+    ) -> None:
+        if not 1 <= max_blocks <= MAX_BLOCKS:
+            raise ConfigError(f"max_blocks is {max_blocks}; it must be 1 to {MAX_BLOCKS}")
+        self._table = table or make_table(max_blocks, guard or nullcontext())
+        self._slots: dict[str, int] = {}
+        self._names: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self._holders)
+        """Blocks that somebody holds."""
+        return self._table.metrics().blocks
 
-    def insert(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
-        """The worker holds these blocks from now on; of one prefix in token order."""
-        for block in reversed(hashes):
-            self._holders.setdefault(block, set()).add(worker_id)
-            self._holders.move_to_end(block)
-            self._held.setdefault(worker_id, set()).add(block)
-        while len(self._holders) > self._max_blocks:
-            self._forget(next(iter(self._holders)))
-            self.metrics.forgotten_blocks += 1
+    def insert(self, worker_id: str, hashes: bytes, tier: Tier = Tier.DEVICE) -> None:
+        """The worker holds these blocks from now on."""
+        slot = self._slots.get(worker_id)
+        if slot is None:
+            slot = self._slots[worker_id] = self._table.open()
+            self._names[slot] = worker_id
+        self._table.insert(slot, tier, hashes)
 
-    def evict(self, worker_id: str, hashes: Iterable[BlockHash]) -> None:
-        """The worker dropped these blocks. Unknown ones are fine."""
-        for block in hashes:
-            self._drop(worker_id, block)
+    def evict(self, worker_id: str, hashes: bytes, tier: Tier = Tier.DEVICE) -> None:
+        """The worker dropped these blocks from the tier. Unknown ones are fine."""
+        slot = self._slots.get(worker_id)
+        if slot is not None:
+            self._table.remove(slot, tier, hashes)
 
     def invalidate(self, worker_id: str) -> int:
         """Forgets everything of a worker that is gone or was restarted; returns how many blocks that were."""
-        blocks = list(self._held.get(worker_id, ()))
-        self.evict(worker_id, blocks)
-        return len(blocks)
+        slot = self._slots.pop(worker_id, None)
+        if slot is None:
+            return 0
+        del self._names[slot]
+        return self._table.close(slot)
 
-    def lookup(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
-        """Longest prefix of `hashes` per worker, in blocks. Workers that do not hold the first block are absent."""
-        depths: dict[str, int] = {}
-        alive: set[str] = set()
-        for depth, block in enumerate(hashes):
-            holders = self._holders.get(block)
-            if holders is not None and depth and alive <= holders:
-                continue
-            still = (set(holders) if depth == 0 else alive & holders) if holders else set()
-            depths.update((worker, depth) for worker in alive - still)
-            alive = still
-            if not alive:
-                break
-        depths.update((worker, len(hashes)) for worker in alive)
-        longest = max(depths.values(), default=0)
-        for block in reversed(hashes[:longest]):
-            self._holders.move_to_end(block)
-        self.metrics.record_lookup(len(hashes), longest)
-        return depths
+    def lookup(self, hashes: bytes) -> dict[str, Depths]:
+        """How many leading blocks each worker holds, by tier: in it or in faster ones; the last is the longest prefix.
 
-    def _forget(self, block: BlockHash) -> None:
-        for worker_id in list(self._holders.get(block, ())):
-            self._drop(worker_id, block)
+        Workers that do not hold the first block are absent.
+        """
+        names = self._names
+        return {names[slot]: depths for slot, depths in self._table.match(hashes).items() if slot in names}
 
-    def _drop(self, worker_id: str, block: BlockHash) -> None:
-        held, holders = self._held.get(worker_id), self._holders.get(block)
-        if held is None or holders is None or block not in held:
-            return
-        held.discard(block)
-        holders.discard(worker_id)
-        if not held:
-            del self._held[worker_id]
-        if not holders:
-            del self._holders[block]
+    def held(self, worker_id: str) -> dict[Tier, int]:
+        """Blocks of the worker that are known, by tier."""
+        slot = self._slots.get(worker_id)
+        return {} if slot is None else {tier: self._table.held(slot, tier) for tier in Tier}
+
+    @property
+    def metrics(self) -> PrefixReuseMetrics:
+        return self._table.metrics()

@@ -29,7 +29,7 @@ from sagellm_common.core.types import (
     ModelInfo,
 )
 from sagellm_common.core.validation import validate_request
-from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.prefix_reuse.hashing import packed_block_hashes, root_hash
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from sagellm_common.scheduler_ir.strategies import Strategy
 from services.router.admission import Admission, Slot
@@ -154,7 +154,7 @@ class Pipeline:
         request, cached_tokens = admitted.request, dict[str, int]()
         for layout in self._workers.layouts(admitted.model):
             size = layout.block_size_tokens
-            hashes = block_hashes(request.prompt_token_ids, size, root_hash(layout, request.cache_salt))
+            hashes = packed_block_hashes(request.prompt_token_ids, size, root_hash(layout, request.cache_salt))
             for worker_id, depth in self._workers.matched(hashes).items():
                 cached_tokens[worker_id] = max(cached_tokens.get(worker_id, 0), depth * size)
         return Matched(cached_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from sagellm_common.comm_backend.transcode import obstacles
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.topology import LinkCost, TopologySnapshot, TopologyStore
-from sagellm_common.core.types import BlockHash, KvLayout, ModelInfo, WorkerRecord, WorkerRole, WorkerState
+from sagellm_common.core.types import KvLayout, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.prefix_reuse.index import PrefixReuseIndex
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool
@@ -145,9 +145,10 @@ class Workers:
         found = [link.record.model.kv_layout for link in self.usable(model) if link.record.model is not None]
         return list(dict.fromkeys(found))
 
-    def matched(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
-        """Longest prefix of `hashes` each worker holds, in blocks, by worker id; those without any are absent."""
-        return self._index.lookup(hashes)
+    def matched(self, hashes: bytes) -> dict[str, int]:
+        """Longest prefix of the packed `hashes` each worker holds, in blocks, by worker id; those without any are
+        absent."""
+        return {worker_id: depths[-1] for worker_id, depths in self._index.lookup(hashes).items()}
 
     def find(self, worker_id: str, incarnation: str) -> WorkerLink | None:
         return self._links.get((worker_id, incarnation))
@@ -288,8 +289,8 @@ class Workers:
         if not link.departed:
             if changes.snapshot:
                 self._index.invalidate(link.worker_id)
-            self._index.evict(link.worker_id, changes.removed)
-            self._index.insert(link.worker_id, changes.stored)
+            self._index.evict(link.worker_id, b"".join(changes.removed))
+            self._index.insert(link.worker_id, b"".join(changes.stored))
         self._notify()
 
     def _lost(self, link: WorkerLink) -> None:

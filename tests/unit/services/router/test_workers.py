@@ -45,8 +45,8 @@ async def test_workers_with_other_block_sizes_are_used_and_each_matched_by_its_o
 
     prefills[1].publish(2, stored=stored(LAYOUT)[:3])
     router.workers[2].publish(2, stored=stored(larger))
-    await eventually(lambda: router.router.workers.matched(stored(LAYOUT)) == {"prefill-1": 3})
-    await eventually(lambda: router.router.workers.matched(stored(larger)) == {"decode-0": 2})
+    await eventually(lambda: router.router.workers.matched(b"".join(stored(LAYOUT))) == {"prefill-1": 3})
+    await eventually(lambda: router.router.workers.matched(b"".join(stored(larger))) == {"decode-0": 2})
     generated = await router.generate(prompt)
     assert generated.tokens == oracle(prompt, GREEDY_6)
     assert generated.summary.prefill_worker_id == "prefill-1"
@@ -82,12 +82,12 @@ async def test_block_events_move_requests_to_where_the_prefix_is(router: RouterH
 
     assert await chosen("a") == "prefill-0"
     prefills[0].publish(2, stored=HASHES)
-    await eventually(lambda: router.router.workers.matched(HASHES) == {"prefill-0": 2})
+    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {"prefill-0": 2})
     assert await chosen("b") == "prefill-0"
     prefills[0].publish(3, removed=HASHES[1:])
-    await eventually(lambda: router.router.workers.matched(HASHES) == {"prefill-0": 1})
+    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {"prefill-0": 1})
     prefills[0].publish(4, removed=HASHES)
-    await eventually(lambda: router.router.workers.matched(HASHES) == {})
+    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {})
     assert await chosen("c") == "prefill-1"
 
 
@@ -95,7 +95,7 @@ async def test_a_gap_in_block_events_asks_for_everything_again(router: RouterHar
     prefill, _ = await router.pair()
     prefill.cached_hashes = HASHES[:1]
     prefill.publish(9, stored=HASHES)
-    await eventually(lambda: router.router.workers.matched(HASHES) == {"prefill-0": 1})
+    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {"prefill-0": 1})
 
 
 async def test_a_lost_workers_blocks_are_forgotten(router: RouterHarness) -> None:
@@ -105,7 +105,7 @@ async def test_a_lost_workers_blocks_are_forgotten(router: RouterHarness) -> Non
     decode = await router.add(ScriptedDecode(prefills=[prefill]))
     prefill.on("prefill", prefill.die)
     assert (await router.generate()).tokens == oracle(PROMPT, GREEDY_6)
-    assert router.router.workers.matched(HASHES) == {}
+    assert router.router.workers.matched(b"".join(HASHES)) == {}
     assert router.link(decode).reachable
 
 
