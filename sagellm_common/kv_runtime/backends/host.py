@@ -1,26 +1,29 @@
 """KV blocks in host memory, found by the hash of their content: the pool of kv_store.
 
-absent ──begin_put──► filling ──commit_put──► stored, unreferenced (in LRU order) ◄──► stored, referenced
-  ▲                      │ abort_put                     │ evicted                      by get, pin, allocate
-  └──────────────────────┴───────────────────────────────┘
+absent ──begin_put──► filling ──commit_put──► stored, unreferenced ◄──► stored, referenced
+  ▲                      │ abort_put                 │ evicted            by get, pin, allocate
+  └──────────────────────┴───────────────────────────┘
+
+Which ones go is the eviction policy's choice. It hears of a use when it ends: a put's at its commit, others' in `free`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sagellm_common.core import shared_memory
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import ConfigError, InvalidRequest, KvExhausted, LayoutMismatch
 from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds, pack_int32
-from sagellm_common.kv_runtime.tiers import BlockKey, keys_of
+from sagellm_common.kv_policy.eviction import EvictionPolicy, make_eviction, swap_eviction
+from sagellm_common.kv_runtime.tiers import BlockKey, keys_of, paths
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 _NO_MEMORY = KvRegion(memoryview(b""), 0, 0)
@@ -35,11 +38,13 @@ class _Stored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingPut:
-    """Blocks to be filled: allocation.block_ids[i] is for the put's hash number positions[i]."""
+    """Blocks to be filled: allocation.block_ids[i] is for the put's hash number positions[i]. `offered` are all of
+    the put's keys."""
 
     positions: BlockIds
     keys: tuple[BlockKey, ...]
     allocation: Allocation
+    offered: tuple[BlockKey, ...]
     num_present: int
     """How many of the put's hashes are stored already."""
 
@@ -48,15 +53,32 @@ class PendingPut:
         return tuple(key.hash for key in self.keys)
 
 
+class _Referenced(Container[BlockHash]):
+    """Stored blocks that somebody holds."""
+
+    def __init__(self, stored: Mapping[BlockHash, _Stored], refs: NDArray[np.int32]) -> None:
+        self._stored = stored
+        self._refs = refs
+
+    def __contains__(self, block_hash: object) -> bool:
+        return bool(self._refs[self._stored[block_hash].block_id])  # type: ignore[index]
+
+
 class HostKvPool:
     """A `KVBackendProtocol`, and content-addressed puts and gets beside it. Thread-safe.
 
     The pool takes the first layout it is given, with budget_bytes of memory that the system provides as it is
     touched; another layout is refused with LayoutMismatch from then on. `setting` is what gives it more.
+    `eviction` names a policy of kv_policy.
     """
 
     def __init__(
-        self, budget_bytes: int, clock: Clock, layout: KvLayout | None = None, setting: str = "kv_store.budget_bytes"
+        self,
+        budget_bytes: int,
+        clock: Clock,
+        layout: KvLayout | None = None,
+        setting: str = "kv_store.budget_bytes",
+        eviction: str = "lru",
     ) -> None:
         self._budget_bytes = budget_bytes
         self._clock = clock
@@ -69,11 +91,16 @@ class HostKvPool:
         self._refs = np.zeros(0, dtype=np.int32)
         self._stored: dict[BlockHash, _Stored] = {}
         self._hash_of: dict[int, BlockHash] = {}
-        self._lru: OrderedDict[BlockHash, None] = OrderedDict()
-        """Stored and unreferenced, least recently used first."""
+        self._num_cached = 0
+        """Stored and unreferenced."""
+        self._eviction_name = eviction
+        self._eviction: EvictionPolicy[BlockHash] = make_eviction(eviction, 0)
+        """Of what is stored; all that is unreferenced is known to it."""
         self._filling: set[BlockHash] = set()
         self._held: dict[int, Allocation] = {}
         """The allocations out there, by id(): what makes `free` idempotent."""
+        self._copied: set[int] = set()
+        """Of these, the ones that are no use of their blocks."""
         self._pins: dict[BlockHash, float] = {}
         self.outcomes: Counter[str] = Counter()
         """Blocks that were stored, evicted, hit and missed; for telemetry."""
@@ -120,7 +147,7 @@ class HostKvPool:
                 total_blocks=self._region.num_blocks,
                 free_blocks=len(self._free),
                 used_blocks=int(np.count_nonzero(self._refs)),
-                cached_blocks=len(self._lru),
+                cached_blocks=self._num_cached,
             )
 
     def cached_hashes(self) -> list[BlockHash]:
@@ -131,6 +158,18 @@ class HostKvPool:
         """Called with the pool's lock held: in order, but it must not call back into the pool."""
         with self._lock:
             self._watchers.append(callback)
+
+    # ---- which blocks go ----
+
+    @property
+    def eviction(self) -> str:
+        return self._eviction_name
+
+    def set_eviction(self, name: str) -> None:
+        """From now on; what is stored stays. Raises ConfigError, having changed nothing."""
+        with self._lock:
+            self._eviction = swap_eviction(self._eviction, name, self._region.num_blocks)
+            self._eviction_name = name
 
     # ---- by token ids: KVBackendProtocol ----
 
@@ -164,7 +203,12 @@ class HostKvPool:
         """Drops the references. Idempotent."""
         with self._lock:
             if self._held.pop(id(allocation), None) is not None:
-                self._drop(allocation.block_ids.tolist())
+                block_ids = allocation.block_ids.tolist()
+                self._drop(block_ids)
+                if id(allocation) in self._copied:
+                    self._copied.remove(id(allocation))
+                    return
+                self._eviction.access([self._hash_of[b] for b in block_ids if b in self._hash_of])
 
     def extend(self, allocation: Allocation, num_tokens: int) -> None:
         """Adds fresh blocks up to enough for num_tokens tokens in all. Raises KvExhausted, having taken nothing."""
@@ -210,7 +254,11 @@ class HostKvPool:
         """Those that nobody holds are stored no longer. Unknown ones are fine."""
         with self._lock:
             self._expire_pins()
-            self._evict([block_hash for block_hash in hashes if block_hash in self._lru])
+            held = _Referenced(self._stored, self._refs)
+            gone = [h for h in dict.fromkeys(hashes) if h in self._stored and h not in held]
+            for block_hash in gone:
+                self._eviction.remove(block_hash)
+            self._forget(gone)
 
     def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> Allocation:
         """References on the leading blocks that are stored for exactly these tokens; an empty one for none.
@@ -235,7 +283,9 @@ class HostKvPool:
             held = [block_hash for block_hash in dict.fromkeys(hashes) if block_hash in self._stored]
             self._take(held)
             keys = [BlockKey(h, self._stored[h].token_bytes, self._stored[h].parent) for h in held]
-            return keys, self._hand_out(self._blocks_of(held), 0)
+            allocation = self._hand_out(self._blocks_of(held), 0)
+            self._copied.add(id(allocation))
+            return keys, allocation
 
     def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> PendingPut:
         """Blocks for the hashes that are neither stored nor being filled by another put.
@@ -267,6 +317,7 @@ class HostKvPool:
                 positions=np.array(positions, dtype=np.int32),
                 keys=tuple(keys[n] for n in positions),
                 allocation=self._hand_out(block_ids, 0),
+                offered=tuple(dict.fromkeys(keys)),
                 num_present=len(present),
             )
             self._filling.update(put.hashes)
@@ -283,6 +334,8 @@ class HostKvPool:
                 self._stored[key.hash] = _Stored(block_id, key.token_bytes, key.parent)
                 self._hash_of[block_id] = key.hash
             self._drop(block_ids)
+            for path in paths([key for key in put.offered if key.hash in self._stored]):
+                self._eviction.access(path)
             self.outcomes["stored"] += len(filled)
             self._tell(BlockEvent(stored=tuple(key.hash for key in filled)))
 
@@ -316,6 +369,7 @@ class HostKvPool:
         self._region = KvRegion(memoryview(memory.arena), layout.block_bytes, num_blocks, descriptor=memory.descriptor)
         self._free = list(range(num_blocks - 1, -1, -1))
         self._refs = np.zeros(num_blocks, dtype=np.int32)
+        self._eviction = make_eviction(self._eviction_name, num_blocks)
         self._layout = layout
 
     def _check_tokens(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> None:
@@ -340,26 +394,25 @@ class HostKvPool:
     def _take(self, hashes: Iterable[BlockHash]) -> None:
         """One reference more on each of these stored blocks."""
         for block_hash in hashes:
-            self._refs[self._stored[block_hash].block_id] += 1
-            self._lru.pop(block_hash, None)
+            block_id = self._stored[block_hash].block_id
+            self._num_cached -= not self._refs[block_id]
+            self._refs[block_id] += 1
 
     def _drop(self, block_ids: Sequence[int]) -> None:
-        """One reference less on each block. From the last to the first, so that a chain's tail is evicted before
-        its head, without which it would not be found."""
-        for block_id in reversed(block_ids):
+        """One reference less on each block."""
+        for block_id in block_ids:
             self._refs[block_id] -= 1
             if self._refs[block_id]:
                 continue
-            block_hash = self._hash_of.get(block_id)
-            if block_hash is None:
-                self._free.append(block_id)
+            if block_id in self._hash_of:
+                self._num_cached += 1
             else:
-                self._lru[block_hash] = None
+                self._free.append(block_id)
 
     def _take_fresh(self, num_tokens: int, num_present: int) -> list[int]:
         """Referenced blocks for num_tokens tokens beside those present. Raises KvExhausted, having taken nothing."""
         missing = max(0, -(-num_tokens // self.layout.block_size_tokens) - num_present)
-        available = len(self._free) + len(self._lru)
+        available = len(self._free) + self._num_cached
         if missing > available:
             raise KvExhausted(
                 f"{num_tokens} tokens need {missing} more KV blocks; {available} of {len(self._refs)} are left: "
@@ -371,17 +424,19 @@ class HostKvPool:
         return fresh
 
     def _claim(self, wanted: int) -> list[int]:
-        """Up to `wanted` unreferenced blocks, evicting the least recently used ones where free ones run out."""
-        self._evict(list(islice(self._lru, max(0, wanted - len(self._free)))))
+        """Up to `wanted` unreferenced blocks, evicting stored ones where free ones run out."""
+        short = wanted - len(self._free)
+        if short > 0:
+            self._forget(self._eviction.evict(short, _Referenced(self._stored, self._refs)))
         return [self._free.pop() for _ in range(min(wanted, len(self._free)))]
 
-    def _evict(self, hashes: Sequence[BlockHash]) -> None:
-        """Stored and unreferenced ones."""
+    def _forget(self, hashes: Sequence[BlockHash]) -> None:
+        """Stored and unreferenced ones, which the policy knows no longer."""
         for block_hash in hashes:
-            del self._lru[block_hash]
             block_id = self._stored.pop(block_hash).block_id
             del self._hash_of[block_id]
             self._free.append(block_id)
+        self._num_cached -= len(hashes)
         if hashes:
             self.outcomes["evicted"] += len(hashes)
             self._tell(BlockEvent(removed=tuple(hashes)))

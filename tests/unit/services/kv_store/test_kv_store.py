@@ -12,6 +12,7 @@ import pytest
 
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import (
@@ -184,10 +185,11 @@ async def test_a_failed_put_leaves_nothing(store: Running, fault: str, monkeypat
         error = PeerLost
         await store.source.channel.close()
     else:
-        from sagellm_common.comm_backend.backends import tcp_source
-
-        error = KvCorrupt
-        monkeypatch.setattr(tcp_source, "block_digests", lambda region, ids: bytes(8 * len(ids)))
+        error, send = KvCorrupt, Wire.send
+        # Without the place to put them the digests stay zero.
+        monkeypatch.setattr(
+            Wire, "send", lambda wire, head, pieces=None, tail=b"", taken=None: send(wire, head, pieces, tail)
+        )
     with pytest.raises(error):
         await store.put(3)
     assert store.counts() == (0, BUDGET_BLOCKS, 0)
@@ -198,8 +200,8 @@ async def test_a_put_whose_caller_leaves_is_undone(store: Running, monkeypatch: 
     from sagellm_common.comm_backend.backends import tcp_source
     from tests.support.kv_channels import Gate
 
-    gate = Gate(tcp_source.block_digests)
-    monkeypatch.setattr(tcp_source, "block_digests", gate)
+    gate = Gate(tcp_source.blocks)
+    monkeypatch.setattr(tcp_source, "blocks", gate)
     with gate.opening():
         put = asyncio.create_task(store.put(3))
         assert await asyncio.to_thread(gate.reached.wait, 20)
