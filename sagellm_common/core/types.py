@@ -236,6 +236,8 @@ class GenerationSummary:
     kv_bytes_ahead: int = 0
     transfer_exposed_ms: float = 0.0
     kv_conversion: KvConversion | None = None
+    prefill_engine_ms: float = 0.0
+    decode_engine_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

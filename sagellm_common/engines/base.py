@@ -50,6 +50,9 @@ class SequenceOutput:
 
     The last output of a sequence has finish_reason set; with ERROR also `error`. `held` then holds the blocks when
     they were asked for: KV of `held.num_cached_tokens` tokens is valid.
+
+    `engine_s` is what these tokens took in the engine, on its own thread's clock: a sequence's first ones since
+    `submit`, later ones since their step began. The way to whoever gets them is not in it.
     """
 
     request_id: str
@@ -58,6 +61,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     error: SageError | None = None
     held: Allocation | None = None
+    engine_s: float = 0.0
 
 
 StepCallback = Callable[[Sequence[SequenceOutput]], None]

@@ -415,6 +415,8 @@ def encode_summary(
         kv_bytes_ahead=summary.kv_bytes_ahead,
         transfer_exposed_ms=summary.transfer_exposed_ms,
         kv_conversion=encode_conversion(summary.kv_conversion) if summary.kv_conversion else None,
+        prefill_engine_ms=summary.prefill_engine_ms,
+        decode_engine_ms=summary.decode_engine_ms,
         plan=plan,
     )
 
@@ -442,6 +444,8 @@ def decode_summary(message: inference_pb2.GenerationSummary) -> GenerationSummar
         kv_bytes_ahead=message.kv_bytes_ahead,
         transfer_exposed_ms=message.transfer_exposed_ms,
         kv_conversion=decode_conversion(message.kv_conversion) if message.HasField("kv_conversion") else None,
+        prefill_engine_ms=message.prefill_engine_ms,
+        decode_engine_ms=message.decode_engine_ms,
     )
 
 

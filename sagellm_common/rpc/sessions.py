@@ -45,6 +45,7 @@ class PrefillOutcome:
     queue_ms: float
     compute_ms: float
     store_fetch_ms: float
+    engine_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,17 @@ class TransferReport:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """Tokens `index, index + 1, …` of one generation, as one engine step gave them."""
+    """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
+
+    `engine_ms`, of the last one: what the engine took for all of this call's.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
     transfer: TransferReport | None
+    engine_ms: float = 0.0
 
 
 class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker_pb2.PrefillResult]):
@@ -258,6 +263,7 @@ def _decode_prefill(response: worker_pb2.PrefillResponse) -> PrefillOutcome:
         queue_ms=response.queue_ms,
         compute_ms=response.compute_ms,
         store_fetch_ms=response.store_fetch_ms,
+        engine_ms=response.engine_ms,
     )
 
 
@@ -282,4 +288,5 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
         )
         if transfer
         else None,
+        engine_ms=response.engine_ms,
     )

@@ -100,13 +100,17 @@ class Transfer:
 
 @dataclass(slots=True, eq=False)
 class DecodeChunk:
-    """Tokens `index, index + 1, …` of one generation, as one engine step gave them."""
+    """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
+
+    `engine_ms`, of the last one: what the engine took for all of them.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     transfer: Transfer | None = None
+    engine_ms: float = 0.0
 
 
 Emit = Callable[[DecodeChunk], None]

@@ -42,13 +42,16 @@ class _Tokens:
         self._num_emitted = num_emitted
         self._transfer = transfer
         self._emit = emit
+        self._engine_s = 0.0
 
     def take(self, output: SequenceOutput) -> None:
+        self._engine_s += output.engine_s
         well = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         if not output.token_ids and not well:
             return
         index, reason = self._num_emitted + len(self.new), output.finish_reason if well else None
-        self._emit(DecodeChunk(index, output.token_ids, output.logprobs, reason, self._transfer))
+        engine_ms = self._engine_s * 1e3 if well else 0.0
+        self._emit(DecodeChunk(index, output.token_ids, output.logprobs, reason, self._transfer, engine_ms))
         self._transfer = None
         self.new += output.token_ids
         failpoints.hit("decode.streaming")

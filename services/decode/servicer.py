@@ -175,6 +175,7 @@ def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: Dec
         response.logprobs.extend(codec.encode_logprobs(chunk.logprobs))
     if chunk.finish_reason is not None:
         response.finish_reason = codec.encode_finish_reason(chunk.finish_reason)
+        response.engine_ms = chunk.engine_ms
     if chunk.transfer is not None:
         response.transfer.bytes = chunk.transfer.bytes
         response.transfer.transfer_ms = chunk.transfer.transfer_ms

@@ -38,7 +38,10 @@ class PrefillJob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillDone:
-    """The first token and where the prompt's KV waits; or the finish reason, when nothing is left to decode."""
+    """The first token and where the prompt's KV waits; or the finish reason, when nothing is left to decode.
+
+    Of `compute_ms`, from submit until the token was here, `engine_ms` were the engine's own.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -48,6 +51,7 @@ class PrefillDone:
     store_tokens: int = 0
     queue_ms: float = 0.0
     compute_ms: float = 0.0
+    engine_ms: float = 0.0
     store_fetch_ms: float = 0.0
 
 

@@ -93,6 +93,7 @@ class PrefillLoop:
                     token_ids=tuple(token for output in outputs for token in output.token_ids),
                     logprobs=tuple(logprob for output in outputs for logprob in output.logprobs),
                     compute_ms=(self._clock.now() - fetched) * 1e3,
+                    engine_ms=sum(output.engine_s for output in outputs) * 1e3,
                 )
                 if finish_reason is not None:
                     return replace(done, finish_reason=finish_reason)

@@ -110,4 +110,5 @@ def encode_done(request: worker_pb2.PrefillRequest, done: PrefillDone) -> worker
         queue_ms=done.queue_ms,
         compute_ms=done.compute_ms,
         store_fetch_ms=done.store_fetch_ms,
+        engine_ms=done.engine_ms,
     )

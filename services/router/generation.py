@@ -45,6 +45,7 @@ class Generation:
         self._stage_ms: dict[str, float] = {}
         self._prefill: PrefillOutcome | None = None
         self._transfer: TransferReport | None = None
+        self._decode_engine_ms = 0.0
         self._prefill_worker_id = ""
         self._decode_worker_id = ""
 
@@ -94,6 +95,7 @@ class Generation:
     def take_step(self, link: WorkerLink, step: DecodeStep) -> GenerationOutput | None:
         """The step's tokens; None when it has none. Raises EngineFailed on a repeated or skipped index."""
         self._decode_worker_id = link.worker_id
+        self._decode_engine_ms += step.engine_ms
         if step.transfer is not None:
             self._take_transfer(step.transfer)
         if step.token_ids:
@@ -132,6 +134,8 @@ class Generation:
             kv_bytes_ahead=transfer.bytes_ahead if transfer else 0,
             transfer_exposed_ms=transfer.exposed_ms if transfer else 0.0,
             kv_conversion=transfer.conversion if transfer else None,
+            prefill_engine_ms=prefill.engine_ms if prefill else 0.0,
+            decode_engine_ms=self._decode_engine_ms,
             ttft_ms=(first_s - self._began_s) * 1e3,
             tpot_ms=(self._last_token_s - first_s) * 1e3 / max(1, num_tokens - 1),
             attempts=self.attempts - self.rejections,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import time
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,17 @@ async def test_tokens_leave_one_by_one_and_others_join_between_steps(kind: str, 
         rest = [output async for output in stream]
         assert [len(output.token_ids) for output in rest] == [1] * 199
         assert any(len(step) == 2 for step in driver.steps)
+
+
+async def test_outputs_say_how_long_the_engine_took(kind: str, llama: Path) -> None:
+    """The first one since submit, waiting included; later ones for their step alone, without the pause between."""
+    async with running_engine(llama, kind=kind) as driver:
+        began_s = time.monotonic()
+        outputs = [output async for output in driver.outputs(driver.submit(prompts()[0], 20))]
+        passed_s = time.monotonic() - began_s
+    took_s = [output.engine_s for output in outputs]
+    assert len(took_s) == 20 and min(took_s) > 0
+    assert sum(took_s) <= passed_s
 
 
 async def test_stop_tokens_end_a_sequence_and_are_not_emitted(kind: str, llama: Path) -> None:

@@ -40,7 +40,7 @@ from sagellm_common.core.types import FinishReason, SamplingParams, WorkerRole, 
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import call
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
-from tests.support.simulated_engine import SLOT_BYTES, SimulatedEngine, reference
+from tests.support.simulated_engine import ENGINE_S, SLOT_BYTES, SimulatedEngine, reference
 from tests.support.topology_server import topology_server
 from tests.support.waiting import TIMEOUT_S, eventually
 from tests.support.workers import (
@@ -99,6 +99,12 @@ async def test_sampled_tokens_equal_the_single_engine(prefill: Worker, decode: W
     assert (done.tokens, done.finish_reason) == reference(PROMPT, wanted.sampling)
     assert [len(step.logprobs) for step in done.steps] == [1] * 11
     assert len(done.prefill.logprobs) == 1
+
+
+async def test_both_say_how_long_their_engines_took(prefill: Worker, decode: Worker) -> None:
+    done = await generate(prefill, decode, request(PROMPT, max_new_tokens=5))
+    assert done.prefill.engine_ms == ENGINE_S * 1e3
+    assert [step.engine_ms for step in done.steps] == [0.0, 0.0, 0.0, 4 * ENGINE_S * 1e3]
 
 
 async def test_many_requests_at_once(prefill: Worker, decode: Worker) -> None:

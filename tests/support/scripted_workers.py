@@ -306,7 +306,8 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
         prompt = unpack_int32(request.prompt_token_ids).tolist()
         sampling = codec.decode_sampling(request.sampling)
         token = next_token(prompt, sampling)
-        response = worker_pb2.PrefillResponse(request_id=request.request_id, attempt=request.attempt, compute_ms=1.0)
+        response = worker_pb2.PrefillResponse(request_id=request.request_id, attempt=request.attempt)
+        response.compute_ms, response.engine_ms = 1.0, 0.75
         if token == STOP_TOKEN and not sampling.ignore_eos:
             response.finish_reason = common_pb2.FINISH_REASON_STOP
             return response
@@ -443,6 +444,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
                             await write(worker_pb2.DecodeSessionResponse(outputs=[output]))
                             await self.reach("last")
                         output.finish_reason = common_pb2.FINISH_REASON_LENGTH
+                        output.engine_ms = 2.5
                 await write(worker_pb2.DecodeSessionResponse(outputs=[output]))
                 if output.finish_reason:
                     return

@@ -36,6 +36,8 @@ from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 SLOT_BYTES = 16
 HALF_BYTES = SLOT_BYTES // 2
 VOCAB_SIZE = 997
+ENGINE_S = 0.25
+"""What each output says that it took."""
 
 
 def _slot(before: bytes, token: int) -> bytes:
@@ -380,7 +382,7 @@ class SimulatedEngine:
         logprobs = (TokenLogprob(-0.5, (token,), (-0.5,)),) if sampling.num_logprobs else ()
         if sequence.num_generated >= sampling.max_new_tokens:
             return self._finish(sequence, FinishReason.LENGTH, (token,), logprobs)
-        return SequenceOutput(sequence.request.request_id, (token,), logprobs)
+        return SequenceOutput(sequence.request.request_id, (token,), logprobs, engine_s=ENGINE_S)
 
     def _next_layers(self, sequence: _Sequence) -> range:
         num_layers = self.kv.layout.num_layers
@@ -415,4 +417,4 @@ class SimulatedEngine:
         if held is not None and not request.hold_blocks:
             self.kv.free(held)
             held = None
-        return SequenceOutput(request.request_id, token_ids, logprobs, reason, error, held)
+        return SequenceOutput(request.request_id, token_ids, logprobs, reason, error, held, ENGINE_S)

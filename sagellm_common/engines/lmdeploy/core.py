@@ -48,6 +48,8 @@ class Running:
     request: EngineRequest
     seq: Any
     stop_token_ids: frozenset[int]
+    submitted_s: float | None
+    """Until its first tokens."""
     cancelled: bool = False
 
     def keeps_its_blocks(self) -> bool:
@@ -94,6 +96,7 @@ class EngineCore(LmdeployEngineBase):
         self._emit = emit
         self._running: dict[str, Running] = {}
         self._ended = False
+        self._step_began_s = 0.0
         self._session_ids = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
@@ -105,7 +108,7 @@ class EngineCore(LmdeployEngineBase):
         """Queues a request; takes over its allocation. Raises EngineFailed once the loop has ended, ValueError for an
         allocation that is not the caller's any more; then nothing is queued.
         """
-        emitted = request.num_emitted_tokens
+        now_s, emitted = time.monotonic(), request.num_emitted_tokens
         stop = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             stop |= self._eos
@@ -128,10 +131,10 @@ class EngineCore(LmdeployEngineBase):
                 session.session_id,
                 request.request_id,
                 priority=request.priority,
-                deadline_s=time.monotonic() + request.timeout_s,
+                deadline_s=now_s + request.timeout_s,
                 handed_over=allocation is not None and allocation.was_filled(self.kv.layout.block_size_tokens),
             )
-            self._running[request.request_id] = Running(request, seq, stop)
+            self._running[request.request_id] = Running(request, seq, stop, now_s)
         self.wake()
 
     def knows(self, request_id: str) -> bool:
@@ -184,6 +187,7 @@ class EngineCore(LmdeployEngineBase):
     async def _step_until(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             self._wake.clear()
+            self._step_began_s = time.monotonic()
             with self.kv.lock:
                 self._emit_all(self._admit())
                 batch, is_prefill = self._schedule()
@@ -397,7 +401,7 @@ class EngineCore(LmdeployEngineBase):
             elif seq.status == MessageStatus.STOPPED:
                 outputs.append(self._end(seq, FinishReason.LENGTH, (token,), logprobs))
             else:
-                outputs.append(SequenceOutput(run.request.request_id, (token,), logprobs))
+                outputs.append(SequenceOutput(run.request.request_id, (token,), logprobs, engine_s=self._took_s(run)))
         return outputs
 
     def _runs(self) -> dict[int, Running]:
@@ -434,7 +438,13 @@ class EngineCore(LmdeployEngineBase):
         self.kv.cache.leave(seq.session_id)
         self.steering.leave(seq.session_id)
         self.end_session(seq.session_id)
-        return SequenceOutput(run.request.request_id, token_ids, logprobs, reason, error, held)
+        return SequenceOutput(run.request.request_id, token_ids, logprobs, reason, error, held, self._took_s(run))
+
+    def _took_s(self, run: Running) -> float:
+        """As `SequenceOutput.engine_s`."""
+        began_s = self._step_began_s if run.submitted_s is None else run.submitted_s
+        run.submitted_s = None
+        return time.monotonic() - began_s
 
     def _is_known(self, seq: Any) -> bool:
         return any(run.seq is seq for run in self._running.values())

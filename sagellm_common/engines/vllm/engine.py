@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class VllmEngine:
         self._state: SharedState | None = None
         self._thread: threading.Thread | None = None
         self._steps = 0
+        self._step_began_s = 0.0
         # Guards what other threads and the engine's exchange.
         self._changed = threading.Condition()
         self._running: dict[str, VllmSequence] = {}
@@ -124,12 +126,13 @@ class VllmEngine:
     def submit(self, request: EngineRequest) -> None:
         """See `Engine.submit`. Raises KvExhausted too: `hold_blocks` without an allocation when the pool is full."""
         check_request(request, self.model)
+        now_s = time.monotonic()
         with self._changed:
             if self._failure is not None:
                 raise self._failure
             if request.request_id in self._running:
                 raise InvalidRequest(f"request_id {request.request_id!r} is running already; use a new one")
-            sequence = VllmSequence(request, self._blocks_for(request), self._stop_tokens(request))
+            sequence = VllmSequence(request, self._blocks_for(request), self._stop_tokens(request), now_s)
             if sequence.allocation is not None:
                 sequence.num_saved_tokens = sequence.allocation.num_cached_tokens
             self._running[request.request_id] = sequence
@@ -276,6 +279,7 @@ class VllmEngine:
     def _serve(self, emit: StepCallback) -> None:
         """Runs until `close`."""
         while self._wait_for_work():
+            self._step_began_s = time.monotonic()
             outputs = self._take_in()
             if self._vllm.has_unfinished_requests():
                 outputs += [self._collect(output) for output in self._vllm.step()]
@@ -334,7 +338,7 @@ class VllmEngine:
             tokens, logprobs = tokens[:-1], logprobs[:-1]
         sequence.new_tokens += tokens
         if not output.finished:
-            return SequenceOutput(output.request_id, tokens, logprobs)
+            return SequenceOutput(output.request_id, tokens, logprobs, engine_s=self._took_s(sequence))
         return self._end(sequence, FinishReason.STOP if stopped else FinishReason.LENGTH, tokens, logprobs)
 
     def _end(
@@ -350,7 +354,7 @@ class VllmEngine:
         with self._changed:
             del self._running[request.request_id]
         if allocation is None:
-            return SequenceOutput(request.request_id, tokens, logprobs, reason, error)
+            return SequenceOutput(request.request_id, tokens, logprobs, reason, error, engine_s=self._took_s(sequence))
         held = None
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             allocation.num_cached_tokens = sequence.num_saved_tokens
@@ -360,7 +364,13 @@ class VllmEngine:
             held = allocation if request.hold_blocks else None
         if held is None:
             self._pool.free(allocation)
-        return SequenceOutput(request.request_id, tokens, logprobs, reason, error, held)
+        return SequenceOutput(request.request_id, tokens, logprobs, reason, error, held, self._took_s(sequence))
+
+    def _took_s(self, sequence: VllmSequence) -> float:
+        """As `SequenceOutput.engine_s`."""
+        began_s = self._step_began_s if sequence.submitted_s is None else sequence.submitted_s
+        sequence.submitted_s = None
+        return time.monotonic() - began_s
 
     def _end_all(self, emit: StepCallback, reason: FinishReason, error: SageError | None = None) -> None:
         """Every sequence gets its last output, and nobody can submit any more."""

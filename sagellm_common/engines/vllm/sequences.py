@@ -16,6 +16,8 @@ class VllmSequence:
     request: EngineRequest
     allocation: Allocation | None
     stop_token_ids: frozenset[int]
+    submitted_s: float | None
+    """Until its first tokens."""
     num_saved_tokens: int = 0
     vllm_id: str = ""
     scheduled: bool = False

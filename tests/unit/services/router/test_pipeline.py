@@ -41,6 +41,7 @@ async def test_tokens_come_from_prefill_and_decode_and_nothing_is_kept(router: R
     assert summary.kv_bytes_transferred == 3 * LAYOUT.block_bytes
     assert summary.transport == "tcp" and summary.transfer_ms == 0.5
     assert summary.ttft_ms > 0 and summary.reserve_ms > 0 and summary.prefill_ms > 0
+    assert (summary.prefill_compute_ms, summary.prefill_engine_ms, summary.decode_engine_ms) == (1.0, 0.75, 2.5)
     await router.assert_nothing_held()
     assert not prefill.cancelled and not decode.cancelled and not decode.released
     assert router.metric("sagellm_router_requests_total", code="OK") == 1
