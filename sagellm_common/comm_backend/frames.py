@@ -13,8 +13,8 @@ source → receiver   answer    magic, status, len(reason), len(message); reason
                               block; wait: nothing yet; done: all was sent, and for another dtype the deviation;
                               failed: an answer that refuses
 
-Over shm no block crosses the socket. The receiver copies it out of the source's memory, which the source holds for it
-until it hears so:
+A pull inline is a pull over whatever the socket is. Any other over shm brings no block through it: the receiver copies
+them out of the source's memory, which the source holds for it until it hears so:
 
 source → receiver   after an answer that accepts: memory   kind, id, bytes, address; its file with the first answer
              pull   receiver → source   copied, one byte for each group
@@ -40,7 +40,8 @@ from sagellm_common.core.types import BlockIds, pack_int32
 MAGIC = b"SKVT"
 TRAILER = b"SKVE"
 VERSION = 2
-OP_PULL, OP_ALONG = 1, 2
+OP_PULL, OP_ALONG, OP_INLINE = 1, 2, 3
+OPS = (OP_PULL, OP_ALONG, OP_INLINE)
 SEGMENT_DATA, SEGMENT_WAIT, SEGMENT_DONE, SEGMENT_FAILED = 1, 2, 3, 4
 FLAG_DIGEST = 1
 ACCEPTED, REFUSED = 0, 1
@@ -98,12 +99,14 @@ def encode_pull(
     timeout_s: float,
     group_blocks: int | None = None,
     encoding: Encoding | None = None,
+    inline: bool = False,
 ) -> bytes:
     """`group_blocks` None: as many as GROUP_BYTES take."""
     if group_blocks is None:
         group_blocks = max(1, min(MAX_GROUP_BLOCKS, GROUP_BYTES // block_bytes))
     count = len(block_ids)
-    header = _encode_header(OP_PULL, transfer_id, epoch, count, block_bytes, digest, timeout_s, encoding, group_blocks)
+    op = OP_INLINE if inline else OP_PULL
+    header = _encode_header(op, transfer_id, epoch, count, block_bytes, digest, timeout_s, encoding, group_blocks)
     return header + pack_int32(block_ids)
 
 
@@ -151,8 +154,8 @@ def decode_request(header: bytes | bytearray, max_blocks: int) -> PullHeader:
     timeout_ms, epoch, num_blocks, block_bytes, group_blocks = sizes
     if magic != MAGIC:
         raise MalformedFrame(f"starts with {magic!r}, not {MAGIC!r}")
-    if version != VERSION or op not in (OP_PULL, OP_ALONG):
-        raise MalformedFrame(f"has version {version} op {op}; known: version {VERSION} op {OP_PULL} and {OP_ALONG}")
+    if version != VERSION or op not in OPS:
+        raise MalformedFrame(f"has version {version} op {op}; known: version {VERSION} op {', '.join(map(str, OPS))}")
     if not 0 < num_blocks <= max_blocks:
         raise MalformedFrame(f"asks for {num_blocks} blocks of a pool of {max_blocks}")
     if dtype > len(NAMES):

@@ -72,6 +72,8 @@ class MessagePlanner:
     ) -> MessagePlan:
         """For one pull of num_blocks blocks. `default_bytes` is the byte path's message where none is configured."""
         now = self.settings.now
+        if num_blocks == 1:
+            return MessagePlan(1, 1)
         max_bytes = now.chunk_bytes or default_bytes
         link = self._links.find(source.worker_id, source.backend)
         if blocks := self._forced.get(source.transfer_id):

@@ -90,6 +90,9 @@ class _Lease:
             members = np.zeros(int(self.allocation.block_ids.max(initial=-1)) + 1, dtype=np.bool_)
             members[self.allocation.block_ids] = True
             self._members = members
+        if len(block_ids) == 1:
+            block_id = int(block_ids[0])
+            return 0 <= block_id < len(self._members) and bool(self._members[block_id])
         try:
             # A negative number is a very large one then.
             return bool(self._members[block_ids.astype(np.uint32)].all())

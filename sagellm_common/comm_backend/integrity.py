@@ -76,11 +76,11 @@ def check_pull(region: KvMemory, source_blocks: BlockIds, target_blocks: BlockId
 
 def check_targets(region: KvMemory, target_blocks: BlockIds) -> None:
     """Raises InvalidRequest unless they are different blocks within the pool."""
-    if not len(target_blocks):
+    ids = target_blocks.tolist()
+    if not ids:
         return
-    if target_blocks.min() < 0 or target_blocks.max() >= region.num_blocks:
-        raise InvalidRequest(
-            f"target blocks {target_blocks.min()}..{target_blocks.max()} are outside the pool of {region.num_blocks}"
-        )
-    if len(set(target_blocks.tolist())) != len(target_blocks):
+    first, last = min(ids), max(ids)
+    if first < 0 or last >= region.num_blocks:
+        raise InvalidRequest(f"target blocks {first}..{last} are outside the pool of {region.num_blocks}")
+    if len(set(ids)) != len(ids):
         raise InvalidRequest("a target block is named twice: each block can be filled once")

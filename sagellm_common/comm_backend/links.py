@@ -29,8 +29,8 @@ class LinkFit:
 
     samples: int = 0
     times: dict[int, tuple[float, float]] = field(default_factory=dict)
-    latency_s: float = 0.0
-    bytes_per_s: float = 0.0
+    _fitted: tuple[float, float] | None = None
+    """(latency, seconds per byte), until another transfer changes it."""
 
     def observe(self, num_bytes: int, seconds: float) -> None:
         """One transfer of at least a byte, in more than no time."""
@@ -38,8 +38,21 @@ class LinkFit:
         size, took_s = self.times.get(num_bytes.bit_length(), (num_bytes, seconds))
         smoothed = size + SMOOTHING * (num_bytes - size), took_s + SMOOTHING * (seconds - took_s)
         self.times[num_bytes.bit_length()] = smoothed
-        self.latency_s, per_byte_s = _line(list(self.times.values()))
-        self.bytes_per_s = 1 / per_byte_s
+        self._fitted = None
+
+    @property
+    def latency_s(self) -> float:
+        return self._line()[0]
+
+    @property
+    def bytes_per_s(self) -> float:
+        return 1 / self._line()[1]
+
+    def _line(self) -> tuple[float, float]:
+        """Not sooner than somebody asks: most transfers are over before."""
+        if self._fitted is None:
+            self._fitted = _line(list(self.times.values()))
+        return self._fitted
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:

@@ -135,7 +135,7 @@ class PathsChannel:
         if not theirs:
             theirs = {source.backend: DataPath(source.backend, source.data_address)}
         found = [
-            Choice(path, replace(source, backend=path.backend, data_address=theirs[path.backend].address))
+            Choice(path, _over(source, theirs[path.backend]))
             for path in self._paths
             if path.backend in theirs and path.reach == theirs[path.backend].reach
         ]
@@ -152,6 +152,8 @@ class PathsChannel:
                 f"worker {source.worker_id!r} sends KV over {', '.join(theirs)}, and this one receives it over "
                 f"{', '.join(path.backend for path in self._paths)}; set one transport.backend for the cluster"
             )
+        if not self._avoid:
+            return able
         now = self._now_s()
         return sorted(able, key=lambda choice: self._avoid.get(_key(choice), now) > now)
 
@@ -254,7 +256,7 @@ class PathsChannel:
                 continue
             why = f"{choice.why}; {failed} failed" if failed else choice.why
             self._tell(choice, why)
-            return replace(result, backend=choice.path.backend, why=why)
+            return result.over(choice.path.backend, why)
         raise AssertionError("there is always a last choice")
 
     def _tell(self, choice: Choice, why: str) -> None:
@@ -282,6 +284,13 @@ class PathsChannel:
         if backend and backend not in self.by_backend:
             raise InvalidRequest(f"backend is {backend!r}, but KV is served over {', '.join(self.by_backend)} here")
         return self.by_backend[backend or self.name]
+
+
+def _over(source: KvSource, path: DataPath) -> KvSource:
+    """As a channel of that byte path knows it."""
+    if (source.backend, source.data_address) == (path.backend, path.address):
+        return source
+    return replace(source, backend=path.backend, data_address=path.address)
 
 
 def _key(choice: Choice) -> tuple[str, str, str]:

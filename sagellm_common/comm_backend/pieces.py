@@ -21,7 +21,7 @@ SHORTEST_NATIVE_BYTES = 241
 """What is shorter has another algorithm in XXH3, and is left to Python's xxhash."""
 
 FEW = 3
-"""Fewer pieces are digested one by one before the library is asked."""
+"""Fewer pieces are done one by one before the library is asked."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +31,13 @@ class Pieces:
     memory: memoryview
     offsets: Offsets
     sizes: Offsets
+    region: KvRegion | None = None
+    """Whose memory it is, if known: it knows where that is."""
+
+    @property
+    def address(self) -> int:
+        """Of the memory, in this process."""
+        return self.region.address if self.region is not None else address_of(self.memory)
 
     @property
     def num_bytes(self) -> int:
@@ -49,18 +56,23 @@ class Pieces:
                 starts = starts[firsts]
                 sizes = ends[np.append(firsts[1:], len(ends)) - 1] - starts
         if len(starts) == 1:
-            begin = int(starts[0]) + (address_of(self.memory) if address is None else address)
+            begin = int(starts[0]) + (self.address if address is None else address)
             room = [0, 0]
             return np.array([*[room] * before, [begin, int(sizes[0])], *[room] * after], dtype=np.uint64)
         found = np.empty((before + len(starts) + after, 2), dtype=np.uint64)
         inner = found[int(before) : before + len(starts)]
         inner[:, 0] = starts
-        inner[:, 0] += np.uint64(address_of(self.memory) if address is None else address)
+        inner[:, 0] += np.uint64(self.address if address is None else address)
         inner[:, 1] = sizes
         return found
 
+    def views(self) -> list[memoryview]:
+        """For few of them."""
+        bounds = zip(self.offsets.tolist(), self.sizes.tolist(), strict=True)
+        return [self.memory[at : at + size] for at, size in bounds]
+
     def __getitem__(self, part: slice) -> Pieces:
-        return Pieces(self.memory, self.offsets[part], self.sizes[part])
+        return Pieces(self.memory, self.offsets[part], self.sizes[part], self.region)
 
 
 def checked(memory: memoryview, offsets: Offsets, sizes: Offsets) -> Pieces:
@@ -74,12 +86,13 @@ def blocks(region: KvRegion, block_ids: BlockIds) -> Pieces:
     """A piece per block. Raises IndexError outside the pool."""
     size = region.block_bytes
     if len(block_ids) == 1 and 0 <= (at := int(block_ids[0])) < region.num_blocks:
-        return Pieces(region.view, np.array([at * size]), np.array([size]))
+        return Pieces(region.view, np.array([at * size]), np.array([size]), region)
     if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < region.num_blocks:
         raise IndexError(
             f"blocks {block_ids.min()}..{block_ids.max()} are outside the pool of {region.num_blocks} blocks"
         )
-    return Pieces(region.view, block_ids.astype(np.int64) * size, np.full(len(block_ids), size, dtype=np.int64))
+    offsets = block_ids.astype(np.int64) * size
+    return Pieces(region.view, offsets, np.full(len(block_ids), size, dtype=np.int64), region)
 
 
 def of_segment(region: KvRegion, block_ids: BlockIds, segment: Segment, num_layers: int) -> Pieces:
@@ -94,18 +107,11 @@ def of_segment(region: KvRegion, block_ids: BlockIds, segment: Segment, num_laye
     return checked(region.view, offsets, np.tile(sizes, len(block_ids)))
 
 
-def natively(pieces: Pieces) -> bool:
-    """Whether the library is there and digests pieces like these."""
-    return native.library() is not None and bool(len(pieces.sizes)) and pieces.sizes.min() >= SHORTEST_NATIVE_BYTES
-
-
 def digests(pieces: Pieces) -> bytes:
     """8-byte xxh3 of each piece, in order."""
     library = native.library()
     if library is None or len(pieces.sizes) < FEW or pieces.sizes.min() < SHORTEST_NATIVE_BYTES:
-        digest, view = xxhash.xxh3_64_digest, pieces.memory
-        bounds = zip(pieces.offsets.tolist(), pieces.sizes.tolist(), strict=True)
-        return b"".join([digest(view[at : at + size]) for at, size in bounds])
+        return b"".join([xxhash.xxh3_64_digest(view) for view in pieces.views()])
     return _native(library, pieces, None, digest=True)
 
 
@@ -130,13 +136,13 @@ def _native(library: native.Library, source: Pieces, target: Pieces | None, *, d
     """Without the GIL."""
     found = np.empty(len(source.sizes) if digest else 0, dtype=np.uint64)
     library.sage_pieces(
-        address_of(source.memory),
-        _pointer(source.offsets),
-        address_of(target.memory) if target else None,
-        _pointer(target.offsets) if target else None,
-        _pointer(source.sizes),
+        source.address,
+        pointer(source.offsets),
+        target.address if target else None,
+        pointer(target.offsets) if target else None,
+        pointer(source.sizes),
         len(source.sizes),
-        _pointer(found) if digest else None,
+        pointer(found) if digest else None,
         library.isas[-1],
     )
     return found.tobytes()
@@ -144,10 +150,10 @@ def _native(library: native.Library, source: Pieces, target: Pieces | None, *, d
 
 def address_of(memory: memoryview | bytes | bytearray) -> int:
     """Where it is in this process. Keep it alive."""
-    return _pointer(np.frombuffer(memory, dtype=np.uint8)) if len(memory) else 0
+    return pointer(np.frombuffer(memory, dtype=np.uint8)) if memory else 0
 
 
-def _pointer(array: NDArray[np.generic]) -> int:
+def pointer(array: NDArray[np.generic]) -> int:
     """Of a contiguous array, which the caller keeps alive."""
     address: int = array.__array_interface__["data"][0]
     return address

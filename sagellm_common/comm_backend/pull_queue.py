@@ -6,8 +6,7 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, TransferResult
 from sagellm_common.core.errors import QueueFull
@@ -51,10 +50,13 @@ class PullQueue:
         encoding: Encoding | None = None,
         priority: int = 0,
     ) -> TransferResult:
-        async with self._pulls.turn(priority, timeout_s) as left_s:
+        left_s = await self._pulls.begin(priority, timeout_s)
+        try:
             return await self._inner.pull(
                 source, source_blocks, target_blocks, timeout_s=left_s, into=into, encoding=encoding
             )
+        finally:
+            self._pulls.end()
 
     async def pull_along(
         self,
@@ -68,7 +70,8 @@ class PullQueue:
         encoding: Encoding | None = None,
         priority: int = 0,
     ) -> TransferResult:
-        async with self._along.turn(priority, timeout_s) as left_s:
+        left_s = await self._along.begin(priority, timeout_s)
+        try:
             return await self._inner.pull_along(
                 source,
                 first_block,
@@ -78,6 +81,8 @@ class PullQueue:
                 into=into,
                 encoding=encoding,
             )
+        finally:
+            self._along.end()
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         return await self._inner.serve_pull(transfer_id, epoch, block_ids, pair_id)
@@ -96,18 +101,17 @@ class _Turns:
         """(-priority, arrival, granted): a heap. Those done are no longer waiting."""
         self._arrivals = itertools.count()
 
-    @asynccontextmanager
-    async def turn(self, priority: int, timeout_s: float) -> AsyncIterator[float]:
-        """Yields what is left of timeout_s. Raises QueueFull."""
-        began_s = time.monotonic()
+    async def begin(self, priority: int, timeout_s: float) -> float:
+        """Returns what is left of timeout_s; `end` follows. Raises QueueFull."""
         if self._free:
             self._free -= 1
-        else:
-            await self._granted(priority, timeout_s)
-        try:
-            yield timeout_s - (time.monotonic() - began_s)
-        finally:
-            self._pass_on()
+            return timeout_s
+        began_s = time.monotonic()
+        await self._granted(priority, timeout_s)
+        return timeout_s - (time.monotonic() - began_s)
+
+    def end(self) -> None:
+        self._pass_on()
 
     async def _granted(self, priority: int, timeout_s: float) -> None:
         granted = asyncio.get_running_loop().create_future()

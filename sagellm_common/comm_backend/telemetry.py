@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 
 from prometheus_client import Counter, Histogram
 
@@ -76,6 +77,11 @@ class InstrumentedChannel:
         self.name = inner.name
         self.pulls_along = inner.pulls_along
         self.encodes = inner.encodes
+        # Looked up once: that takes as long as counting does.
+        self._bytes = TRANSFER_BYTES.labels(self.name, "in")
+        self._seconds, self._bandwidth = TRANSFER_SECONDS.labels(self.name), BANDWIDTH.labels(self.name)
+        self._first_byte, self._digest = FIRST_BYTE_SECONDS.labels(self.name), DIGEST_SECONDS.labels(self.name)
+        self._stalls, self._fused = STALLS.labels(self.name), FUSION_HITS.labels(self.name)
 
     @property
     def address(self) -> str:
@@ -132,19 +138,25 @@ class InstrumentedChannel:
                 TRANSFER_FAILURES.labels(self.name, type(err).__name__).inc()
                 raise
             finally:
-                STALLS.labels(self.name).inc(meter.stalls)
-                FUSION_HITS.labels(self.name).inc(meter.messages_saved)
-                DIGEST_SECONDS.labels(self.name).inc(meter.digest_s)
-                if meter.first_byte_s is not None:
-                    FIRST_BYTE_SECONDS.labels(self.name).observe(meter.first_byte_s)
+                self._count(meter)
+
+    def _count(self, meter: PullMeter) -> None:
+        if meter.stalls:
+            self._stalls.inc(meter.stalls)
+        if meter.messages_saved:
+            self._fused.inc(meter.messages_saved)
+        if meter.digest_s:
+            self._digest.inc(meter.digest_s)
+        if meter.first_byte_s is not None:
+            self._first_byte.observe(meter.first_byte_s)
 
     def _counted(self, result: TransferResult, meter: PullMeter) -> TransferResult:
         if result.bytes and not meter.bytes:  # the byte path reports nothing on its way
             meter.arrived(result.bytes)
         if result.bytes and result.seconds > 0:
-            BANDWIDTH.labels(self.name).observe(result.bytes / result.seconds)
-        TRANSFER_BYTES.labels(self.name, "in").inc(result.bytes)
-        TRANSFER_SECONDS.labels(self.name).observe(result.seconds)
+            self._bandwidth.observe(result.bytes / result.seconds)
+        self._bytes.inc(result.bytes)
+        self._seconds.observe(result.seconds)
         return result
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
@@ -152,6 +164,19 @@ class InstrumentedChannel:
 
     async def close(self) -> None:
         await self._inner.close()
+
+
+class _Counted(AbstractContextManager[None]):
+    def __init__(self, reading: AbstractContextManager[None], sent: Counter, num_bytes: int) -> None:
+        self._reading, self._sent, self._num_bytes = reading, sent, num_bytes
+
+    def __enter__(self) -> None:
+        self._reading.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._reading.__exit__(kind, err, tb)
+        if kind is None:
+            self._sent.inc(self._num_bytes)
 
 
 class InstrumentedLeases:
@@ -162,14 +187,11 @@ class InstrumentedLeases:
         self._sent = TRANSFER_BYTES.labels(backend, "out")
         self._memory = memory
 
-    @contextmanager
     def reading(
         self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         size = len(block_ids) * self._memory().block_bytes if num_bytes is None else num_bytes
-        with self._inner.reading(transfer_id, epoch, block_ids, size):
-            yield
-        self._sent.inc(size)
+        return _Counted(self._inner.reading(transfer_id, epoch, block_ids, size), self._sent, size)
 
     def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
         return self._inner.progress(transfer_id, epoch)

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from sagellm_common.comm_backend import native
-from sagellm_common.comm_backend.pieces import Pieces, Vectors, address_of, digests, natively
+from sagellm_common.comm_backend.pieces import FEW, Pieces, Vectors, address_of, digests, pointer
 
 Buffer = bytes | bytearray
 IOV_MAX = 1024
 _TIMEVAL = struct.Struct("@ll")
+_DOUBLE = struct.Struct("@d")
 
 
 class _Message(ctypes.Structure):
@@ -87,6 +88,7 @@ class Wire:
         self._armed: dict[int, float] = {}
         """The kernel's timeouts as they are, by option: setting them costs a system call."""
         self._pollers: dict[int, select.poll] = {}
+        self._message = ctypes.create_string_buffer(native.MESSAGE.size)
         self.deadline_s = 0.0
 
     def send(
@@ -99,8 +101,13 @@ class Wire:
         if pieces is None:
             self._send_bytes(head + tail)
             return 0.0
-        if natively(pieces):
-            return self._stream(True, head, pieces, tail, taken)
+        if len(pieces.sizes) < FEW:
+            digest_s = _take(taken, pieces)
+            self._send_views([part for part in (head, *pieces.views(), tail) if part])
+            return digest_s
+        streamed_s = self._stream(True, head, pieces, tail, taken)
+        if streamed_s is not None:
+            return streamed_s
         digest_s = _take(taken, pieces)
         self._each(_Runs(head, pieces, tail), _libc.sendmsg, socket.MSG_NOSIGNAL, socket.SO_SNDTIMEO)
         return digest_s
@@ -110,8 +117,12 @@ class Wire:
     ) -> float:
         """Fills all of them, in this order. Raises TimeoutError, EOFError when the peer closed before the first byte,
         else OSError. `taken` and what is returned are as in `send`."""
-        if natively(pieces):
-            return self._stream(False, head, pieces, b"" if tail is None else tail, taken)
+        if len(pieces.sizes) < FEW:
+            self._recv_views([part for part in (head, *pieces.views(), tail) if part])
+            return _take(taken, pieces)
+        streamed_s = self._stream(False, head, pieces, b"" if tail is None else tail, taken)
+        if streamed_s is not None:
+            return streamed_s
         runs = _Runs(head, pieces, b"" if tail is None else tail)
         self._each(runs, _libc.recvmsg, socket.MSG_WAITALL, socket.SO_RCVTIMEO)
         return _take(taken, pieces)
@@ -130,6 +141,10 @@ class Wire:
                     raise EOFError if not done else ConnectionResetError("the peer closed the connection half-way")
                 done += received
         return buffer
+
+    def recv_at_most(self, size: int) -> bytes:
+        """What has come already, of the first `size` bytes; b"" when the peer closed. Only after `readable`."""
+        return self._sock.recv(size, socket.MSG_DONTWAIT)
 
     def send_descriptors(self, head: bytes, descriptors: Sequence[int]) -> None:
         """`head`, a few bytes, and open files with it, over a Unix socket."""
@@ -169,7 +184,10 @@ class Wire:
         return int.from_bytes(counted, "little")
 
     def has_soon(self, size: int, until_s: float) -> bool:
-        """Whether `size` bytes can be read without waiting, at the latest at `until_s` (monotonic)."""
+        """Whether `size` bytes can be read without waiting, at the latest at `until_s` (monotonic, within a second)."""
+        library = native.library()
+        if library is not None:
+            return bool(library.sage_has_soon(self._sock.fileno(), size, until_s))
         while self.available() < size:
             wait_s = until_s - time.monotonic()
             if wait_s <= 0 or not _ppoll(self._sock.fileno(), wait_s) or self.closed_by_peer():
@@ -211,38 +229,66 @@ class Wire:
             except BlockingIOError:
                 raise TimeoutError("the peer takes no bytes") from None
 
-    def _stream(self, out: bool, head: Buffer, pieces: Pieces, tail: Buffer, taken: memoryview | None) -> float:
-        """`send` or `recv_into`, in one call that holds no GIL."""
+    # Of few pieces: sooner done by Python than told to the library.
+
+    def _send_views(self, views: list[Buffer | memoryview]) -> None:
+        while views:
+            self._arm(socket.SO_SNDTIMEO)
+            try:
+                done = self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                raise TimeoutError("the peer takes no bytes") from None
+            views = _left(views, done)
+
+    def _recv_views(self, views: list[bytearray | memoryview]) -> None:
+        first = True
+        while views:
+            self._arm(socket.SO_RCVTIMEO)
+            try:
+                done = self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError:
+                raise TimeoutError("the peer sends no bytes") from None
+            if not done:
+                raise EOFError if first else ConnectionResetError("the peer closed the connection half-way")
+            views, first = _left(views, done), False
+
+    def _stream(self, out: bool, head: Buffer, pieces: Pieces, tail: Buffer, taken: memoryview | None) -> float | None:
+        """`send` or `recv_into`, in one call that holds no GIL; None, and nothing is done, where that cannot be."""
         library = native.library()
-        assert library is not None
+        if library is None:
+            return None
         self._armed.pop(socket.SO_SNDTIMEO if out else socket.SO_RCVTIMEO, None)
-        digest_s = ctypes.c_double()
-        failed = library.sage_stream(
-            out,
-            self._sock.fileno(),
+        message = self._message
+        native.MESSAGE.pack_into(
+            message,
+            0,
             address_of(head),
             len(head),
-            address_of(pieces.memory),
-            _pointer(pieces.offsets),
-            _pointer(pieces.sizes),
+            pieces.address,
+            pointer(pieces.offsets),
+            pointer(pieces.sizes),
             len(pieces.sizes),
             address_of(tail),
             len(tail),
-            None if taken is None else address_of(taken),
-            library.isas[-1],
+            address_of(taken) if taken else 0,
             self._silence_s,
             self.deadline_s,
-            ctypes.byref(digest_s),
+            0.0,
+            self._sock.fileno(),
+            library.isas[-1],
         )
+        failed = library.sage_stream(message, out)
+        if not failed:
+            return _DOUBLE.unpack_from(message, native.MESSAGE_DIGEST_S)[0]  # type: ignore[no-any-return]
+        if failed == native.TOO_SHORT:
+            return None
+        if failed == native.CLOSED:
+            raise EOFError
         if failed == errno.ETIMEDOUT:
             raise TimeoutError("the peer moves no bytes, or the deadline passed")
-        if failed < 0:
-            raise EOFError
         if failed == errno.ECONNRESET:
             raise ConnectionResetError("the peer closed the connection half-way")
-        if failed:
-            raise OSError(failed, os.strerror(failed))
-        return digest_s.value
+        raise OSError(failed, os.strerror(failed))
 
     def _each(self, runs: _Runs, function: Any, flags: int, option: int) -> None:
         """All the runs through sendmsg or recvmsg."""
@@ -250,7 +296,7 @@ class Wire:
         while left:
             self._arm(option)
             some = vectors[:IOV_MAX]
-            message = _Message(vectors=_pointer(some), num_vectors=len(some))
+            message = _Message(vectors=pointer(some), num_vectors=len(some))
             done = function(self._sock.fileno(), message, flags)
             if done < 0:
                 code = ctypes.get_errno()
@@ -277,6 +323,15 @@ class Wire:
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, micros))
 
 
+def _left(views: list[Any], done: int) -> list[Any]:
+    """What `done` bytes leave of them."""
+    for n, view in enumerate(views):
+        if done < len(view):
+            return [memoryview(view)[done:], *views[n + 1 :]]
+        done -= len(view)
+    return []
+
+
 def _take(taken: memoryview | None, pieces: Pieces) -> float:
     if taken is None:
         return 0.0
@@ -292,15 +347,11 @@ class _Runs:
         self._kept = [np.frombuffer(part, dtype=np.uint8) for part in (head, tail) if part]
         found = pieces.vectors(before=bool(head), after=bool(tail))
         if head:
-            found[0] = _pointer(self._kept[0]), len(head)
+            found[0] = pointer(self._kept[0]), len(head)
         if tail:
-            found[-1] = _pointer(self._kept[-1]), len(tail)
+            found[-1] = pointer(self._kept[-1]), len(tail)
         self.vectors = found
         self.num_bytes = len(head) + pieces.num_bytes + len(tail)
-
-
-def _pointer(array: Any) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _rest(vectors: Vectors, done: int) -> Vectors:

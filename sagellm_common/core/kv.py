@@ -6,7 +6,7 @@ import enum
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -71,6 +71,12 @@ class KvRegion:
     num_blocks: int
     layer_parts: tuple[LayerPart, ...] = ()
     descriptor: int | None = None
+    address: int = field(init=False, repr=False, compare=False)
+    """Of the view, in this process: looked up once, for that takes longer than copying a small block."""
+
+    def __post_init__(self) -> None:
+        begin = np.frombuffer(self.view, dtype=np.uint8).__array_interface__["data"][0] if len(self.view) else 0
+        object.__setattr__(self, "address", begin)
 
     @property
     def num_layers(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from sagellm_common.comm_backend.backends import tcp_source
+from sagellm_common.comm_backend.backends import socket_source
 from sagellm_common.comm_backend.backends.mock import Faults
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core.errors import Draining, InvalidRequest, KvCorrupt, LayoutMismatch, LeaseExpired, PeerLost
@@ -183,7 +183,7 @@ async def test_a_closed_channel_pulls_no_more(workers: Cluster) -> None:
 
 async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = await workers.side("source"), await workers.side("target")
-    if workers.backend == "tcp":
+    if workers.backend == "tcp" or workers.variant == "inline":
         send = Wire.send
 
         def blocks_first(wire, head, pieces=None, tail=b"", taken=None):  # type: ignore[no-untyped-def]
@@ -229,8 +229,8 @@ async def test_without_digests_nobody_looks(workers: Cluster, monkeypatch: pytes
 def gate(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """For sources over tcp (after the first group) and the others (before it)."""
     if workers.backend == "tcp":
-        gate = Gate(tcp_source.blocks, stop_at=1)
-        monkeypatch.setattr(tcp_source, "blocks", gate)
+        gate = Gate(socket_source.blocks, stop_at=1)
+        monkeypatch.setattr(socket_source, "blocks", gate)
         return gate
     module = importlib.import_module(DIGESTS[workers.backend])
     gate = Gate(module.block_digests, stop_at=0)

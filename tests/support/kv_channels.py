@@ -26,9 +26,10 @@ from sagellm_common.core.kv import Allocation, KvMemory, KvRegion, LayerPart
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
-BACKENDS = ("tcp", "staged", "shm", "vm-read", "gloo", "mooncake", "mock")
-"""`staged` is tcp between pools that are no host memory to it, as with a GPU; `vm-read` shm of pools in no file."""
-VARIANTS = {"staged": "tcp", "vm-read": "shm"}
+BACKENDS = ("tcp", "staged", "shm", "vm-read", "inline", "gloo", "mooncake", "mock")
+"""`staged` is tcp between pools that are no host memory to it, as with a GPU; `vm-read` shm of pools in no file;
+`inline` shm whose small pulls come through the socket, as they usually do."""
+VARIANTS = {"staged": "tcp", "vm-read": "shm", "inline": "shm"}
 HOST = "127.0.0.1"
 
 
@@ -146,7 +147,7 @@ class Cluster:
     def __init__(self, backend: str) -> None:
         if why := missing(backend):
             pytest.skip(why)
-        self._variant = backend
+        self.variant = backend
         self.backend = VARIANTS.get(backend, backend)
         self.sides: dict[str, Side] = {}
         self._network = MockNetwork()
@@ -165,7 +166,7 @@ class Cluster:
         pull_rpc: PullRpc | None = None,
         transport: dict[str, Any] | None = None,
     ) -> Side:
-        in_file = self._variant == "shm"
+        in_file = self.variant == "shm"
         region = random_region(num_blocks, block_bytes, len(self.sides), num_layers, in_file=in_file)
         clock = ManualClock()
         freed: list[Allocation] = []
@@ -174,12 +175,15 @@ class Cluster:
         channel: KVTransferChannel
         end = End(TransportConfig(segment_min_bytes=1, **(transport or {})), region, watched, HOST, 0)
         if self.backend == "tcp":
-            memory = staged(region) if self._variant == "staged" else region
+            memory = staged(region) if self.variant == "staged" else region
             channel = TcpChannel(
                 lambda: memory, watched, HOST, 0, digest=digest, silence_s=silence_s, messages=end.planner()
             )
         elif self.backend == "shm":
-            channel = ShmChannel(lambda: region, watched, digest=digest, silence_s=silence_s, messages=end.planner())
+            how = {} if self.variant == "inline" else {"inline_bytes": 0}
+            channel = ShmChannel(
+                lambda: region, watched, digest=digest, silence_s=silence_s, messages=end.planner(), **how
+            )
         elif self.backend == "gloo":
             from sagellm_common.comm_backend.backends.gloo import GlooChannel
 

@@ -48,9 +48,9 @@ def pausing(step: Callable[..., Any], pause_at: int) -> Callable[..., Any]:
 def pause(backend: str, at: int) -> None:
     """At a group of blocks. gloo cuts a message for each, tcp sends it, the others take its digests beside that."""
     if backend == "tcp":
-        from sagellm_common.comm_backend.backends import tcp_source
+        from sagellm_common.comm_backend.backends import socket_source
 
-        tcp_source.blocks = pausing(tcp_source.blocks, at)
+        socket_source.blocks = pausing(socket_source.blocks, at)
     elif backend != "gloo":
         source = importlib.import_module(f"sagellm_common.comm_backend.backends.{backend}_source")
         source.block_digests = pausing(source.block_digests, at)

@@ -14,7 +14,7 @@ import numpy as np
 from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends.peer_memory import MappedMemory, PeerMemory, ProcessMemory
 from sagellm_common.comm_backend.backends.shm_address import reachable_address
-from sagellm_common.comm_backend.backends.socket_receiver import SocketReceiver, Steps, expect_accepted
+from sagellm_common.comm_backend.backends.socket_receiver import SMALL_BYTES, SocketReceiver, Steps, expect_accepted
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, digest_of, verify_digests, verify_segment
@@ -30,11 +30,21 @@ RETRY_S = 0.002
 
 
 class ShmReceiver(SocketReceiver):
+    """Up to `inline_bytes` come through the socket: one round trip, not the two of being shown blocks and giving them
+    back."""
+
     group_bytes = frames.SHARED_GROUP_BYTES
 
     def __init__(
-        self, memory: Callable[[], KvRegion], *, digest: bool, silence_s: float, messages: MessagePlanner
+        self,
+        memory: Callable[[], KvRegion],
+        *,
+        digest: bool,
+        silence_s: float,
+        messages: MessagePlanner,
+        inline_bytes: int = SMALL_BYTES,
     ) -> None:
+        self.inline_bytes = inline_bytes
         super().__init__(memory, digest=digest, silence_s=silence_s, messages=messages)
         self._mapped: weakref.WeakValueDictionary[tuple[str, int], MappedMemory] = weakref.WeakValueDictionary()
         """By the source's address, which no other process will ever have, and the memory's id there. Kept by wires."""

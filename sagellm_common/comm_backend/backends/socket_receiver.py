@@ -17,10 +17,10 @@ from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.fusion import MessagePlanner
-from sagellm_common.comm_backend.integrity import check_pull, check_targets
+from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, check_targets, verify_digests
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.meter import PullMeter
-from sagellm_common.comm_backend.pieces import Pieces, of_segment
+from sagellm_common.comm_backend.pieces import Pieces, blocks, of_segment
 from sagellm_common.comm_backend.protocol import Encoding, Memory, TransferResult
 from sagellm_common.comm_backend.segments import Segment, layers_apart
 from sagellm_common.comm_backend.wire import Wire
@@ -51,6 +51,8 @@ class SocketReceiver(ABC):
 
     group_bytes: int
     """What is moved at a time where nothing is configured or known about the link."""
+    inline_bytes = 0
+    """Up to so many come through the socket in any case."""
 
     def __init__(self, memory: Memory, *, digest: bool, silence_s: float, messages: MessagePlanner) -> None:
         self._messages = messages
@@ -143,6 +145,33 @@ class SocketReceiver(ABC):
     ) -> Steps[None]:
         """What `SocketSource._send_blocks` sends, once accepted."""
 
+    def _take_answer(self, wire: Wire) -> Steps[None]:
+        """Raises what the source refuses with."""
+        yield frames.ANSWER.size
+        yield from expect_accepted(wire, wire.recv(frames.ANSWER.size))
+
+    def _take_inline(
+        self, wire: Wire, memory: KvMemory, source: KvSource, target_blocks: BlockIds, group_blocks: int
+    ) -> Steps[None]:
+        """What `SocketSource._send_inline` sends, once accepted."""
+        metered, digest_bytes = meter.current(), DIGEST_BYTES if self._digest else 0
+        actual, done = bytearray(len(target_blocks) * digest_bytes), 0
+        tail = bytearray(len(actual) + len(frames.TRAILER))
+        groups = frames.groups(target_blocks, group_blocks)
+        for n, group in enumerate(groups, start=1):
+            last = tail if n == len(groups) else bytearray()
+            yield len(group) * memory.block_bytes + len(last)
+            with memory.writing(group) as (region, ids):
+                taken = memoryview(actual)[done : done + len(ids) * digest_bytes]
+                digest_s = wire.recv_into(bytearray(), blocks(region, ids), last, taken if self._digest else None)
+            done += len(taken)
+            metered.arrived(len(group) * memory.block_bytes, len(group))
+            metered.digest_s += digest_s
+        told, trailer = tail[: len(actual)], tail[len(actual) :]
+        if trailer != frames.TRAILER:
+            raise MalformedFrame(f"ended with {bytes(trailer)!r}")
+        verify_digests(bytes(actual), told, target_blocks, source.transfer_id)
+
     @abstractmethod
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
         """What `SocketSource._send_segment` sends, after the segment's header."""
@@ -205,7 +234,7 @@ class SocketReceiver(ABC):
         encoding: Encoding | None,
     ) -> Steps[Deviation | None]:
         """The whole exchange of a pull."""
-        size = memory.block_bytes
+        size, inline = memory.block_bytes, len(target_blocks) * memory.block_bytes <= self.inline_bytes
         most = frames.max_group_blocks(size)
         plan = self._messages.plan(source, len(target_blocks), size, default_bytes=self.group_bytes, max_blocks=most)
         wire.send(
@@ -218,11 +247,16 @@ class SocketReceiver(ABC):
                 timeout_s=wire.deadline_s - time.monotonic(),
                 encoding=encoding,
                 group_blocks=plan.blocks_per_message,
+                inline=inline,
             )
         )
-        yield from self._take_accepted(wire, source)
+        yield from self._take_answer(wire) if inline else self._take_accepted(wire, source)
         failpoints.hit("receiver.pulling")
-        yield from self._take_blocks(wire, memory, source, source_blocks, target_blocks, plan.blocks_per_message)
+        group_blocks = plan.blocks_per_message
+        if inline:
+            yield from self._take_inline(wire, memory, source, target_blocks, group_blocks)
+        else:
+            yield from self._take_blocks(wire, memory, source, source_blocks, target_blocks, group_blocks)
         return (yield from _deviation(wire, encoding))
 
     def _transfer_along(

@@ -18,7 +18,8 @@ from sagellm_common.comm_backend import frames
 from sagellm_common.comm_backend.bridge import Outgoing
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
-from sagellm_common.comm_backend.pieces import Pieces, of_segment
+from sagellm_common.comm_backend.integrity import DIGEST_BYTES
+from sagellm_common.comm_backend.pieces import Pieces, blocks, of_segment
 from sagellm_common.comm_backend.protocol import Encode, LeasedBlocks, Memory
 from sagellm_common.comm_backend.segments import Segment, SegmentCutter, layers_apart, split
 from sagellm_common.comm_backend.wire import Wire
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 300.0
 """A connection that asks for nothing this long is closed; the receiver makes a new one when it needs it."""
+REQUEST_BYTES = 4096
+"""Read at once. A request for a thousand blocks is longer."""
 WAIT_S = 0.5
 """A receiver that waits for the computation hears this often that its source is alive."""
 
@@ -78,7 +81,7 @@ class SocketSource(ABC):
 
     @abstractmethod
     def _send_blocks(self, wire: Wire, memory: KvMemory, header: PullHeader, block_ids: BlockIds) -> None:
-        """The whole answer to a pull; the blocks are held until it returns."""
+        """The whole answer to a pull that is not inline; the blocks are held until it returns."""
 
     @abstractmethod
     def _send_segment(self, wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
@@ -124,8 +127,9 @@ class SocketSource(ABC):
         peer = "a peer"
         try:
             peer = self._admit(wire)
-            while self._answer_next(wire):
-                pass
+            told: bytes | None = b""
+            while told is not None:
+                told = self._answer_next(wire, told)
         except MalformedFrame as err:
             log.warning("KV byte path: closing the connection from %s: its request %s", peer, err)
         except (OSError, EOFError) as err:
@@ -138,15 +142,19 @@ class SocketSource(ABC):
                 del self._wires[wire]
                 wire.close()
 
-    def _answer_next(self, wire: Wire) -> bool:
-        """One request and its answer; False when the receiver closed in between."""
-        fixed = self._await_request(wire)
-        if fixed is None:
-            return False
-        wire.deadline_s = time.monotonic() + self._silence_s
-        header = frames.decode_request(fixed, self._memory().num_blocks)
+    def _answer_next(self, wire: Wire, told: bytes) -> bytes | None:
+        """One request, which begins with `told`, and its answer; returns what was read beyond it, None when the
+        receiver closed in between."""
+        told = self._await_request(wire, told)
+        if not told:
+            return None
+        header = frames.decode_request(told[: frames.REQUEST.size], self._memory().num_blocks)
         along = header.op == frames.OP_ALONG
-        rest = wire.recv(header.transfer_id_bytes + (frames.ALONG.size if along else 4 * header.num_blocks))
+        rest_bytes = header.transfer_id_bytes + (frames.ALONG.size if along else 4 * header.num_blocks)
+        end = frames.REQUEST.size + rest_bytes
+        rest, beyond = told[frames.REQUEST.size : end], told[end:]
+        if len(rest) < rest_bytes:
+            rest += wire.recv(rest_bytes - len(rest))
         try:
             transfer_id = rest[: header.transfer_id_bytes].decode()
         except UnicodeDecodeError:
@@ -156,27 +164,30 @@ class SocketSource(ABC):
             self._answer_along(wire, header, transfer_id, *frames.ALONG.unpack_from(rest, header.transfer_id_bytes))
         else:
             self._answer(wire, header, transfer_id, frames.unpack_ids(rest[header.transfer_id_bytes :]))
-        return True
+        return beyond
 
-    def _await_request(self, wire: Wire) -> bytearray | None:
-        """The fixed part of the next request; None when the receiver has no more."""
-        if not wire.readable(IDLE_S):
-            return None
+    def _await_request(self, wire: Wire, told: bytes) -> bytes:
+        """The next request, as much of it as came at once, the fixed part at least; b"": the receiver has no more."""
+        if not told and not wire.readable(IDLE_S):
+            return b""
         wire.deadline_s = time.monotonic() + self._silence_s
-        try:
-            return wire.recv(frames.REQUEST.size)
-        except EOFError:
-            return None
+        told = told or wire.recv_at_most(REQUEST_BYTES)
+        if told and len(told) < frames.REQUEST.size:
+            told += wire.recv(frames.REQUEST.size - len(told))
+        return told
 
     def _answer(self, wire: Wire, header: PullHeader, transfer_id: str, block_ids: BlockIds) -> None:
-        with contextlib.ExitStack() as held:
-            try:
-                memory = self._readable(header, transfer_id, int(block_ids[-1]))
-                held.enter_context(self._leases.reading(transfer_id, header.epoch, block_ids))
-            except SageError as err:
-                wire.send(frames.encode_refusal(err.reason, err.message))
-                return
-            self._send_blocks(wire, memory, header, block_ids)
+        accepted = False
+        try:
+            memory = self._readable(header, transfer_id, int(block_ids[-1]))
+            with self._leases.reading(transfer_id, header.epoch, block_ids, len(block_ids) * header.block_bytes):
+                accepted = True
+                send = self._send_inline if header.op == frames.OP_INLINE else self._send_blocks
+                send(wire, memory, header, block_ids)
+        except SageError as err:
+            if accepted:
+                raise
+            wire.send(frames.encode_refusal(err.reason, err.message))
 
     def _readable(self, header: PullHeader, transfer_id: str, last_block: int) -> KvMemory:
         """The pool, or its blocks in the dtype that is asked for. Raises LayoutMismatch, InvalidRequest."""
@@ -191,6 +202,21 @@ class SocketSource(ABC):
                 f"the source's {memory.block_bytes}; both need one KV layout"
             )
         return memory
+
+    def _send_inline(self, wire: Wire, memory: KvMemory, header: PullHeader, block_ids: BlockIds) -> None:
+        """Blocks through the socket: `SocketReceiver._take_inline` reads them."""
+        head, done = frames.encode_accepted(), 0
+        taken = bytearray(len(block_ids) * DIGEST_BYTES if header.digest else 0)
+        groups = frames.groups(block_ids, header.group_blocks)
+        for n, group in enumerate(groups, start=1):
+            # A small answer is one system call; what is last has gone when all the rest has.
+            failpoints.hit("source.sending")
+            with memory.reading(group) as (region, ids):
+                last = n == len(groups)
+                tail = taken + frames.TRAILER + deviation_of(memory) if last else b""
+                into = memoryview(tail if last else taken)[done : done + len(ids) * DIGEST_BYTES]
+                wire.send(head, blocks(region, ids), tail, into if header.digest else None)
+            head, done = b"", done + len(into)
 
     # ---- along the computation ----
 

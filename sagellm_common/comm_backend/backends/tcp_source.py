@@ -5,15 +5,14 @@ from __future__ import annotations
 import socket
 
 from sagellm_common.comm_backend import frames
-from sagellm_common.comm_backend.backends.socket_source import SocketSource, deviation_of
+from sagellm_common.comm_backend.backends.socket_source import SocketSource
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import PullHeader
-from sagellm_common.comm_backend.integrity import DIGEST_BYTES, segment_digest
-from sagellm_common.comm_backend.pieces import Pieces, blocks
+from sagellm_common.comm_backend.integrity import segment_digest
+from sagellm_common.comm_backend.pieces import Pieces
 from sagellm_common.comm_backend.protocol import Encode, LeasedBlocks, Memory
 from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.comm_backend.wire import Wire
-from sagellm_common.core import failpoints
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds
@@ -51,18 +50,7 @@ class TcpSource(SocketSource):
         wire.send(frames.encode_accepted())
 
     def _send_blocks(self, wire: Wire, memory: KvMemory, header: PullHeader, block_ids: BlockIds) -> None:
-        head, done = frames.encode_accepted(), 0
-        taken = bytearray(len(block_ids) * DIGEST_BYTES if header.digest else 0)
-        groups = frames.groups(block_ids, header.group_blocks)
-        for n, group in enumerate(groups, start=1):
-            # A small answer is one system call; what is last has gone when all the rest has.
-            failpoints.hit("source.sending")
-            with memory.reading(group) as (region, ids):
-                last = n == len(groups)
-                tail = taken + frames.TRAILER + deviation_of(memory) if last else b""
-                into = memoryview(tail if last else taken)[done : done + len(ids) * DIGEST_BYTES]
-                wire.send(head, blocks(region, ids), tail, into if header.digest else None)
-            head, done = b"", done + len(into)
+        self._send_inline(wire, memory, header, block_ids)
 
     def _send_segment(self, wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
         head = frames.encode_segment(frames.SEGMENT_DATA, segment)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import struct
 from ctypes import c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,21 @@ def build() -> Path:
     return cxx.compile_library(SOURCE, FLAGS, library_path())
 
 
+MESSAGE = struct.Struct("@PqPPPqPqPdddii")
+"""`SageMessage`: head, its bytes; base, offsets, sizes, their number; tail, its bytes; digests; silence_s, deadline_s,
+digest_s; socket, isa."""
+MESSAGE_DIGEST_S = struct.calcsize("@PqPPPqPqPdd")
+CLOSED, TOO_SHORT = -1, -2
+"""What `sage_stream` returns beside an errno."""
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """See `pieces.cpp`; `isa` is one of `isas`."""
 
     sage_pieces: Any
     sage_stream: Any
+    sage_has_soon: Any
     isas: range
 
 
@@ -54,15 +64,10 @@ def library() -> Library | None:
     found = ctypes.CDLL(str(path))
     found.sage_pieces_isas.restype, found.sage_pieces_isas.argtypes = c_int, ()
     found.sage_pieces.restype, found.sage_pieces.argtypes = None, (*(c_void_p,) * 5, c_int64, c_void_p, c_int)
-    found.sage_stream.restype = c_int
-    found.sage_stream.argtypes = (
-        *(c_int, c_int, c_void_p, c_int64),
-        *(c_void_p, c_void_p, c_void_p, c_int64),
-        *(c_void_p, c_int64, c_void_p, c_int),
-        *(c_double, c_double, c_void_p),
-    )
+    found.sage_stream.restype, found.sage_stream.argtypes = c_int, (c_void_p, c_int)
+    found.sage_has_soon.restype, found.sage_has_soon.argtypes = c_int, (c_int, c_int64, c_double)
     isas = range(found.sage_pieces_isas())
     if not isas:
         log.warning("KV copies and digests are done in Python, slower: this is no little-endian machine")
         return None
-    return Library(found.sage_pieces, found.sage_stream, isas)
+    return Library(found.sage_pieces, found.sage_stream, found.sage_has_soon, isas)

@@ -16,16 +16,29 @@ void sage_pieces(uint8_t* source, const int64_t* source_at, uint8_t* target, con
     for (int64_t i = 0; i < count; ++i) std::memcpy(to.piece(i), from.piece(i), static_cast<size_t>(sizes[i]));
 }
 
-// All of head, pieces and tail through a blocking socket, out (`out` not 0) or in. `digests` null: none are taken.
-// Waits as `sage::Stream` says. Returns 0, -1 when the peer closed before the first byte, or an errno.
-int sage_stream(int out, int socket, uint8_t* head, int64_t head_bytes, uint8_t* base, const int64_t* at,
-                const int64_t* sizes, int64_t count, uint8_t* tail, int64_t tail_bytes, uint64_t* digests, int isa,
-                double silence_s, double deadline_s, double* digest_s) {
-    const sage::Stream stream{socket, silence_s, deadline_s};
-    const sage::Pieces pieces{base, at, sizes, count};
-    const sage::Bytes before{head, head_bytes}, after{tail, tail_bytes};
-    return out ? sage::move<true>(stream, before, pieces, after, digests, isa, digest_s)
-               : sage::move<false>(stream, before, pieces, after, digests, isa, digest_s);
+// `native.MESSAGE` packs it: one argument is passed sooner than fifteen.
+struct SageMessage {
+    sage::Bytes head;
+    sage::Pieces pieces;
+    sage::Bytes tail;
+    uint64_t* digests;  // of the pieces, which may lie in the tail; null: none are taken
+    double silence_s, deadline_s;
+    double digest_s;  // out: what they took
+    int32_t socket, isa;
+};
+
+// The whole message through a blocking socket, out (`out` not 0) or in. Waits as `sage::Stream` says. Returns 0, an errno,
+// -1 when the peer closed before the first byte, or -2, and nothing was done, for pieces too short to be digested here.
+int sage_stream(SageMessage* message, int out) {
+    const sage::Pieces& pieces = message->pieces;
+    for (int64_t i = 0; message->digests && i < pieces.count; ++i)
+        if (pieces.sizes[i] <= 240) return -2;
+    const sage::Stream stream{message->socket, message->silence_s, message->deadline_s};
+    const auto move = out ? sage::move<true> : sage::move<false>;
+    return move(stream, message->head, pieces, message->tail, message->digests, message->isa, &message->digest_s);
 }
+
+// See `sage::has_soon`; `until_s` is less than a second away.
+int sage_has_soon(int socket, int64_t bytes, double until_s) { return sage::has_soon(socket, bytes, until_s); }
 
 }  // extern "C"

@@ -4,6 +4,9 @@
 
 #include <cerrno>
 #include <ctime>
+#include <poll.h>
+#include <sched.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/uio.h>
@@ -119,6 +122,26 @@ int move(const Stream& stream, const Bytes& head, const Pieces& pieces, const By
         first = end;
     } while (first < pieces.count);
     return 0;
+}
+
+// Whether `bytes` can be read without waiting, at the latest at `until_s`. The processor is offered to others in between
+// for kYieldingS, and given up only then: to be woken up costs more than the answer to a small request.
+constexpr double kYieldingS = 100e-6;
+
+inline bool has_soon(int socket, int64_t bytes, double until_s) {
+    const double began_s = now_s();
+    for (double at_s = began_s;; at_s = now_s()) {
+        int available = 0;
+        if (ioctl(socket, FIONREAD, &available) == 0 && available >= bytes) return true;
+        if (at_s >= until_s) return false;
+        if (at_s - began_s < kYieldingS) {
+            sched_yield();
+            continue;
+        }
+        pollfd watched{socket, POLLIN | POLLRDHUP, 0};
+        const timespec left{0, static_cast<long>(1e9 * (until_s - at_s))};
+        if (ppoll(&watched, 1, &left, nullptr) <= 0 || watched.revents & (POLLRDHUP | POLLHUP | POLLERR)) return false;
+    }
 }
 
 }  // namespace sage
