@@ -193,6 +193,30 @@ class GatewayConfig(Section):
     api_keys: tuple[str, ...] = Field((), description="empty: open to everybody who can connect")
 
 
+class TenantConfig(Section):
+    guaranteed: float = Field(0.0, ge=0, le=1, description="share of each pool that it gets whenever it asks")
+    limit: float = Field(1.0, gt=0, le=1, description="share that it never has more of, idle blocks included")
+
+    @model_validator(mode="after")
+    def _limit_holds_the_guarantee(self) -> Self:
+        if self.guaranteed > self.limit:
+            raise ValueError(f"guaranteed {self.guaranteed:g} is beyond limit {self.limit:g}; raise the limit")
+        return self
+
+
+class KvConfig(Section):
+    tenants: dict[str, TenantConfig] = Field(
+        {}, description="shares of the KV pools by tenant; `default`: all that have none of their own, together"
+    )
+
+    @model_validator(mode="after")
+    def _guarantees_fit(self) -> Self:
+        total = sum(tenant.guaranteed for tenant in self.tenants.values())
+        if total > 1 + 1e-9:
+            raise ValueError(f"tenants: the guaranteed shares add up to {total:g}; lower them to 1 in all")
+        return self
+
+
 class KvStoreConfig(Section):
     enabled: bool = True
     budget_bytes: int = Field(512 << 20, ge=1 << 20)
@@ -215,6 +239,7 @@ class Config(Section):
     rpc: RpcConfig = RpcConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
+    kv: KvConfig = KvConfig()
     kv_store: KvStoreConfig = KvStoreConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -148,3 +148,46 @@ class TieredCache(Protocol):
 
     def cached_by_tier(self) -> Mapping[Tier, list[BlockHash]]:
         """Hashes of all blocks that can be found in each tier; one that is in two is in both lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """One block of a pool. `block_id` is its place in memory, as in `Allocation.block_ids`.
+
+    `ref_count` counts its holders, the prefix cache (which knows it by `block_hash`) among them. A pinned one stays
+    where it is: somebody else knows the place, or computes there.
+    """
+
+    block_id: int
+    ref_count: int
+    block_hash: BlockHash | None
+    pinned: bool
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockMoves:
+    """Blocks of one pool to be moved within it, from place sources[i] to place destinations[i]; all places differ."""
+
+    sources: BlockIds
+    destinations: BlockIds
+
+    @classmethod
+    def none(cls) -> Self:
+        return cls(np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class KvFragmentation:
+    """How much of a pool's memory is there and of no use.
+
+    `internal`: token slots in held blocks that are for no token / token slots in held blocks (internal fragmentation of
+    Kwon et al., PagedAttention, SOSP 2023, section 3.1; the last block of a table is seldom full). `external`:
+    1 - longest free run / free blocks (Johnstone and Wilson, The Memory Fragmentation Problem: Solved?, ISMM 1998,
+    discuss it): 0 when all free blocks lie in a row. A paged pool can use them however they lie.
+    """
+
+    internal: float
+    external: float
+    free_blocks: int
+    longest_free_run_blocks: int

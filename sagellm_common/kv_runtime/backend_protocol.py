@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from sagellm_common.core.kv import Allocation, BlockEvent, KvMemory
-from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds
+from sagellm_common.core.kv import Allocation, BlockEvent, BlockInfo, BlockMoves, KvFragmentation, KvMemory
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds
 
 
 class KVBackendProtocol(Protocol):
@@ -15,11 +15,11 @@ class KVBackendProtocol(Protocol):
     @property
     def layout(self) -> KvLayout: ...
 
-    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "") -> Allocation:
+    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "", tenant: str = "") -> Allocation:
         """Blocks for `num_tokens` tokens, their leading ones shared with the prefix cache where it holds them.
 
         A cache hit is verified against `token_ids` and never covers all of them: at least one token is left to
-        compute. Raises KvExhausted, having taken nothing.
+        compute. Fresh blocks are charged to `tenant`. Raises KvExhausted and TenantQuota, having taken nothing.
         """
 
     def share(self, allocation: Allocation) -> Allocation:
@@ -28,6 +28,17 @@ class KVBackendProtocol(Protocol):
     def free(self, allocation: Allocation) -> None:
         """Drops the references. Idempotent."""
 
+    def extend(self, allocation: Allocation, num_tokens: int) -> None:
+        """Adds fresh blocks up to enough for num_tokens tokens in all. Raises as `allocate` does, having added none."""
+
+    def make_writable(self, allocation: Allocation, begin_token: int) -> int:
+        """Copy on write: the blocks that hold tokens from begin_token on are this holder's alone afterwards.
+
+        To be called before a holder of shared blocks writes into them, as two sequences that go on from one partial
+        block do. The pool copies, before it returns; `block_ids` has the copies. Returns how many there are. Raises as
+        `allocate` does, having changed nothing.
+        """
+
     def cached_hashes(self) -> list[BlockHash]:
         """Hashes of all blocks of the prefix cache (a snapshot for a new watcher)."""
 
@@ -35,6 +46,18 @@ class KVBackendProtocol(Protocol):
         """Calls back on each change of the prefix cache, from whatever thread made it."""
 
     def get_utilization(self) -> KvStats: ...
+
+    def get_block_info(self, block_ids: BlockIds) -> list[BlockInfo]:
+        """Who has these blocks of memory, in order. Raises IndexError outside the pool."""
+
+    def migrate(self, plan: BlockMoves) -> int:
+        """Moves blocks within the memory, bytes and all; every table and the cache find them in the new place.
+
+        Those that cannot be moved (any more) stay: pinned ones, and those whose destination somebody holds. Returns how
+        many were moved. Copies under the pool's lock: a plan is to be small.
+        """
+
+    def get_fragmentation(self) -> KvFragmentation: ...
 
     def regions(self) -> KvMemory: ...
 

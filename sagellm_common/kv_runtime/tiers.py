@@ -106,10 +106,12 @@ class TierBackend(Protocol):
         """Nothing is read or written any more. Idempotent."""
 
 
-def keys_of(hashes: Sequence[BlockHash], token_ids: TokenIds, block_size_tokens: int) -> list[BlockKey]:
-    """Keys of consecutive blocks; the parent of the first is not known."""
+def keys_of(
+    hashes: Sequence[BlockHash], token_ids: TokenIds, block_size_tokens: int, parent: BlockHash = b""
+) -> list[BlockKey]:
+    """Keys of consecutive blocks; `parent` is that of the first, where it is known."""
     packed, step = pack_int32(token_ids), 4 * block_size_tokens
-    parents = (b"", *hashes)
+    parents = (parent, *hashes)
     return [BlockKey(block_hash, packed[n * step : (n + 1) * step], parents[n]) for n, block_hash in enumerate(hashes)]
 
 

@@ -74,7 +74,7 @@ def _over_a_scheduler() -> Pool:
     def cache(token_ids: TokenIds) -> None:
         allocation = pool.allocate(token_ids, len(token_ids))
         with pool.lock:
-            pool.cache.publish(SequencePrefix(root_hash(LAYOUT)), token_ids, allocation.logical, len(token_ids))
+            pool.cache.publish(SequencePrefix(root_hash(LAYOUT)), token_ids, allocation.table, len(token_ids))
         pool.free(allocation)
 
     return Pool(pool, cache)

@@ -9,29 +9,24 @@ half of a slot is in the block's keys, half in its values.
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
 
 from sagellm_common.core.errors import ContextTooLong, EngineFailed, InvalidRequest, KvExhausted, SageError
-from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion, LayerPart
+from sagellm_common.core.kv import Allocation, LayerPart
 from sagellm_common.core.types import (
-    BlockHash,
     FinishReason,
     KvLayout,
-    KvStats,
     ModelInfo,
     SamplingParams,
-    TokenIds,
     TokenLogprob,
     as_token_ids,
 )
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
-from sagellm_common.kv_policy.eviction import make_eviction
-from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.kv_runtime.backends.mock import MockKvPool
 
 SLOT_BYTES = 16
 HALF_BYTES = SLOT_BYTES // 2
@@ -66,113 +61,27 @@ def reference(prompt: list[int], sampling: SamplingParams) -> tuple[list[int], F
         kv += _slot(kv, token)
 
 
-@dataclass(slots=True, eq=False)
-class _Blocks(Allocation):
-    live: bool = True
-
-
 def _layer_parts(layout: KvLayout) -> tuple[LayerPart, ...]:
     """Keys of all layers, then values of all layers: half of each slot, and of that each layer has its share."""
     half = layout.block_bytes // 2
     return (LayerPart(0, half // layout.num_layers), LayerPart(half, half // layout.num_layers))
 
 
-class SimulatedPool:
-    """A KVBackendProtocol: reference counts, and a prefix cache whose blocks are reused least recently used first."""
+class SimulatedPool(MockKvPool):
+    """The pool whose blocks hold what `_slot` makes of tokens."""
 
     def __init__(self, layout: KvLayout, num_blocks: int) -> None:
-        self.layout = layout
-        self.eviction = "lru"
-        memory = memoryview(bytearray(num_blocks * layout.block_bytes))
-        self._region = KvRegion(memory, layout.block_bytes, num_blocks, _layer_parts(layout))
+        super().__init__(layout, num_blocks, layer_parts=_layer_parts(layout))
         self._share_bytes = HALF_BYTES // layout.num_layers
-        self._lock = threading.RLock()
-        self._refs = [0] * num_blocks
-        self._free = list(range(num_blocks))
-        self._cache: dict[BlockHash, tuple[int, bytes]] = {}
-        self._hash_of: dict[int, BlockHash] = {}
-        self._watchers: list[Callable[[BlockEvent], None]] = []
-
-    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "") -> Allocation:
-        with self._lock:
-            shared = self._lookup(token_ids, cache_salt)
-            for block in shared:
-                self._refs[block] += 1
-            try:
-                blocks = shared + self._take(-(-num_tokens // self.layout.block_size_tokens) - len(shared))
-            except KvExhausted:
-                self._drop(shared)
-                raise
-            cached = len(shared) * self.layout.block_size_tokens
-            return _Blocks(np.array(blocks, dtype=np.int32), cached, len(shared))
-
-    def grow(self, allocation: Allocation, num_tokens: int) -> None:
-        with self._lock:
-            missing = -(-num_tokens // self.layout.block_size_tokens) - len(allocation.block_ids)
-            if missing > 0:
-                more = np.array(self._take(missing), dtype=np.int32)
-                allocation.block_ids = np.concatenate([allocation.block_ids, more])
-
-    def share(self, allocation: Allocation) -> Allocation:
-        assert isinstance(allocation, _Blocks)
-        assert allocation.live, "freed before"
-        with self._lock:
-            for block in allocation.block_ids.tolist():
-                self._refs[block] += 1
-            return replace(allocation)
-
-    def free(self, allocation: Allocation) -> None:
-        assert isinstance(allocation, _Blocks)
-        with self._lock:
-            if allocation.live:
-                allocation.live = False
-                self._drop(allocation.block_ids.tolist())
-
-    def publish(self, token_ids: TokenIds, allocation: Allocation, cache_salt: str) -> None:
-        """Makes the full blocks with valid KV shareable."""
-        size = self.layout.block_size_tokens
-        valid = token_ids[: allocation.num_cached_tokens]
-        stored = []
-        with self._lock:
-            for i, key in enumerate(block_hashes(valid, size, root_hash(self.layout, cache_salt))):
-                block = int(allocation.block_ids[i])
-                if key not in self._cache and block not in self._hash_of:
-                    self._cache[key] = block, valid[i * size : (i + 1) * size].tobytes()
-                    self._hash_of[block] = key
-                    stored.append(key)
-            self._tell(BlockEvent(stored=tuple(stored)))
 
     def forget(self) -> None:
         """Empties the prefix cache of what nobody uses, as a restart would."""
-        with self._lock:
-            idle = [block for block in self._hash_of if not self._refs[block]]
-            self._evict(idle)
-            self._free += idle
-
-    def cached_hashes(self) -> list[BlockHash]:
-        with self._lock:
-            return list(self._cache)
-
-    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
-        self._watchers.append(callback)
-
-    def get_utilization(self) -> KvStats:
-        with self._lock:
-            used = sum(refs > 0 for refs in self._refs)
-            cached = sum(not self._refs[block] for block in self._hash_of)
-            return KvStats(len(self._refs), len(self._free), used, cached)
-
-    def set_eviction(self, name: str) -> None:
-        """Only the name is kept."""
-        make_eviction(name, 1)
-        self.eviction = name
-
-    def regions(self) -> KvRegion:
-        return self._region
+        with self.lock:
+            self.cache.remove([key for key in self.cache.hashes() if self.cache.idle(key)])
 
     def read(self, allocation: Allocation, num_tokens: int) -> bytes:
         """The KV of the first tokens, as it stands in the blocks."""
-        region = self._region
+        region = self.regions()
         shape = (region.num_blocks, 2 * self.layout.num_layers, -1, self._share_bytes)
         blocks = np.frombuffer(region.view, np.uint8).reshape(shape)
         return blocks[allocation.block_ids].transpose(0, 2, 1, 3).tobytes()[: num_tokens * SLOT_BYTES]
@@ -182,7 +91,7 @@ class SimulatedPool:
         index, offset = divmod(position, self.layout.block_size_tokens)
         assert index >= allocation.num_shared_blocks, "would write to a shared block"
         block, size, num_layers = (
-            self._region.block(int(allocation.block_ids[index])),
+            self.regions().block(int(allocation.block_ids[index])),
             self._share_bytes,
             self.layout.num_layers,
         )
@@ -190,47 +99,6 @@ class SimulatedPool:
             for plane in (layer, num_layers + layer):
                 at = (plane * self.layout.block_size_tokens + offset) * size
                 block[at : at + size] = slot[plane * size : (plane + 1) * size]
-
-    def _lookup(self, token_ids: TokenIds, cache_salt: str) -> list[int]:
-        size, blocks = self.layout.block_size_tokens, []
-        usable = (len(token_ids) - 1) // size * size
-        for i, key in enumerate(block_hashes(token_ids[:usable], size, root_hash(self.layout, cache_salt))):
-            block, tokens = self._cache.get(key, (-1, b""))
-            if tokens != token_ids[i * size : (i + 1) * size].tobytes():
-                break
-            self._cache[key] = self._cache.pop(key)  # now the most recently used
-            blocks.append(block)
-        return blocks
-
-    def _take(self, count: int) -> list[int]:
-        idle = [block for block, _ in self._cache.values() if not self._refs[block]]
-        short = count - len(self._free)
-        if short > len(idle):
-            raise KvExhausted(f"{count} KV blocks wanted, {len(self._free) + len(idle)} available", retry_after_s=0.1)
-        if short > 0:
-            self._evict(idle[:short])
-            self._free += idle[:short]
-        blocks, self._free = self._free[:count], self._free[count:]
-        for block in blocks:
-            self._refs[block] = 1
-        return blocks
-
-    def _drop(self, blocks: list[int]) -> None:
-        for block in blocks:
-            self._refs[block] -= 1
-            if not self._refs[block] and block not in self._hash_of:
-                self._free.append(block)
-
-    def _evict(self, blocks: list[int]) -> None:
-        removed = [self._hash_of.pop(block) for block in blocks]
-        for key in removed:
-            del self._cache[key]
-        self._tell(BlockEvent(removed=tuple(removed)))
-
-    def _tell(self, event: BlockEvent) -> None:
-        if event.stored or event.removed:
-            for callback in self._watchers:
-                callback(event)
 
 
 @dataclass(slots=True, eq=False)
@@ -359,7 +227,7 @@ class SimulatedEngine:
             sequence.allocation = self.kv.allocate(known, len(tokens), sequence.request.cache_salt)
             sequence.computed = sequence.allocation.num_cached_tokens
         blocks = sequence.allocation
-        self.kv.grow(blocks, len(tokens))
+        self.kv.extend(blocks, len(tokens))
         kv = self.kv.read(blocks, sequence.computed)
         layers = self._next_layers(sequence)
         most = self._max_prefill_tokens
@@ -371,7 +239,7 @@ class SimulatedEngine:
         if not self._chunk_done(sequence, len(chunk), layers):
             return None
         blocks.num_cached_tokens = sequence.computed
-        self.kv.publish(as_token_ids(tokens), blocks, sequence.request.cache_salt)
+        self.kv.publish(blocks, as_token_ids(tokens[: sequence.computed]), sequence.request.cache_salt)
         if sequence.computed < len(tokens):
             return None
         token = _sample(kv, sampling)

@@ -27,11 +27,12 @@ from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
 from sagellm_common.engines.lmdeploy import hooks
 from sagellm_common.engines.lmdeploy.block_manager import manager_of
-from sagellm_common.engines.lmdeploy.kv_manager import EngineAllocation, LmdeployKvPool, SequencePrefix
+from sagellm_common.engines.lmdeploy.kv_manager import LmdeployKvPool, SequencePrefix
 from sagellm_common.engines.lmdeploy.progress import StepProgress
 from sagellm_common.engines.lmdeploy.sampling import RowwiseSampling, lmdeploy_sampling, stopped
 from sagellm_common.engines.lmdeploy.scheduler import POLICY, Steering
 from sagellm_common.engines.watchdog import StepWatch
+from sagellm_common.kv_runtime.pool import PoolAllocation
 from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, StepPlan
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ class Running:
     def keeps_its_blocks(self) -> bool:
         """Whether it is computed in the blocks it came with; if not, its progress fails: others look at those."""
         given, progress = self.request.allocation, self.request.progress
-        if not isinstance(given, EngineAllocation) or progress is None:
+        if not isinstance(given, PoolAllocation) or progress is None:
             return False
-        blocks = self.seq.logical_blocks.get_real_blocks()[: len(given.logical)]
-        if not np.array_equal(blocks, given.logical):
+        blocks = self.seq.logical_blocks.get_real_blocks()[: len(given.table)]
+        if not np.array_equal(blocks, given.table):
             progress.fail(LeaseExpired("the engine took this sequence's blocks back before it was computed"))
         return not progress.failed
 
@@ -113,7 +114,7 @@ class EngineCore(LmdeployEngineBase):
         if not request.sampling.ignore_eos:
             stop |= self._eos
         sampling = lmdeploy_sampling(request.sampling, emitted, stop)
-        allocation = request.allocation if isinstance(request.allocation, EngineAllocation) else None
+        allocation = request.allocation if isinstance(request.allocation, PoolAllocation) else None
         with self.kv.lock:
             if self._ended:
                 raise EngineFailed("the engine was stopped; try another worker")
@@ -435,7 +436,7 @@ class EngineCore(LmdeployEngineBase):
         held = None
         if run.request.hold_blocks and reason in (FinishReason.STOP, FinishReason.LENGTH):
             held = self.kv.hold(seq.logical_blocks.get_real_blocks(), seq.num_history_ids)
-        self.kv.cache.leave(seq.session_id)
+        self.kv.cache.prefixes.pop(seq.session_id)
         self.steering.leave(seq.session_id)
         self.end_session(seq.session_id)
         return SequenceOutput(run.request.request_id, token_ids, logprobs, reason, error, held, self._took_s(run))

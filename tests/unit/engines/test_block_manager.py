@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -87,12 +88,12 @@ def test_what_lmdeploy_schedules_comes_from_our_cache_and_goes_back_to_it(schedu
 
 
 def test_blocks_freed_once_too_often_raise_and_stay_free_once(scheduler: Any) -> None:
-    allocator = scheduler.block_manager.allocator
-    blocks = allocator.allocate(2)
-    allocator.free(blocks)
+    books = scheduler.block_manager.blocks
+    blocks = books.allocate(2)
+    books.release(blocks)
     with pytest.raises(ValueError, match="nobody holds"):
-        allocator.free(blocks)
-    assert sorted(allocator.allocate(NUM_BLOCKS).tolist()) == list(range(NUM_BLOCKS))
+        books.release(blocks)
+    assert sorted(books.allocate(NUM_BLOCKS).tolist()) == list(range(NUM_BLOCKS))
 
 
 def test_eviction_takes_cached_blocks_first_and_no_more_victims_than_needed(scheduler: Any) -> None:
@@ -118,11 +119,11 @@ def test_eviction_that_cannot_help_takes_nothing(scheduler: Any) -> None:
     manager.cache.allocate(cached)
     scheduler.end_session(1)
     victim = add(scheduler, 2, [2] * 8, computed=7)
-    held = manager.allocator.allocate(4)
+    held = manager.blocks.allocate(4)
     newcomer = add(scheduler, 3, [3] * 20)  # five blocks: one is free, one is cached, two are the victim's
     assert not scheduler.eviction_helper.evict_for_seq(newcomer, [victim], 0)
     assert (victim.num_blocks, victim.num_history_ids, len(manager.cache.hashes())) == (2, 7, 1)
-    manager.allocator.free(held[:1])
+    manager.blocks.release(held[:1])
     assert scheduler.eviction_helper.evict_for_seq(newcomer, [victim], 0)
     assert (victim.num_blocks, len(manager.cache.hashes())) == (0, 0)
 
@@ -139,5 +140,5 @@ def test_token_ids_of_a_cached_block_are_compared(scheduler: Any) -> None:
     cache = scheduler.block_manager.cache
     cache.allocate(add(scheduler, 1, list(range(5)), computed=4))
     (key,) = cache.hashes()
-    cache._entries[key].token_ids = b"a collision of hashes"
+    cache[key].key = replace(cache[key].key, token_bytes=b"a collision of hashes")
     assert cache.lookup(as_token_ids(list(range(5))), ROOT)[0] == []

@@ -120,10 +120,10 @@ def test_a_forward_that_fails_has_done_nothing() -> None:
 
 def test_a_sequence_that_lost_its_blocks_is_not_followed() -> None:
     from sagellm_common.engines.lmdeploy.core import Running
-    from sagellm_common.engines.lmdeploy.kv_manager import EngineAllocation
+    from sagellm_common.kv_runtime.pool import PoolAllocation
 
     def running(blocks: list[int]) -> Running:
-        given = EngineAllocation(np.array([1, 2], np.int32), logical=np.array([1, 2]))
+        given = PoolAllocation(np.array([1, 2], np.int32), table=np.array([1, 2]))
         request = SimpleNamespace(allocation=given, progress=KvProgress(32, 0, BLOCK_TOKENS))
         logical = SimpleNamespace(get_real_blocks=lambda: np.array(blocks))
         return Running(request, SimpleNamespace(logical_blocks=logical), frozenset())  # type: ignore[arg-type]

@@ -62,9 +62,9 @@ def in_the_inputs(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_scheduling(patch: pytest.MonkeyPatch) -> None:
-    from lmdeploy.pytorch.paging.block_manager.default_block_manager import DefaultBlockManager
+    from sagellm_common.engines.lmdeploy.block_manager import KvBlockManager
 
-    when(patch, DefaultBlockManager, "allocate_msg", poisoned)
+    when(patch, KvBlockManager, "allocate_msg", poisoned)
 
 
 STAGES: dict[str, Fault] = {"model": in_the_model, "inputs": in_the_inputs, "scheduling": in_scheduling}
@@ -148,11 +148,11 @@ async def test_blocks_that_were_given_back_are_refused_and_nothing_is_queued(tin
 async def test_lost_results_end_their_batch_and_not_the_engine(
     tiny_llama: Path, hf_greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sagellm_common.engines.lmdeploy.kv_manager import PrefixCache
+    from sagellm_common.engines.lmdeploy.kv_manager import EnginePrefixCache
 
     async with running_engine(tiny_llama) as driver:
         with monkeypatch.context() as patch:
-            when(patch, PrefixCache, "publish", lambda *_: True)
+            when(patch, EnginePrefixCache, "publish", lambda *_: True)
             _, last = await driver.run(PROMPTS[1], NEW_TOKENS)
         assert isinstance(last.error, EngineFailed)
         assert driver.engine.kv.get_utilization().used_blocks == 0

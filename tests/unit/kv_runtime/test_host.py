@@ -221,7 +221,7 @@ def test_an_allocation_grows_and_is_freed_as_a_whole() -> None:
     pool.extend(allocation, 9)
     assert len(set(allocation.block_ids.tolist())) == 3
     assert counts(pool) == (3, 1, 0)
-    with pytest.raises(KvExhausted, match="need 2 more KV blocks; 1 of 4 are left"):
+    with pytest.raises(KvExhausted, match="2 more KV blocks wanted, 1 of 4 free"):
         pool.extend(allocation, 17)
     assert len(allocation.block_ids) == 3
     pool.free(allocation)

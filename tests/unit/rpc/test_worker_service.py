@@ -29,9 +29,9 @@ class TestBlockFeed:
         pool, feed = self.feed()
         first, held = feed.subscribe()
         assert held == []
-        pool._tell(BlockEvent(stored=(A,)))
+        pool.cache._tell(BlockEvent(stored=(A,)))
         second, _ = feed.subscribe()
-        pool._tell(BlockEvent(stored=(B,)))
+        pool.cache._tell(BlockEvent(stored=(B,)))
         assert feed.take(first) == BlockEvent(stored=(A, B))
         assert feed.take(first) == BlockEvent()
         assert feed.take(second) == BlockEvent(stored=(B,))
@@ -39,17 +39,17 @@ class TestBlockFeed:
     def test_a_backlog_keeps_the_last_state_of_each_block(self) -> None:
         pool, feed = self.feed()
         key, _ = feed.subscribe()
-        pool._tell(BlockEvent(stored=(A, B)))
-        pool._tell(BlockEvent(removed=(A,)))
-        pool._tell(BlockEvent(removed=(C,)))
-        pool._tell(BlockEvent(stored=(C,)))
+        pool.cache._tell(BlockEvent(stored=(A, B)))
+        pool.cache._tell(BlockEvent(removed=(A,)))
+        pool.cache._tell(BlockEvent(removed=(C,)))
+        pool.cache._tell(BlockEvent(stored=(C,)))
         assert feed.take(key) == BlockEvent(stored=(B, C), removed=(A,))
 
     def test_who_left_is_forgotten(self) -> None:
         pool, feed = self.feed()
         key, _ = feed.subscribe()
         feed.unsubscribe(key)
-        pool._tell(BlockEvent(stored=(A,)))
+        pool.cache._tell(BlockEvent(stored=(A,)))
         with pytest.raises(KeyError):
             feed.take(key)
 

@@ -1,0 +1,384 @@
+"""A pool of KV blocks: *match what is cached → make room → take fresh blocks → hand out*, under one lock.
+
+    KVPool ── BlockManager    references, accounts, slots
+           ├─ PrefixCache     verified hits, watchers ── eviction policy
+           ├─ QuotaManager    who may take how much
+           └─ KvMemory        the bytes
+
+The pools of the host, of LMDeploy and of tests are this one over different memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sagellm_common.core.clock import Clock, SystemClock
+from sagellm_common.core.config import TenantConfig
+from sagellm_common.core.errors import KvExhausted, LayoutMismatch, SageError
+from sagellm_common.core.kv import (
+    Allocation,
+    BlockEvent,
+    BlockInfo,
+    BlockMoves,
+    KvFragmentation,
+    KvMemory,
+    KvRegion,
+)
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds
+from sagellm_common.kv_policy.eviction import make_eviction, swap_eviction
+from sagellm_common.kv_runtime import defrag
+from sagellm_common.kv_runtime.block_manager import BlockArray, BlockManager
+from sagellm_common.kv_runtime.prefix_cache import PrefixCache
+from sagellm_common.kv_runtime.quota import QuotaManager, TenantUsage
+from sagellm_common.kv_runtime.tiers import keys_of
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+
+
+@dataclass(slots=True, eq=False)
+class PoolAllocation(Allocation):
+    """`block_ids` are slots, which others get to know, so they do not move; `table` are the blocks in them.
+
+    `num_tokens` is what it was allocated for, `hashes` name its shared blocks. `live` until freed or handed over.
+    `uses` False: its blocks are held to be copied, which is no use of them.
+    """
+
+    table: BlockArray = field(default_factory=lambda: np.empty(0, np.int64))
+    num_tokens: int = 0
+    hashes: list[BlockHash] = field(default_factory=list)
+    account: int = 0
+    uses: bool = True
+    live: bool = True
+
+    def was_filled(self, block_size_tokens: int) -> bool:
+        """Whether its holder brought KV from elsewhere, beyond what the cache had."""
+        return self.num_cached_tokens > self.num_shared_blocks * block_size_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """Blocks that one holder holds for `num_tokens` tokens; a pinned one's stay where they are."""
+
+    blocks: BlockArray
+    num_tokens: int
+    pinned: bool = True
+
+
+class KVPool:
+    """A `KVBackendProtocol` over any memory, once that is given to `open`. Thread-safe; no method waits for compute.
+
+    `setting` is what makes it larger.
+    """
+
+    def __init__(
+        self,
+        *,
+        eviction: str = "lru",
+        tenants: Mapping[str, TenantConfig] | None = None,
+        clock: Clock | None = None,
+        setting: str = "engine.num_blocks",
+    ) -> None:
+        self.lock: AbstractContextManager[Any] = threading.RLock()
+        self._eviction = eviction
+        self._tenants = tenants or {}
+        self._clock = clock or SystemClock()
+        self._setting = setting
+        self._layout: KvLayout | None = None
+        self._live: set[PoolAllocation] = set()
+        self._memory: KvMemory = KvRegion(memoryview(b""), 0, 0)
+        self._keep_books(PrefixCache(BlockManager(0), 1, make_eviction(eviction, 0)))
+
+    def open(self, layout: KvLayout, memory: KvMemory, cache: PrefixCache | None = None) -> None:
+        """Gives the pool its memory, and the books of that where somebody else has them already. Once."""
+        watchers = self.cache.watchers
+        self._layout, self._memory = layout, memory
+        policy = make_eviction(self._eviction, memory.num_blocks)
+        if cache is None:
+            cache = PrefixCache(BlockManager(memory.num_blocks), layout.block_size_tokens, policy)
+        cache.policy = policy
+        cache.watchers += watchers
+        self._keep_books(cache)
+
+    def _keep_books(self, cache: PrefixCache) -> None:
+        self.cache, self.blocks = cache, cache.book
+        self.quota = QuotaManager(cache.book.num_blocks, self._tenants, self._clock, cache.book.charged)
+
+    # ---- KVBackendProtocol ----
+
+    @property
+    def layout(self) -> KvLayout:
+        """Raises LayoutMismatch before it is known."""
+        if self._layout is None:
+            raise LayoutMismatch("the pool has no layout yet: its first put brings one")
+        return self._layout
+
+    def regions(self) -> KvMemory:
+        return self._memory
+
+    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "", tenant: str = "") -> PoolAllocation:
+        """See `KVBackendProtocol.allocate`."""
+        size = self.layout.block_size_tokens
+        usable = max(0, len(token_ids) - 1) // size * size if self.cache.enabled else 0
+        hashes = block_hashes(token_ids[:usable], size, root_hash(self.layout, cache_salt))
+        with self.lock:
+            account = self.quota.account_of(tenant)
+            shared = self.cache.find(hashes, token_ids)
+            try:
+                fresh = self._obtain(self._num_blocks(num_tokens) - len(shared), account)
+            except SageError:
+                self.cache.release(shared, used=False)
+                raise
+            table = np.concatenate([shared, fresh])
+            return self._hand_out(table, num_tokens, len(shared), hashes[: len(shared)], account)
+
+    def share(self, allocation: Allocation) -> PoolAllocation:
+        """See `KVBackendProtocol.share`."""
+        with self.lock:
+            held = self._held(allocation)
+            self.blocks.hold(held.table)
+            shared = self._hand_out(held.table, held.num_tokens, held.num_shared_blocks, held.hashes, held.account)
+            shared.num_cached_tokens = held.num_cached_tokens
+            return shared
+
+    def free(self, allocation: Allocation) -> None:
+        """Drops the references. Idempotent."""
+        assert isinstance(allocation, PoolAllocation)
+        with self.lock:
+            if allocation.live:
+                self.cache.release(self.take(allocation), used=allocation.uses)
+
+    def extend(self, allocation: Allocation, num_tokens: int) -> None:
+        """See `KVBackendProtocol.extend`."""
+        with self.lock:
+            held = self._held(allocation)
+            fresh = self._obtain(self._num_blocks(num_tokens) - len(held.table), held.account)
+            held.num_tokens = max(held.num_tokens, num_tokens)
+            self._retable(held, np.concatenate([held.table, fresh]))
+
+    def make_writable(self, allocation: Allocation, begin_token: int) -> int:
+        """See `KVBackendProtocol.make_writable`: copies, in this call, what others hold, too."""
+        with self.lock:
+            held = self._held(allocation)
+            first = begin_token // self.layout.block_size_tokens
+            shared = int(np.count_nonzero(self.blocks.ref_counts[held.table[first:]] > 1))
+            self._make_room(shared, held.account)
+            cow = self.blocks.copy_on_write(held.table, first, held.account)
+            copy_blocks(self._memory, self._slots(cow.originals), self._slots(cow.copies))
+            self._retable(held, cow.table)
+            self.cache.release(cow.originals)
+            held.num_shared_blocks = min(held.num_shared_blocks, first)
+            return shared
+
+    def cached_hashes(self) -> list[BlockHash]:
+        with self.lock:
+            return self.cache.hashes()
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        """Called with the pool's lock held: in order, but it must not call back into the pool."""
+        with self.lock:
+            self.cache.watchers.append(callback)
+
+    def get_utilization(self) -> KvStats:
+        with self.lock:
+            used = np.unique(np.concatenate([np.empty(0, np.int64), *(table.blocks for table in self.tables())]))
+            return KvStats(
+                total_blocks=self._memory.num_blocks,
+                free_blocks=self.blocks.num_free,
+                used_blocks=len(used),
+                cached_blocks=len(np.setdiff1d(self.cache.blocks(), used, assume_unique=True)),
+            )
+
+    def get_block_info(self, block_ids: BlockIds) -> list[BlockInfo]:
+        """See `KVBackendProtocol.get_block_info`."""
+        with self.lock:
+            if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < self._memory.num_blocks:
+                raise IndexError(f"blocks {block_ids.tolist()} are not all in the pool of {self._memory.num_blocks}")
+            _, pinned = self.slot_map()
+            return [
+                BlockInfo(
+                    block_id=slot,
+                    ref_count=int(self.blocks.ref_counts[block]),
+                    block_hash=self.cache.hash_of(block),
+                    pinned=bool(pinned[slot]),
+                    tenant=self.quota.tenant_of(self.blocks.accounts[block]) if self.blocks.ref_counts[block] else "",
+                )
+                for slot, block in zip(block_ids.tolist(), self.blocks.blocks_at(block_ids).tolist(), strict=True)
+            ]
+
+    def migrate(self, plan: BlockMoves) -> int:
+        """See `KVBackendProtocol.migrate`."""
+        with self.lock:
+            free, pinned = self.slot_map()
+            possible = free[plan.destinations] & ~free[plan.sources] & ~pinned[plan.sources]
+            sources, destinations = plan.sources[possible], plan.destinations[possible]
+            copy_blocks(self._memory, sources, destinations)
+            self.blocks.move(sources, destinations)
+            self.blocks.order_free()
+            return len(sources)
+
+    def get_fragmentation(self) -> KvFragmentation:
+        """See `KvFragmentation`; blocks of the cache alone are full."""
+        size = self.layout.block_size_tokens
+        with self.lock:
+            filled = np.zeros(self.blocks.num_blocks, np.int64)
+            filled[self.cache.blocks()] = size
+            for table in self.tables():
+                tokens = np.clip(table.num_tokens - size * np.arange(len(table.blocks)), 0, size)
+                filled[table.blocks] = np.maximum(filled[table.blocks], tokens)
+            held = int(np.count_nonzero(self.blocks.ref_counts)) * size
+            return defrag.fragmentation(self.slot_map()[0], held, held - int(filled.sum()))
+
+    @property
+    def eviction(self) -> str:
+        return self._eviction
+
+    def set_eviction(self, name: str) -> None:
+        """From now on; what is cached stays. Raises ConfigError, having changed nothing."""
+        with self.lock:
+            self.cache.policy = swap_eviction(self.cache.policy, name, self._memory.num_blocks)
+            self._eviction = name
+
+    # ---- for those who know that it is a KVPool ----
+
+    @property
+    def block_bytes(self) -> int:
+        return self._memory.block_bytes
+
+    def defragment(self, max_bytes: int) -> int:
+        """Moves blocks of at most max_bytes towards one free run; returns how many. Under the lock: keep it small."""
+        with self.lock:
+            return defrag.defragment(self, max_bytes)
+
+    def tenant_usage(self) -> list[TenantUsage]:
+        """Empty where kv.tenants names none."""
+        with self.lock:
+            return self.quota.usage()
+
+    def publish(self, allocation: Allocation, token_ids: TokenIds, cache_salt: str = "") -> None:
+        """The blocks hold KV of these tokens: the full ones are found from now on. Copies of cached ones stay private.
+
+        The allocation keeps its references, and must not write its full blocks any more.
+        """
+        hashes = block_hashes(token_ids, self.layout.block_size_tokens, root_hash(self.layout, cache_salt))
+        with self.lock:
+            held = self._held(allocation)
+            keys = keys_of(hashes, token_ids, self.layout.block_size_tokens)
+            count = min(len(keys), len(held.table))
+            self.cache.insert(keys[:count], held.table[:count])
+
+    def take(self, allocation: PoolAllocation) -> BlockArray:
+        """Hands the references over to the caller; a later `free` is a no-op. The lock is held."""
+        self._held(allocation)
+        allocation.live = False
+        self._live.discard(allocation)
+        return allocation.table
+
+    def slot_map(self) -> tuple[defrag.Mask, defrag.Mask]:
+        """(free, pinned), slot by slot. The lock is held."""
+        free = np.zeros(self._memory.num_blocks, np.bool_)
+        free[self.blocks.slots(self.blocks.free_blocks())] = True
+        pinned = np.zeros_like(free)
+        for table in self.tables():
+            if table.pinned:
+                pinned[self.blocks.slots(table.blocks)] = True
+        return free, pinned
+
+    # ---- what pools of a kind add to ----
+
+    def tables(self) -> Iterator[Table]:
+        """Of all holders but the cache. The lock is held."""
+        for allocation in self._live:
+            yield Table(allocation.table, allocation.num_tokens)
+
+    def _headroom(self) -> int:
+        """Blocks that are to stay free for those who hold some already."""
+        return 0
+
+    # ---- the lock is held from here on ----
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.layout.block_size_tokens)
+
+    def _held(self, allocation: Allocation) -> PoolAllocation:
+        assert isinstance(allocation, PoolAllocation)
+        if not allocation.live:
+            raise ValueError("the allocation was freed or handed over before: its blocks may be somebody else's")
+        return allocation
+
+    def _slots(self, blocks: BlockArray) -> BlockIds:
+        return self.blocks.slots(blocks).astype(np.int32)
+
+    def _obtain(self, count: int, account: int) -> BlockArray:
+        """Fresh blocks. Raises KvExhausted or TenantQuota, having taken nothing."""
+        self._make_room(count, account)
+        return self.blocks.allocate(max(0, count), account)
+
+    def _make_room(self, count: int, account: int) -> None:
+        """`count` blocks are free for the account afterwards. Raises KvExhausted or TenantQuota."""
+        if count <= 0:
+            return
+        self.quota.check_borrowing(account, count)
+        headroom = self._headroom()
+        possible, evictions = self._room(count, account, headroom)
+        if possible < count or not self._evict(evictions):
+            kept = f" and {headroom} kept for running sequences" if headroom else ""
+            raise self.quota.refusal(account, count) or KvExhausted(
+                f"{count} more KV blocks wanted, {self.blocks.num_free} of {self._memory.num_blocks} free{kept}: "
+                f"try again, or raise {self._setting}",
+                retry_after_s=0.1,
+            )
+        self.quota.served(account)
+
+    def _room(self, count: int, account: int, headroom: int) -> tuple[int, list[tuple[int | None, int]]]:
+        """How many of `count` fresh blocks the account can have beside `headroom`, and whose cached ones are to be
+        evicted for it."""
+        quota, free = self.quota, self.blocks.num_free
+        beyond = quota.beyond_limit(account, count)
+        if beyond <= 0 and count + headroom <= free:
+            return count, []
+        idle = self.cache.idle_by_account(quota.num_accounts)
+        evictions: list[tuple[int | None, int]] = []
+        if beyond > 0:
+            own = min(beyond, int(idle[account]))
+            count -= beyond - own
+            free, idle[account] = free + own, idle[account] - own
+            evictions.append((account, own))
+        if not quota.enabled:
+            gone = max(0, min(count + headroom - free, int(idle.sum())))
+            return min(count, free + gone - headroom), [(None, gone)]
+        for victim, most in quota.reclaim_from(account, count):
+            gone = max(0, min(count + headroom - free, most, int(idle[victim])))
+            free, idle[victim] = free + gone, idle[victim] - gone
+            evictions.append((victim, gone))
+        return max(0, min(count, free - headroom)), evictions
+
+    def _evict(self, evictions: Sequence[tuple[int | None, int]]) -> bool:
+        """Whether the policy gave up all of them."""
+        evicted = [self.cache.evict(count, account) for account, count in evictions]
+        return evicted == [count for _, count in evictions]
+
+    def _hand_out(
+        self, table: BlockArray, num_tokens: int, num_shared: int, hashes: Sequence[BlockHash] = (), account: int = 0
+    ) -> PoolAllocation:
+        cached = num_shared * self.layout.block_size_tokens
+        made = PoolAllocation(self._slots(table), cached, num_shared, table, num_tokens, list(hashes), account)
+        self._live.add(made)
+        return made
+
+    def _retable(self, allocation: PoolAllocation, table: BlockArray) -> None:
+        allocation.table, allocation.block_ids = table, self._slots(table)
+
+
+def copy_blocks(memory: KvMemory, sources: BlockIds, destinations: BlockIds) -> None:
+    """The bytes of blocks `sources` to blocks `destinations`, which are others."""
+    if len(sources) == 0:
+        return
+    with memory.reading(sources) as (region, from_ids), memory.writing(destinations) as (target, to_ids):
+        bytes_from = np.frombuffer(region.view, np.uint8).reshape(-1, region.block_bytes)
+        bytes_to = np.frombuffer(target.view, np.uint8).reshape(-1, target.block_bytes)
+        bytes_to[to_ids] = bytes_from[from_ids]
