@@ -197,11 +197,11 @@ async def test_a_failed_put_leaves_nothing(store: Running, fault: str, monkeypat
 
 
 async def test_a_put_whose_caller_leaves_is_undone(store: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sagellm_common.comm_backend.backends import tcp_source
+    from sagellm_common.comm_backend.backends import socket_source
     from tests.support.kv_channels import Gate
 
-    gate = Gate(tcp_source.blocks)
-    monkeypatch.setattr(tcp_source, "blocks", gate)
+    gate = Gate(socket_source.blocks)
+    monkeypatch.setattr(socket_source, "blocks", gate)
     with gate.opening():
         put = asyncio.create_task(store.put(3))
         assert await asyncio.to_thread(gate.reached.wait, 20)
