@@ -46,9 +46,10 @@ SEGMENT_DATA, SEGMENT_WAIT, SEGMENT_DONE, SEGMENT_FAILED = 1, 2, 3, 4
 FLAG_DIGEST = 1
 ACCEPTED, REFUSED = 0, 1
 GROUP_BYTES = 2 << 20
-"""Unless configured: a system call costs less than moving a group, which is still in a cache when it is digested."""
-SHARED_GROUP_BYTES = 4 << 20
-"""The same over shm. While one is copied, a millisecond, the death of the other side goes unnoticed."""
+"""Unless configured, and where a group is staged: what is done with it next finds it in a cache."""
+IN_PLACE_GROUP_BYTES = 4 << 20
+"""The same where it is not: arranging one then costs a few percent of moving it. Over shm the death of the other side
+goes unnoticed while one is copied, a millisecond."""
 MAX_GROUP_BYTES = 64 << 20
 """No receiver makes a source stage any more at a time (but for one block)."""
 MAX_GROUP_BLOCKS = 1000

@@ -33,7 +33,7 @@ class ShmReceiver(SocketReceiver):
     """Up to `inline_bytes` come through the socket: one round trip, not the two of being shown blocks and giving them
     back."""
 
-    group_bytes = frames.SHARED_GROUP_BYTES
+    group_bytes = frames.IN_PLACE_GROUP_BYTES
 
     def __init__(
         self,

@@ -236,7 +236,8 @@ class SocketReceiver(ABC):
         """The whole exchange of a pull."""
         size, inline = memory.block_bytes, len(target_blocks) * memory.block_bytes <= self.inline_bytes
         most = frames.max_group_blocks(size)
-        plan = self._messages.plan(source, len(target_blocks), size, default_bytes=self.group_bytes, max_blocks=most)
+        default = self.group_bytes if isinstance(memory, KvRegion) else frames.GROUP_BYTES
+        plan = self._messages.plan(source, len(target_blocks), size, default_bytes=default, max_blocks=most)
         wire.send(
             frames.encode_pull(
                 source.transfer_id,

@@ -23,7 +23,7 @@ from sagellm_common.core.types import BlockIds, KvSource
 
 
 class TcpReceiver(SocketReceiver):
-    group_bytes = frames.GROUP_BYTES
+    group_bytes = frames.IN_PLACE_GROUP_BYTES
 
     async def _connect(self, source: KvSource, deadline_s: float) -> Wire:
         try:
