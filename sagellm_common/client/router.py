@@ -228,6 +228,7 @@ def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
             n.segment_bytes,
             n.chunk_tokens,
             n.priority,
+            n.wire_dtype,
         )
         for n in plan.nodes
     )

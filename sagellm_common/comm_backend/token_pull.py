@@ -95,14 +95,16 @@ class TokenPuller:
         *,
         timeout_s: float,
         priority: int = 0,
+        wire_dtype: str = "",
     ) -> TransferResult:
         """Fills target_blocks, a sequence's block table from its token 0 on, with tokens [begin, end).
 
-        So is source.block_table. `begin_token` is the first of a block of ours. The result counts our blocks and the
+        So is source.block_table. `wire_dtype` is a plan's; "": that of the settings. `begin_token` is the first of a
+        block of ours. The result counts our blocks and the
         bytes that crossed. Raises LayoutMismatch where there is no bridge, and what `PathsChannel.pull` raises.
         When it returns or raises, nobody writes to the blocks any more.
         """
-        way = await self._way(source, source_layout, range(begin_token, end_token))
+        way = await self._way(source, source_layout, range(begin_token, end_token), wire_dtype)
         table = source.block_table[way.theirs]
         if way.direct:
             ours = target_blocks[way.ours]
@@ -135,17 +137,25 @@ class TokenPuller:
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None],
+        priority: int = 0,
+        wire_dtype: str = "",
     ) -> TransferResult:
         """As `pull`, of all tokens from `begin_token` on, while they are computed: see `KVTransferChannel`.
 
         Raises LayoutMismatch for another layout over a byte path that brings whole pools' blocks only.
         """
-        way = await self._way(source, source_layout, range(begin_token, source.num_tokens))
+        way = await self._way(source, source_layout, range(begin_token, source.num_tokens), wire_dtype)
         first, table = way.theirs.start, source.block_table[way.theirs]
         if way.direct:
             ours = target_blocks[way.ours]
             pulled = await self._channel.pull_along(
-                source, first, ours, timeout_s=timeout_s, on_bytes=on_bytes, encoding=way.encoding
+                source,
+                first,
+                ours,
+                timeout_s=timeout_s,
+                on_bytes=on_bytes,
+                encoding=way.encoding,
+                priority=priority,
             )
             return _reported(way, pulled)
         if not self._channel.encodes:
@@ -163,10 +173,11 @@ class TokenPuller:
                 on_bytes=on_bytes,
                 into=incoming,
                 encoding=way.encoding,
+                priority=priority,
             )
         return _reported(way, pulled, incoming)
 
-    async def _way(self, source: KvSource, theirs: KvLayout, tokens: range) -> _Way:
+    async def _way(self, source: KvSource, theirs: KvLayout, tokens: range, wire_dtype: str) -> _Way:
         held = len(source.block_table) * theirs.block_size_tokens
         if held < tokens.stop:
             raise InvalidRequest(
@@ -174,6 +185,8 @@ class TokenPuller:
                 f"few for {tokens.stop}"
             )
         wire, settings = theirs, self._settings()
+        if wire_dtype:
+            settings = settings.model_copy(update={"wire_dtype": wire_dtype})
         if self._channel.encodes and (theirs.dtype != self._layout.dtype or settings.wire_dtype != "same"):
             # On a thread, for what it costs to convert may have to be measured first.
             speed = self._link_speed(source)

@@ -18,6 +18,8 @@ from sagellm_common.core.types import KvLayout
 
 CODES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn", "int8": "int8", "int4": "int4"}
 
+WIRE_DTYPES = ("same", *CODES)
+"""What a plan may say."""
 AUTO = ("bf16", "int8")
 """What auto may choose, the more exact first. int4 costs more accuracy than anybody should get unasked."""
 WORTH_IT = 1.3
@@ -30,23 +32,30 @@ def wire_layout(
     cfg: TransportConfig, source: KvLayout, target: KvLayout, num_tokens: int, link_bytes_per_s: float
 ) -> KvLayout:
     """The source's layout in the dtype it is to send `num_tokens` in; `link_bytes_per_s` 0: not known."""
+    name: str = cfg.wire_dtype
+    if name == "auto":
+        name = auto_dtype(source, target, num_tokens, link_bytes_per_s)
     exact = _free_of_loss(source, target)
-    if cfg.wire_dtype == "same" or not row_bytes(exact):
+    if name == "same" or not row_bytes(exact):
         return exact
-    if cfg.wire_dtype != "auto":
-        asked = _as(cfg.wire_dtype, source)
-        return asked if sum(row_bytes(asked)) < sum(row_bytes(exact)) else exact
-    if not link_bytes_per_s:
-        return exact
-    best, best_s = exact, _seconds(source, exact, num_tokens, link_bytes_per_s)
+    asked = _as(name, source)
+    return asked if sum(row_bytes(asked)) < sum(row_bytes(exact)) else exact
+
+
+def auto_dtype(source: KvLayout, target: KvLayout, num_tokens: int, link_bytes_per_s: float) -> str:
+    """What `auto` comes to: `same`, or one of AUTO."""
+    best_name, best = "same", _free_of_loss(source, target)
+    if not link_bytes_per_s or not row_bytes(best):
+        return best_name
+    best_s = _seconds(source, best, num_tokens, link_bytes_per_s)
     for name in AUTO:
         other = _as(name, source)
         if best_s < WORTH_IT_S or sum(row_bytes(other)) >= sum(row_bytes(best)):
             continue
         other_s = _seconds(source, other, num_tokens, link_bytes_per_s)
         if other_s * WORTH_IT <= best_s:
-            best, best_s = other, other_s
-    return best
+            best_name, best, best_s = name, other, other_s
+    return best_name
 
 
 def _free_of_loss(source: KvLayout, target: KvLayout) -> KvLayout:

@@ -168,11 +168,12 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
         source: KvSource | None,
         *,
         timeout_s: float,
+        wire_dtype: str = "",
     ) -> AsyncGenerator[DecodeStep, None]:
         """The steps of one generation after `emitted`; the last has finish_reason. Iterate under `aclosing`.
 
-        Without a source the worker computes prompt and emitted tokens itself. Raises as `reserve` does, and
-        LeaseExpired, KvCorrupt, EngineFailed.
+        Without a source the worker computes prompt and emitted tokens itself. `wire_dtype` is the plan's. Raises as
+        `reserve` does, and LeaseExpired, KvCorrupt, EngineFailed.
         """
         message = worker_pb2.DecodeRequest(
             request_id=request.request_id,
@@ -185,6 +186,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             priority=request.priority,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
+            wire_dtype=wire_dtype,
         )
         key = ("decode", request.request_id, attempt)
         async with self._call(key, worker_pb2.DecodeSessionRequest(decode=message), timeout_s, _what(key)) as replies:
@@ -204,7 +206,16 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
                     else EngineFailed(f"worker {self._worker_id} failed without saying why")
                 )
 
-    def pull_ahead(self, request_id: str, attempt: int, source: KvSource, *, timeout_s: float) -> None:
+    def pull_ahead(
+        self,
+        request_id: str,
+        attempt: int,
+        source: KvSource,
+        *,
+        timeout_s: float,
+        priority: int = 0,
+        wire_dtype: str = "",
+    ) -> None:
         """Lets the worker fill the blocks it has reserved while `source` computes them. Never waits.
 
         Nobody answers: `decode` finds what is there, and `release` and `cancel` end it.
@@ -215,6 +226,8 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             source=codec.encode_kv_source(source),
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
+            priority=priority,
+            wire_dtype=wire_dtype,
         )
         self._send_soon(worker_pb2.DecodeSessionRequest(pull_ahead=message))
 

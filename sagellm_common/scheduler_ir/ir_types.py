@@ -25,9 +25,9 @@ class PlanNodeKind(enum.StrEnum):
 class PlanNode:
     """One step on one worker, on tokens [start_token, end_token) of prompt + generated tokens.
 
-    Of a transfer: whether it is done along the prefill (None: as the workers are configured), and how much KV is
-    gathered before it is moved on (0: likewise). Of a prefill: how many tokens are computed at a time (0: likewise).
-    Of prefill and decode: `priority`, on their worker the larger goes first.
+    Of a transfer: whether it is done along the prefill (None: as the workers are configured), how much KV is gathered
+    before it is moved on (0: likewise), and in which dtype it crosses ("": likewise). Of a prefill: how many tokens are
+    computed at a time (0: likewise). Of prefill and decode: `priority`, on their worker the larger goes first.
     """
 
     node_id: int
@@ -40,6 +40,7 @@ class PlanNode:
     segment_bytes: int = 0
     chunk_tokens: int = 0
     priority: int = 0
+    wire_dtype: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_token <= self.end_token:

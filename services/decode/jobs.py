@@ -33,7 +33,7 @@ class ReserveJob:
 class DecodeJob:
     """One generation to go on with after `emitted`. `source` None: the prompt is computed here.
 
-    `sampling.max_new_tokens` counts the emitted tokens too.
+    `sampling.max_new_tokens` counts the emitted tokens too. KV crosses in the plan's `wire_dtype`; "": as configured.
     """
 
     request_id: str
@@ -45,6 +45,7 @@ class DecodeJob:
     source: KvSource | None = None
     cache_salt: str = ""
     priority: int = 0
+    wire_dtype: str = ""
     trace_context: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -56,6 +57,8 @@ class PullAheadJob:
     attempt: int
     source: KvSource
     timeout_s: float
+    priority: int = 0
+    wire_dtype: str = ""
     trace_context: Mapping[str, str] = field(default_factory=dict)
 
 

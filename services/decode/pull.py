@@ -84,6 +84,7 @@ class KvPuller:
                 ready,
                 timeout_s=job.timeout_s,
                 priority=job.priority,
+                wire_dtype=self._planned(job),
             )
         allocation.num_cached_tokens = ready
         return Transfer.of(result, begin, self._channel.name)
@@ -130,6 +131,8 @@ class KvPuller:
                 begin * self._layout.block_size_tokens,
                 timeout_s=job.timeout_s,
                 on_bytes=on_bytes,
+                priority=job.priority,
+                wire_dtype=self._planned(job),
             )
             moved = {"bytes": result.bytes, "blocks": result.blocks, "moving_ms": result.seconds * 1e3}
             current.set_attributes({**moved, "blocks_reused": begin})
@@ -140,6 +143,11 @@ class KvPuller:
         return await self._transfers.handshake(
             source, worker_id=me.worker_id, incarnation=me.incarnation, layout=self._layout
         )
+
+    def _planned(self, job: DecodeJob | PullAheadJob) -> str:
+        """The plan's wire dtype. Who has set another one here meanwhile (`transport set`) knew what the plans say."""
+        changed = any(change.key == "wire_dtype" for change in self._channel.settings.changes())
+        return "" if changed else job.wire_dtype
 
     def _first_missing(self, allocation: Allocation) -> int:
         """The first block that is to be filled."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from sagellm_common.comm_backend.wire_dtype import WIRE_DTYPES
 from sagellm_common.core.errors import Cancelled, InvalidRequest, LeaseExpired, SageError
 from sagellm_common.core.types import FinishReason, pack_int32
 from sagellm_common.rpc import codec
@@ -132,6 +133,8 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                 attempt=request.attempt,
                 source=codec.decode_kv_source(request.source),
                 timeout_s=self._timeout_s(request.timeout_ms),
+                priority=request.priority,
+                wire_dtype=_wire_dtype(request.wire_dtype),
                 trace_context=dict(request.trace_context),
             )
         except SageError as err:
@@ -155,8 +158,15 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             source=codec.decode_kv_source(request.source) if request.HasField("source") else None,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            wire_dtype=_wire_dtype(request.wire_dtype),
             trace_context=dict(request.trace_context),
         )
+
+
+def _wire_dtype(name: str) -> str:
+    if name and name not in WIRE_DTYPES:
+        raise InvalidRequest(f"wire_dtype is {name!r}, but must be empty or one of {', '.join(WIRE_DTYPES)}")
+    return name
 
 
 def _request_id(request_id: str) -> str:

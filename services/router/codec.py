@@ -34,6 +34,7 @@ def encode_plan(plan: ExecutionPlan) -> plan_pb2.ExecutionPlan:
                 segment_bytes=node.segment_bytes,
                 chunk_tokens=node.chunk_tokens,
                 priority=node.priority,
+                wire_dtype=node.wire_dtype,
             )
             for node in plan.nodes
         ],

@@ -192,14 +192,20 @@ class Pipeline:
         """Meanwhile the decode worker pulls what is computed, where the prefill worker says that it is worth it."""
         timeout_s = admitted.deadline.budget_s()
         slot.calls.prefilling(worker, generation.attempts)
-        transfer, compute = (routed.plan.node(kind) for kind in (PlanNodeKind.TRANSFER, PlanNodeKind.PREFILL))
+        kinds = PlanNodeKind.TRANSFER, PlanNodeKind.PREFILL, PlanNodeKind.DECODE
+        transfer, compute, generating = (routed.plan.node(kind) for kind in kinds)
         assert compute is not None, "a prefill worker has a prefill to do"
         overlap = transfer.overlap if transfer else None
 
         def pull_ahead(source: KvSource) -> None:
             generation.pulling_ahead(routed.decode, source)
             routed.decode.decode.pull_ahead(
-                admitted.request.request_id, generation.attempts, source, timeout_s=timeout_s
+                admitted.request.request_id,
+                generation.attempts,
+                source,
+                timeout_s=timeout_s,
+                priority=generating.priority if generating else 0,
+                wire_dtype=transfer.wire_dtype if transfer else "",
             )
 
         with worker.engaged(), generation.stage("prefill", worker):
@@ -223,7 +229,7 @@ class Pipeline:
     ) -> AsyncGenerator[GenerationOutput, None]:
         timeout_s = admitted.deadline.budget_s()
         slot.calls.decoding(routed.decode, generation.attempts)
-        generating = routed.plan.node(PlanNodeKind.DECODE)
+        generating, transfer = (routed.plan.node(kind) for kind in (PlanNodeKind.DECODE, PlanNodeKind.TRANSFER))
         assert generating is not None, "every plan ends in decoding"
         with generation.stage("decode", routed.decode):
             steps = routed.decode.decode.decode(
@@ -232,6 +238,7 @@ class Pipeline:
                 generation.emitted,
                 source.outcome.source if source else None,
                 timeout_s=timeout_s,
+                wire_dtype=transfer.wire_dtype if transfer else "",
             )
             async with aclosing(steps):
                 async for step in steps:

@@ -47,6 +47,7 @@ def place(
             compute_tokens=prompt - matched.cached_tokens.get(prefill_id, 0),
             move_tokens=prompt - matched.cached_tokens.get(decode_id, 0),
         )
+    source = by_id[prefill_id] if prefill_id else pinned.worker if pinned else None
     if overlap is not None:
         placement = replace(placement, reason=f"{placement.reason}; {overlap.reason}")
     plan = IRBuilder(_block_tokens(by_id[prefill_id or decode_id]), _block_tokens(by_id[decode_id])).build(
@@ -61,6 +62,7 @@ def place(
         overlap=overlap.overlap if overlap else None,
         segment_bytes=overlap.segment_bytes if overlap else 0,
         chunk_tokens=chunk_tokens,
+        wire_dtype=transfers.wire_dtype(source, by_id[decode_id], prompt) if source else "",
         attempt=generation.attempts,
     )
     return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sagellm_common.comm_backend.overlap import OverlapPlan, plan_overlap
+from sagellm_common.comm_backend.wire_dtype import auto_dtype
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.topology import LinkCost
+from sagellm_common.core.types import WorkerRecord
 from services.router.workers import WorkerLink
 
 SMOOTHING = 0.2
 """Weight of the latest prefill in the speed of its worker."""
 MAX_SEGMENT_BYTES = 4 << 20
+CONVERTING = "tcp"
+"""The byte path whose source converts."""
 
 
 class TransferPlanner:
@@ -21,6 +25,7 @@ class TransferPlanner:
     """
 
     def __init__(self, cfg: TransportConfig, cost: Callable[[str, str], LinkCost | None]) -> None:
+        self._wire_dtype = cfg.wire_dtype
         self._plans = cfg.overlap == "auto" and cfg.overlap_min_bytes is None
         self._cost = cost
         self._tokens_per_s: dict[str, float] = {}
@@ -32,6 +37,21 @@ class TransferPlanner:
         speed = num_tokens / compute_s
         known = self._tokens_per_s.get(worker_id, speed)
         self._tokens_per_s[worker_id] = known + SMOOTHING * (speed - known)
+
+    def wire_dtype(self, source: WorkerLink, decode: WorkerLink, move_tokens: int) -> str:
+        """In which dtype the KV of so many tokens crosses, as `transport.wire_dtype` or the link's speed has it.
+
+        "": the receiver decides, for too little is known here, or the source does not convert.
+        """
+        models = source.record.model, decode.record.model
+        if models[0] is None or models[1] is None or not _converts(source.record) or not _converts(decode.record):
+            return ""
+        link = self._cost(source.worker_id, decode.worker_id)
+        if self._wire_dtype != "auto":
+            return self._wire_dtype
+        if link is None:
+            return ""
+        return auto_dtype(models[0].kv_layout, models[1].kv_layout, move_tokens, link.bytes_per_s)
 
     def plan(
         self, prefill: WorkerLink, decode: WorkerLink, *, compute_tokens: int, move_tokens: int
@@ -53,3 +73,7 @@ class TransferPlanner:
             least_bytes=least,
             most_bytes=max(least, MAX_SEGMENT_BYTES),
         )
+
+
+def _converts(worker: WorkerRecord) -> bool:
+    return worker.transport == CONVERTING or any(path.backend == CONVERTING for path in worker.paths)

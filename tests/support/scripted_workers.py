@@ -352,7 +352,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
         self.reservations: set[Attempt] = set()
         self.released: list[Attempt] = []
         self.renewed: list[Attempt] = []
-        self.pulling_ahead: list[common_pb2.KvSource] = []
+        self.pulling_ahead: list[worker_pb2.PullAheadRequest] = []
         self.lease_ttl_ms = 30_000
         self.running: set[Attempt] = set()
         self.requests: list[worker_pb2.DecodeRequest] = []
@@ -381,7 +381,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
             elif operation == "renew":
                 self.renewed.append(attempt)
             elif operation == "pull_ahead":
-                self.pulling_ahead.append(request.source)
+                self.pulling_ahead.append(request)
             elif operation == "cancel":
                 self.cancelled.append(attempt)
                 if attempt in jobs:

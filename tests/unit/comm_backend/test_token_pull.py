@@ -170,6 +170,25 @@ async def test_auto_leaves_a_fast_or_unknown_link_exact(link_bytes_per_s: float)
     assert channel.asked[0][2:] == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("configured", "planned", "crosses"), [("same", "int8", "int8/float32"), ("int8", "same", None)]
+)
+async def test_a_plan_goes_before_the_configuration(configured: str, planned: str, crosses: str | None) -> None:
+    channel = FakeChannel(encodes=True)
+    tokens = puller(channel, a_layout(4), wire_dtype=configured)
+    await tokens.pull(a_source(4, 16), a_layout(4), TABLE, 0, 16, timeout_s=TIMEOUT_S, wire_dtype=planned)
+    await tokens.pull_along(
+        a_source(4, 16),
+        a_layout(4),
+        TABLE,
+        0,
+        timeout_s=TIMEOUT_S,
+        on_bytes=lambda _: None,
+        wire_dtype=planned,
+    )
+    assert [encoding.dtype if encoding else None for *_, encoding in channel.asked] == [crosses, crosses]
+
+
 async def test_auto_asks_how_fast_the_link_to_this_source_is() -> None:
     channel, asked = FakeChannel(encodes=True), []
 

@@ -58,7 +58,7 @@ async def test_decode_hears_where_to_pull_before_prefill_is_done(router: RouterH
     generated = await generating
     assert generated.tokens == oracle(PROMPT, GREEDY_6)
     (early,), (request,) = decode.pulling_ahead, decode.requests
-    assert early == request.source
+    assert early.source == request.source
     stages = [event.stage for event in (await router.explain()).events]
     assert stages.index("pull ahead") < stages.index("prefill") < stages.index("transfer")
     await router.assert_nothing_held()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.topology import LinkCost
+from sagellm_common.core.types import KvLayout
 from services.router.transfers import TransferPlanner
 from tests.support.router_harness import RouterHarness
-from tests.support.topology import make_record
+from tests.support.topology import MODEL, make_record
 from tests.support.waiting import eventually
 
 SLOW = LinkCost("prefill-0", "decode-0", "tcp", 1e-4, 1e6)
@@ -61,6 +63,29 @@ def test_what_is_not_known_is_not_planned() -> None:
     assert plan(cached, compute_tokens=0) is None
 
 
+@pytest.mark.parametrize(
+    ("link", "settings", "says"),
+    [
+        (SLOW, {"wire_dtype": "auto"}, "int8"),
+        (replace(SLOW, bytes_per_s=1e12), {"wire_dtype": "auto"}, "same"),
+        (None, {"wire_dtype": "auto"}, ""),
+        (None, {"wire_dtype": "int8"}, "int8"),
+        (SLOW, {}, "same"),
+    ],
+    ids=["slow", "fast", "unmeasured", "configured", "by-default"],
+)
+def test_the_dtype_on_the_link(link: LinkCost | None, settings: dict[str, Any], says: str) -> None:
+    layout = KvLayout("tiny", "float32", 16, 2, 2, 64, 16 * 2 * 2 * 2 * 64 * 4)
+    model = replace(MODEL, kv_layout=layout)
+    ends = [
+        SimpleNamespace(worker_id=name, record=make_record(name, model=model)) for name in ("prefill-0", "decode-0")
+    ]
+    transfers: Any = planner(link, **settings)
+    assert transfers.wire_dtype(*ends, 1000) == says
+    ends[0].record = make_record("prefill-0", model=model, transport="gloo")
+    assert transfers.wire_dtype(*ends, 1000) == "", "its source does not convert"
+
+
 @pytest.mark.parametrize(("bytes_per_s", "overlaps"), [(1e3, True), (1e12, False)], ids=["slow", "fast"])
 async def test_the_plan_says_so_and_the_workers_do_it(
     router: RouterHarness, bytes_per_s: float, overlaps: bool
@@ -82,4 +107,8 @@ async def test_the_plan_says_so_and_the_workers_do_it(
     request = prefill.requests[-1]
     assert (request.announce, request.overlap, request.segment_bytes) == (overlaps, overlaps, node.segment_bytes)
     assert ("along the prefill" if overlaps else "after the prefill") in second.plan.reason
+    transfer = second.plan.nodes[-2]
+    assert transfer.wire_dtype == "same"
+    assert decode.requests[-1].wire_dtype == "same"
+    assert {ahead.wire_dtype for ahead in decode.pulling_ahead[before:]} == ({"same"} if overlaps else set())
     await router.assert_nothing_held()

@@ -25,7 +25,7 @@ PLAN_NODE_KIND_DECODE: PlanNodeKind
 PLAN_NODE_KIND_OFFLOAD: PlanNodeKind
 
 class PlanNode(_message.Message):
-    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token", "overlap", "segment_bytes", "chunk_tokens", "priority")
+    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token", "overlap", "segment_bytes", "chunk_tokens", "priority", "wire_dtype")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class PlanNode(_message.Message):
     SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     node_id: int
     kind: PlanNodeKind
     worker_id: str
@@ -46,7 +47,8 @@ class PlanNode(_message.Message):
     segment_bytes: int
     chunk_tokens: int
     priority: int
-    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    wire_dtype: str
+    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
 
 class ExecutionPlan(_message.Message):
     __slots__ = ("plan_id", "request_id", "strategy", "nodes", "reason")
