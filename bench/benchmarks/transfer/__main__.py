@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", type=backends, default=tuple(MODULES), help="some of them, with commas")
     parser.add_argument("--sizes", type=sizes, help="payloads, as 1M,128M")
     parser.add_argument("--blocks", type=sizes, help="block sizes, as 16K,1M")
-    parser.add_argument("--full", action="store_true", help="all payloads up to 512 MiB: six minutes; else one")
+    parser.add_argument("--full", action="store_true", help="all payloads up to 512 MiB: four minutes; else one")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write OUT, and .md and .png beside it")
     args = parser.parse_args(argv)
     preset: Preset = FULL if args.full else QUICK

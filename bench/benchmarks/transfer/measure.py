@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +12,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.benchmarks.transfer.blocks import Contestant, MemoryCopy, Pool
-from bench.benchmarks.transfer.pair import Pair, a_pair
+from bench.benchmarks.transfer.pair import BytePath, Pair, a_pair
 from sagellm_common.core.errors import SageError
 
 KIB, MIB = 1 << 10, 1 << 20
 ACK_BLOCK_BYTES = 16 * KIB
+ACK_TURN = 25
 FIRST_BYTE_ROUNDS = 5
+FAILING = ("shm", "tcp")
+FAILING_BYTES, FAILS_AFTER_S, STOPPED_S = 256 * MIB, 0.005, 0.5
+"""Moving so much takes longer than until something happens to the source."""
 WATCH_S = 20e-6
 MIN_POOL_BYTES = 256 * MIB
 """More than caches hold."""
@@ -29,18 +34,20 @@ class Preset:
     budget_bytes: int
     """Moved by one contestant in one cell, about: so many rounds as that takes, within MIN_ROUNDS..MAX_ROUNDS."""
     ack_rounds: int
+    fail_rounds: int
 
     def rounds(self, payload_bytes: int) -> int:
         return max(MIN_ROUNDS, min(MAX_ROUNDS, self.budget_bytes // payload_bytes))
 
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
-QUICK = Preset((1 * MIB, 16 * MIB, 128 * MIB), (16 * KIB, 256 * KIB), 384 * MIB, 100)
+QUICK = Preset((1 * MIB, 16 * MIB, 128 * MIB), (16 * KIB, 256 * KIB), 384 * MIB, 100, 1)
 FULL = Preset(
     (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 128 * MIB, 512 * MIB),
     (16 * KIB, 64 * KIB, 256 * KIB, 1 * MIB),
     1024 * MIB,
     500,
+    5,
 )
 
 
@@ -60,6 +67,10 @@ class Measured:
     """(payload bytes, block bytes) → contestant → samples"""
     ack_s: dict[str, list[float]] = field(default_factory=dict)
     """One block of ACK_BLOCK_BYTES, asked for and here."""
+    dead_s: dict[str, list[float]] = field(default_factory=dict)
+    """From the SIGKILL of a source in the middle of a pull until the receiver knows."""
+    late_s: dict[str, list[float]] = field(default_factory=dict)
+    """How long after its deadline a pull from a stopped source ended."""
     missing: dict[str, str] = field(default_factory=dict)
     """Contestant → why it did not take part, or left."""
 
@@ -79,6 +90,9 @@ async def measure(backends: Sequence[str], preset: Preset, progress: Callable[[s
                     rounds = preset.rounds(payload_bytes)
                     cell = await _cell(pair, pool, payload_bytes // block_bytes, rounds, found)
                     found.cells[payload_bytes, block_bytes] = cell
+    if failing := [name for name in backends if name in FAILING]:
+        progress("a source that stops, one that dies")
+        await _peers_that_fail(failing, preset.fail_rounds, found)
     return found
 
 
@@ -150,17 +164,54 @@ async def _first_byte(pair: Pair, contestant: Contestant, pool: Pool, count: int
 
 
 async def _acks(pair: Pair, pool: Pool, rounds: int, found: Measured) -> dict[str, list[float]]:
+    """In turns of ACK_TURN pulls, as a worker in use has its own code in the processor's caches, not everybody's."""
     rng = np.random.default_rng(0)
     for contestant in list(pair.contestants):
         await _checked(pair, contestant, pool, 1, rng, found)
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in pair.contestants}
-    for turn in range(rounds):
-        for contestant in _turned(pair.contestants, turn):
-            chosen = pool.pick(rng, 1), pool.pick(rng, 1)
-            began_s = time.perf_counter()
-            await contestant.pull(*chosen)
-            seconds[contestant.name].append(time.perf_counter() - began_s)
+    contestants = [*pair.contestants, *pair.floor]
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for turn, done in enumerate(range(0, rounds, ACK_TURN)):
+        for contestant in _turned(contestants, turn):
+            chosen = [(pool.pick(rng, 1), pool.pick(rng, 1)) for _ in range(min(ACK_TURN, rounds - done))]
+            for source_blocks, target_blocks in chosen:
+                began_s = time.perf_counter()
+                await contestant.pull(source_blocks, target_blocks)
+                seconds[contestant.name].append(time.perf_counter() - began_s)
     return seconds
+
+
+async def _peers_that_fail(backends: Sequence[str], rounds: int, found: Measured) -> None:
+    """Pulls over these byte paths at a time, from a source that is stopped, goes on, and is killed."""
+    pool = Pool(FAILING_BYTES // ACK_BLOCK_BYTES, ACK_BLOCK_BYTES)
+    for turn in range(rounds):
+        async with a_pair(pool, backends, plain=False) as pair:
+            rng = np.random.default_rng(turn)
+            paths = [path for path in pair.contestants if isinstance(path, BytePath) and path.name in backends]
+            for path in paths:
+                await path.pull(pool.pick(rng, 1), pool.pick(rng, 1))  # connects
+
+            async def ended_s(path: BytePath, timeout_s: float) -> float:
+                """When, but for one that was through before anything happened."""
+                every = np.arange(pool.num_blocks, dtype=np.int32)
+                try:
+                    await path.channel.pull(path.source, every, every, timeout_s=timeout_s)
+                except SageError:
+                    return time.perf_counter()
+                return 0.0
+
+            for number, timeout_s, into in (
+                (signal.SIGSTOP, STOPPED_S, found.late_s),
+                (signal.SIGKILL, 60.0, found.dead_s),
+            ):
+                began_s = time.perf_counter()
+                pulls = [asyncio.ensure_future(ended_s(path, timeout_s)) for path in paths]
+                await asyncio.sleep(FAILS_AFTER_S)
+                pair.signal_source(number)
+                expected_s = began_s + timeout_s if number == signal.SIGSTOP else time.perf_counter()
+                for path, at_s in zip(paths, await asyncio.gather(*pulls), strict=True):
+                    if at_s:
+                        into.setdefault(path.name, []).append(at_s - expected_s)
+                pair.signal_source(signal.SIGCONT)
 
 
 def _turned(contestants: Sequence[Contestant], turn: int) -> list[Contestant]:

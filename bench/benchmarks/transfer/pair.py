@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
 from bench.benchmarks.transfer.blocks import HOST, Contestant, MemoryCopy, Pool, cpu_seconds
-from bench.benchmarks.transfer.plain import PlainGloo, PlainMooncake, mooncake_engine, serve_gloo
+from bench.benchmarks.transfer.plain import (
+    PlainGloo,
+    PlainMooncake,
+    PlainTcp,
+    mooncake_engine,
+    serve_gloo,
+    serve_tcp,
+)
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.protocol import KVTransferChannel
@@ -50,6 +59,7 @@ class Opening:
     offers: tuple[Offer, ...]
     mooncake: tuple[str, int] | str
     """(engine, address of the pool), or why there is none."""
+    tcp_port: int
 
 
 def _leases(num_blocks: int) -> HandoffSource:
@@ -58,26 +68,32 @@ def _leases(num_blocks: int) -> HandoffSource:
     return leases
 
 
-def run_source(pipe: Connection, gloo_pipe: Connection, pool: Pool, backends: Sequence[str]) -> None:
-    asyncio.run(_serve(pipe, gloo_pipe, pool, backends))
+def run_source(pipe: Connection, gloo_pipe: Connection, pool: Pool, backends: Sequence[str], plain: bool) -> None:
+    asyncio.run(_serve(pipe, gloo_pipe, pool, backends, plain))
 
 
-async def _serve(pipe: Connection, gloo_pipe: Connection, pool: Pool, backends: Sequence[str]) -> None:
+async def _serve(pipe: Connection, gloo_pipe: Connection, pool: Pool, backends: Sequence[str], plain: bool) -> None:
     region = pool.region(filled=True)
     async with contextlib.AsyncExitStack() as stack:
         channels = await stack.enter_async_context(ChannelPool())
         offers = [await _offer(b, digest, region, channels, stack) for b in backends for digest in (True, False)]
-        try:
-            engine, session, address = mooncake_engine(region)
-            mooncake: tuple[str, int] | str = session, address
-        except (ImportError, OSError) as err:
-            engine, mooncake = None, str(err)
-        pipe.send(Opening(tuple(offers), mooncake))
-        serve_gloo(gloo_pipe, region)
+        engine, mooncake = _mooncake(region) if plain else (None, "not asked for")
+        pipe.send(Opening(tuple(offers), mooncake, serve_tcp(region) if plain else 0))
+        if plain:
+            serve_gloo(gloo_pipe, region)
         # Until the parent closes its end; the engine serves as long as it is referred to.
         with contextlib.suppress(EOFError):
             await asyncio.to_thread(pipe.recv)
         del engine
+
+
+def _mooncake(region: KvRegion) -> tuple[Any, tuple[str, int] | str]:
+    """The engine, and what `Opening` says of it."""
+    try:
+        engine, session, address = mooncake_engine(region)
+    except (ImportError, OSError) as err:
+        return None, str(err)
+    return engine, (session, address)
 
 
 async def _offer(
@@ -120,25 +136,32 @@ class Pair:
     reference: KvRegion
     """The source's bytes."""
     source_cpu_s: Callable[[], float]
+    signal_source: Callable[[int], None]
     contestants: list[Contestant] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    floor: list[Contestant] = field(default_factory=list)
+    """For one block at a time."""
 
 
 @contextlib.asynccontextmanager
-async def a_pair(pool: Pool, backends: Sequence[str]) -> AsyncIterator[Pair]:
+async def a_pair(pool: Pool, backends: Sequence[str], *, plain: bool = True) -> AsyncIterator[Pair]:
+    """Without `plain` only the byte paths are there, and the copy within one process."""
     spawn = multiprocessing.get_context("spawn")
     (ours, theirs), (gloo_pipe, gloo_source) = spawn.Pipe(), spawn.Pipe()
-    process = spawn.Process(target=run_source, args=(theirs, gloo_source, pool, backends), daemon=True)
+    process = spawn.Process(target=run_source, args=(theirs, gloo_source, pool, backends, plain), daemon=True)
     process.start()
     theirs.close()
     gloo_source.close()
-    assert process.pid is not None
+    pid = process.pid
+    assert pid is not None
     region, reference = pool.region(filled=False), pool.region(filled=True)
     try:
         opening: Opening = await asyncio.to_thread(ours.recv)
     except EOFError:
         raise RuntimeError("the process with the blocks died before it served; what it said is above") from None
-    pair = Pair(region, reference, cpu_seconds(process.pid), [MemoryCopy(reference, region)])
+    pair = Pair(
+        region, reference, cpu_seconds(pid), lambda number: os.kill(pid, number), [MemoryCopy(reference, region)]
+    )
     async with contextlib.AsyncExitStack() as stack:
         channels = await stack.enter_async_context(ChannelPool())
         for offer in opening.offers:
@@ -149,10 +172,14 @@ async def a_pair(pool: Pool, backends: Sequence[str]) -> AsyncIterator[Pair]:
                 pair.contestants.append(_byte_path(name, offer, region, channels, stack))
             except ConfigError as err:
                 pair.missing[offer.backend] = err.message
-        pair.contestants.append(await asyncio.to_thread(PlainGloo, gloo_pipe, region))
+        if plain:
+            pair.contestants.append(await asyncio.to_thread(PlainGloo, gloo_pipe, region))
+            tcp = PlainTcp(opening.tcp_port, region)
+            stack.callback(tcp.close)
+            pair.floor.append(tcp)
         if isinstance(opening.mooncake, tuple):
             pair.contestants.append(PlainMooncake(*opening.mooncake, region))
-        else:
+        elif plain:
             pair.missing[PlainMooncake.name] = opening.mooncake
         try:
             yield pair

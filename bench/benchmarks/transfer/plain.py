@@ -1,4 +1,5 @@
-"""Gloo and Mooncake as their own manuals use them, on the same blocks: what our byte paths are compared with.
+"""Gloo and Mooncake as their own manuals use them, on the same blocks: what our byte paths are compared with. And a
+socket, for one block at a time: what this machine needs for a round trip between two processes.
 
 Both are spared what a byte path does besides moving bytes: no lease, no digest, no deadline, and Gloo's list of blocks
 comes over a pipe. `gloo`: an isend and an irecv for each block. `mooncake`: batched reads straight between the pools,
@@ -10,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
+import struct
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -74,6 +77,43 @@ class PlainGloo:
         self._pipe.send_bytes(source_blocks.tobytes())
         for work in [self._group.recv([self._rows[block]], SOURCE, 0) for block in targets]:
             work.wait(LIMIT)
+
+
+_ASKED = struct.Struct("<q")
+
+
+def serve_tcp(region: KvRegion) -> int:
+    """On a thread of its own: whoever connects to the port names a block and gets its bytes, until it closes."""
+    listener = socket.create_server((HOST, 0))
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with listener, sock:
+            while asked := sock.recv(_ASKED.size):
+                sock.sendall(region.block(_ASKED.unpack(asked)[0]))
+
+    threading.Thread(target=serve, name="plain-tcp", daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+class PlainTcp:
+    """A blocking call each way, on the event loop; no lease, no digest, no deadline."""
+
+    name = "plain tcp"
+
+    def __init__(self, port: int, region: KvRegion) -> None:
+        self._sock = socket.create_connection((HOST, port))
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._region = region
+
+    async def pull(self, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+        for theirs, ours in zip(source_blocks.tolist(), target_blocks.tolist(), strict=True):
+            self._sock.sendall(_ASKED.pack(theirs))
+            self._sock.recv_into(self._region.block(ours), 0, socket.MSG_WAITALL)
+
+    def close(self) -> None:
+        self._sock.close()
 
 
 def mooncake_engine(region: KvRegion) -> tuple[Any, str, int]:

@@ -50,6 +50,10 @@ def targets(found: Measured) -> Iterator[Target]:
         ratio = faster(found, path, peer, block_kib * KIB)
         if ratio is not None:
             yield Target(f"{path} over {peer}, blocks of {block_kib} KiB", ratio, bound)
+    for path, dead_s in found.dead_s.items():
+        yield Target(f"{path}, a dead source noticed after, ms", 1e3 * max(dead_s), 50.0, at_most=True)
+    for path, late_s in found.late_s.items():
+        yield Target(f"{path}, a stopped source given up after its deadline, ms", 1e3 * max(late_s), 50.0, at_most=True)
     for path in ("shm", "tcp"):
         if path in found.ack_s:
             yield Target(
@@ -107,7 +111,17 @@ def table(found: Measured) -> str:
     ]
     found_tables = ["\n".join([head.format(title), *(line(name, text) for name in names)]) for title, text in parts]
     acks = " · ".join(f"{name} {1e6 * statistics.median(s):.0f}" for name, s in found.ack_s.items())
-    return "\n\n".join([*found_tables, f"One block of 16 KiB, asked for and here, µs: {acks}"])
+    said = [f"One block of 16 KiB, asked for and here, µs: {acks}"] if acks else []
+    for title, by_path in (
+        ("A source that is killed within a pull is noticed after, ms", found.dead_s),
+        ("A pull from a source that is stopped ends after its deadline, ms", found.late_s),
+    ):
+        if by_path:
+            each = (
+                f"{name} {1e3 * statistics.median(s):.1f} (at most {1e3 * max(s):.1f})" for name, s in by_path.items()
+            )
+            said.append(f"{title}: {' · '.join(each)}")
+    return "\n\n".join([*found_tables, *said])
 
 
 def document(found: Measured, conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +130,8 @@ def document(found: Measured, conditions: Mapping[str, Any]) -> dict[str, Any]:
         "missing": found.missing,
         "targets": [asdict(t) | {"met": t.met} for t in targets(found)],
         "rows": rows(found),
+        "dead_ms": {name: [1e3 * s for s in seconds] for name, seconds in found.dead_s.items()},
+        "late_ms": {name: [1e3 * s for s in seconds] for name, seconds in found.late_s.items()},
         "ack_us": {name: 1e6 * statistics.median(seconds) for name, seconds in found.ack_s.items()},
     }
 
