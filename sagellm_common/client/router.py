@@ -21,6 +21,7 @@ from sagellm_common.rpc.gen.sagellm.v1 import (
     worker_pb2,
 )
 from sagellm_common.rpc.inference_session import InferenceSession
+from sagellm_common.rpc.worker_client import IndexedBlocks, decode_indexed
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
 
 
@@ -40,6 +41,8 @@ class WorkerView:
     session: str = ""
     transport_changes: tuple[tuple[str, str, str], ...] = ()
     """(key, loaded, now) of transport settings that were changed while it runs."""
+    indexed: IndexedBlocks | None = None
+    """What the router's prefix index knows of it; None while it told nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +208,7 @@ def _decode_worker(status: worker_pb2.WorkerStatus) -> WorkerView:
         pinned_transfers=status.pinned_transfers,
         session=status.session,
         transport_changes=_decode_changes(status.transport_changes),
+        indexed=decode_indexed(status.indexed) if status.HasField("indexed") else None,
     )
 
 

@@ -188,6 +188,25 @@ class RouterConfig(Section):
     resume_grace_s: float = Field(30.0, ge=0, description="the same for a request whose worker was lost: its restart")
 
 
+class IndexConfig(Section):
+    max_blocks: int = Field(
+        1 << 24,
+        ge=1,
+        le=1 << 31,
+        description="blocks of all workers together that a router knows of, 37 bytes each; beyond that the least "
+        "recently used are forgotten",
+    )
+    max_staleness_s: float = Field(
+        2.0, gt=0, description="a worker that was silent for longer gets no credit for what it may have cached"
+    )
+    history_blocks: int = Field(
+        1 << 16,
+        ge=0,
+        description="changes of its cache that a worker remembers for routers that come back, 130 bytes each; who has "
+        "missed more is told everything again",
+    )
+
+
 class GatewayConfig(Section):
     max_body_bytes: int = Field(8 << 20, ge=1024)
     api_keys: tuple[str, ...] = Field((), description="empty: open to everybody who can connect")
@@ -238,6 +257,7 @@ class Config(Section):
     topology: TopologyConfig = TopologyConfig()
     rpc: RpcConfig = RpcConfig()
     router: RouterConfig = RouterConfig()
+    index: IndexConfig = IndexConfig()
     gateway: GatewayConfig = GatewayConfig()
     kv: KvConfig = KvConfig()
     kv_store: KvStoreConfig = KvStoreConfig()

@@ -65,7 +65,8 @@ class NativeTable:
         self._index = library.sage_index_new(max_blocks)
         if not self._index:
             raise MemoryError("no memory for an empty prefix index")
-        self._slots = 0
+        self._slots: set[int] = set()
+        """All there ever were, 0 to n - 1: whoever holds a block is in it."""
 
     def __del__(self) -> None:
         if getattr(self, "_index", None):
@@ -75,7 +76,7 @@ class NativeTable:
         slot = int(self._library.sage_index_open(self._index))
         if slot < 0:
             raise _too_many()
-        self._slots = max(self._slots, slot + 1)
+        self._slots.add(slot)
         return slot
 
     def close(self, slot: int) -> int:
@@ -90,14 +91,14 @@ class NativeTable:
         self._checked(self._library.sage_index_remove(self._index, TIERS * slot + tier, hashes, count))
 
     def match(self, hashes: bytes) -> dict[int, Depths]:
-        room = self._slots
+        room = len(self._slots)
         slots, depths = np.empty(room, np.uint32), np.empty((room, TIERS), np.int32)
         found = self._checked(
             self._library.sage_index_match(
                 self._index, hashes, _count(hashes), slots.ctypes.data, depths.ctypes.data, room
             )
         )
-        found = min(found, room)  # someone may have come meanwhile
+        found = min(found, room)  # someone may have come meanwhile, too late to be asked for
         return dict(zip(slots[:found].tolist(), map(tuple, depths[:found].tolist()), strict=True))
 
     def held(self, slot: int, tier: Tier) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.core.kv import Tier
 from sagellm_common.core.topology import LinkCost
 from sagellm_common.core.types import (
     BLOCK_HASH_BYTES,
@@ -52,9 +53,16 @@ _FINISH_REASONS: dict[FinishReason | None, common_pb2.FinishReason] = {
     FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
+_TIERS: dict[Tier, common_pb2.KvTier] = {
+    Tier.DEVICE: common_pb2.KV_TIER_DEVICE,
+    Tier.HOST: common_pb2.KV_TIER_HOST,
+    Tier.DISK: common_pb2.KV_TIER_DISK,
+    Tier.STORE: common_pb2.KV_TIER_STORE,
+}
 _ROLES_BACK: dict[int, WorkerRole] = {number: role for role, number in _ROLES.items()}
 _STATES_BACK: dict[int, WorkerState] = {number: state for state, number in _STATES.items()}
 _FINISH_REASONS_BACK: dict[int, FinishReason | None] = {number: reason for reason, number in _FINISH_REASONS.items()}
+_TIERS_BACK: dict[int, Tier] = {number: tier for tier, number in _TIERS.items()} | {0: Tier.DEVICE}
 
 
 # ---- scalars and arrays ----
@@ -100,9 +108,24 @@ def encode_hashes(hashes: Iterable[BlockHash]) -> bytes:
 
 
 def decode_hashes(packed: bytes, field: str = "block_hashes") -> list[BlockHash]:
+    check_hashes(packed, field)
+    return [packed[i : i + BLOCK_HASH_BYTES] for i in range(0, len(packed), BLOCK_HASH_BYTES)]
+
+
+def check_hashes(packed: bytes, field: str = "block_hashes") -> bytes:
+    """The hashes as they came."""
     if len(packed) % BLOCK_HASH_BYTES:
         raise InvalidRequest(f"{field} has {len(packed)} bytes, which is no whole number of 16-byte hashes")
-    return [packed[i : i + BLOCK_HASH_BYTES] for i in range(0, len(packed), BLOCK_HASH_BYTES)]
+    return packed
+
+
+def encode_tier(tier: Tier) -> common_pb2.KvTier:
+    return _TIERS[tier]
+
+
+def decode_tier(number: int, field: str = "tier") -> Tier:
+    """Unspecified is the device's."""
+    return _known(_TIERS_BACK, number, field)
 
 
 def encode_finish_reason(reason: FinishReason | None) -> common_pb2.FinishReason:

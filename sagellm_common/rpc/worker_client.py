@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import grpc
 
-from sagellm_common.core.types import BlockHash, KvStats, WorkerRecord
+from sagellm_common.core.types import KvStats, WorkerRecord
 from sagellm_common.rpc import codec
+from sagellm_common.rpc.block_journal import BlockChanges
 from sagellm_common.rpc.channels import call, stream
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.transport_control import PROBE_TIMEOUT_S
@@ -19,16 +20,18 @@ PROBE_MARGIN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class BlockChanges:
-    """What a worker's prefix cache gained and lost. With `snapshot`, `stored` is all it holds.
+class IndexedBlocks:
+    """What a router's prefix index knows of a worker.
 
-    `revision` grows by one per message; a gap means that changes were missed.
+    `staleness_ms` has passed since the worker's last word; `lag_ms` old were the events of its last changes when it
+    told them. `credited`: requests are placed by these blocks.
     """
 
     revision: int
-    snapshot: bool
-    stored: tuple[BlockHash, ...]
-    removed: tuple[BlockHash, ...]
+    blocks: int
+    staleness_ms: float
+    lag_ms: float
+    credited: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class WorkerStatus:
     """What carries the router's session with it: framed, grpc, or nothing while none is open. Only the router knows."""
     transport_changes: tuple[tuple[str, str, str], ...] = ()
     """(key, loaded, now) of transport settings that are no longer as they were loaded."""
+    indexed: IndexedBlocks | None = None
+    """Only the router knows."""
 
 
 async def get_status(channel: grpc.aio.Channel, *, timeout_s: float) -> WorkerStatus:
@@ -79,10 +84,24 @@ async def set_transport(
 
 
 async def watch_status(
-    channel: grpc.aio.Channel, *, min_interval_s: float
+    channel: grpc.aio.Channel,
+    *,
+    min_interval_s: float,
+    max_interval_s: float = 0.0,
+    from_revision: int = 0,
+    incarnation: str = "",
 ) -> AsyncGenerator[tuple[WorkerStatus, BlockChanges], None]:
-    """The full state, then each change. Iterate under `aclosing`. Raises PeerLost when the worker goes away."""
-    request = worker_pb2.WatchStatusRequest(min_interval_ms=int(min_interval_s * 1000))
+    """The full state, then each change, and something every `max_interval_s` (0: changes only).
+
+    Block events begin after `from_revision` of that incarnation, where the worker still knows them, else with a
+    snapshot. Iterate under `aclosing`. Raises PeerLost when the worker goes away.
+    """
+    request = worker_pb2.WatchStatusRequest(
+        min_interval_ms=int(min_interval_s * 1000),
+        max_interval_ms=int(max_interval_s * 1000),
+        from_revision=from_revision,
+        incarnation=incarnation,
+    )
     method = worker_pb2_grpc.WorkerServiceStub(channel).WatchStatus
     updates = stream(method, request, timeout_s=None, response=worker_pb2.WorkerStatus)
     known, record = worker_pb2.WorkerRecord(), None
@@ -104,12 +123,21 @@ def decode_status(message: worker_pb2.WorkerStatus, record: WorkerRecord | None 
         pinned_transfers=message.pinned_transfers,
         session=message.session,
         transport_changes=tuple((c.key, c.loaded, c.now) for c in message.transport_changes),
+        indexed=decode_indexed(message.indexed) if message.HasField("indexed") else None,
+    )
+
+
+def decode_indexed(message: worker_pb2.IndexedBlocks) -> IndexedBlocks:
+    return IndexedBlocks(
+        message.revision, message.blocks, message.staleness_ms, message.lag_ms, credited=message.credited
     )
 
 
 def encode_status(status: WorkerStatus) -> worker_pb2.WorkerStatus:
     """Without block events."""
+    indexed = status.indexed
     return worker_pb2.WorkerStatus(
+        indexed=worker_pb2.IndexedBlocks(**asdict(indexed)) if indexed else None,
         record=codec.encode_worker_record(status.record),
         kv=codec.encode_kv_stats(status.kv),
         running_requests=status.running_requests,
@@ -124,7 +152,11 @@ def encode_status(status: WorkerStatus) -> worker_pb2.WorkerStatus:
 def _decode_changes(events: worker_pb2.BlockEvents) -> BlockChanges:
     return BlockChanges(
         revision=events.revision,
+        since=events.since_revision,
         snapshot=events.snapshot,
-        stored=tuple(codec.decode_hashes(events.stored_hashes, "block_events.stored_hashes")),
-        removed=tuple(codec.decode_hashes(events.removed_hashes, "block_events.removed_hashes")),
+        more=events.more,
+        tier=codec.decode_tier(events.tier, "block_events.tier"),
+        stored=codec.check_hashes(events.stored_hashes, "block_events.stored_hashes"),
+        removed=codec.check_hashes(events.removed_hashes, "block_events.removed_hashes"),
+        age_s=events.age_ms / 1e3,
     )

@@ -27,17 +27,20 @@ from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.core import process
+from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, SageError, Unreachable, WorkerIdTaken
+from sagellm_common.core.kv import Tier
 from sagellm_common.core.topology import Registration, TopologyStore
 from sagellm_common.core.types import KvStats, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.rpc.background import Background
+from sagellm_common.rpc.block_journal import BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc, worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_service import KvTransferServicer
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.transport_control import TransportControl
-from sagellm_common.rpc.worker_service import BlockFeed, Load, WorkerServicer
+from sagellm_common.rpc.worker_service import Load, WorkerServicer
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +93,8 @@ class WorkerRuntime:
         self._metrics = metrics
         self._handoffs = handoffs
         self._engine_ended = engine_ended or asyncio.Event()
-        self._feed = BlockFeed(pool)
+        home = Tier.HOST if role is WorkerRole.KV_STORE else Tier.DEVICE
+        self.journal = BlockJournal(pool, SystemClock(), config.index.history_blocks, home)
         self._transport = TransportControl(channel, pool, source)
         self._load: Callable[[], Load] = Load
         self._server: GrpcServer | None = None
@@ -180,7 +184,7 @@ class WorkerRuntime:
             Registrar(
                 "sagellm.v1.WorkerService",
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-                WorkerServicer(self, self._feed, self._transport, self._handoffs),
+                WorkerServicer(self, self.journal, self._transport, self._handoffs),
             ),
             Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer),
         ]

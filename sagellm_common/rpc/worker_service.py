@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -12,10 +11,9 @@ import grpc
 
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.errors import InvalidRequest
-from sagellm_common.core.kv import BlockEvent
-from sagellm_common.core.types import BlockHash, KvStats, WorkerRecord
-from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.core.types import KvStats, WorkerRecord
 from sagellm_common.rpc import codec
+from sagellm_common.rpc.block_journal import BlockChanges, BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.handoffs import encode_record
 from sagellm_common.rpc.transport_control import TransportControl
@@ -55,51 +53,6 @@ class WorkerView(Protocol):
         """Turns new work away, waits for what runs; returns the number of requests left unfinished. Idempotent."""
 
 
-class BlockFeed:
-    """Fans the prefix cache's changes out to watchers, each with its own backlog, coalesced per hash.
-
-    A backlog remembers only the last state of each hash, so it is bounded by the number of hashes that changed
-    however slow its watcher is.
-    """
-
-    def __init__(self, pool: KVBackendProtocol) -> None:
-        self._pool = pool
-        self._lock = threading.Lock()
-        self._backlogs: dict[object, dict[BlockHash, bool]] = {}
-        pool.watch(self._on_event)
-
-    def _on_event(self, event: BlockEvent) -> None:
-        """From any thread. Takes no other lock, for the pool may hold its own here."""
-        with self._lock:
-            for backlog in self._backlogs.values():
-                backlog.update(dict.fromkeys(event.removed, False))
-                backlog.update(dict.fromkeys(event.stored, True))
-
-    def subscribe(self) -> tuple[object, list[BlockHash]]:
-        """A watcher's key and what the cache holds now.
-
-        The backlog opens before the snapshot is taken: a change in between is told twice, which is harmless, and
-        never lost.
-        """
-        key = object()
-        with self._lock:
-            self._backlogs[key] = {}
-        return key, self._pool.cached_hashes()
-
-    def unsubscribe(self, key: object) -> None:
-        with self._lock:
-            self._backlogs.pop(key, None)
-
-    def take(self, key: object) -> BlockEvent:
-        """What changed since the last call."""
-        with self._lock:
-            backlog, self._backlogs[key] = self._backlogs[key], {}
-        return BlockEvent(
-            stored=tuple(h for h, present in backlog.items() if present),
-            removed=tuple(h for h, present in backlog.items() if not present),
-        )
-
-
 class _State(NamedTuple):
     """What a worker's status tells. Taken and compared many times a second beside the engine's thread, which waits for
     the interpreter meanwhile: it is encoded when it has changed."""
@@ -114,10 +67,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """`handoffs` None: this worker keeps no records of them."""
 
     def __init__(
-        self, worker: WorkerView, feed: BlockFeed, transport: TransportControl, handoffs: HandoffLog | None = None
+        self,
+        worker: WorkerView,
+        journal: BlockJournal,
+        transport: TransportControl,
+        handoffs: HandoffLog | None = None,
     ) -> None:
         self._worker = worker
-        self._feed = feed
+        self._journal = journal
         self._transport = transport
         self._handoffs = handoffs
         self._encoded: tuple[WorkerRecord, worker_pb2.WorkerRecord] | None = None
@@ -161,23 +118,22 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WorkerStatus]:
         """Lives as long as the caller wants it: the one kind of call without a deadline."""
         interval_s = max(request.min_interval_ms / 1000 or DEFAULT_MIN_INTERVAL_S, SHORTEST_MIN_INTERVAL_S)
-        key, hashes = self._feed.subscribe()
-        try:
-            revision, last = 1, self._state()
-            message = self._encode(last)
-            message.block_events.MergeFrom(_events(BlockEvent(stored=tuple(hashes)), revision, snapshot=True))
-            yield message
-            while True:
-                await asyncio.sleep(interval_s)
-                event, now = self._feed.take(key), self._state()
-                if now == last and not event.stored and not event.removed:
-                    continue
-                revision, last = revision + 1, now
+        longest_s = max(request.max_interval_ms / 1000, interval_s) if request.max_interval_ms else float("inf")
+        loop = asyncio.get_running_loop()
+        seen = request.from_revision if request.incarnation == self._worker.record.incarnation else 0
+        told, told_s = None, loop.time()
+        while True:
+            now, parts = self._state(), self._journal.after(seen)
+            changes = next(parts, None)
+            if changes is None and (now != told or loop.time() - told_s >= longest_s):
+                changes = BlockChanges(seen, seen)
+            while changes is not None:
                 message = self._encode(now)
-                message.block_events.MergeFrom(_events(event, revision))
+                message.block_events.CopyFrom(_events(changes))
                 yield message
-        finally:
-            self._feed.unsubscribe(key)
+                told, told_s, seen = now, loop.time(), changes.revision
+                changes = next(parts, None)
+            await asyncio.sleep(interval_s)
 
     async def Drain(
         self,
@@ -224,10 +180,14 @@ def _encode_changes(changes: Iterable[tuple[str, str, str]]) -> list[worker_pb2.
     return [worker_pb2.TransportChange(key=key, loaded=loaded, now=now) for key, loaded, now in changes]
 
 
-def _events(event: BlockEvent, revision: int, *, snapshot: bool = False) -> worker_pb2.BlockEvents:
+def _events(changes: BlockChanges) -> worker_pb2.BlockEvents:
     return worker_pb2.BlockEvents(
-        revision=revision,
-        snapshot=snapshot,
-        stored_hashes=b"".join(event.stored),
-        removed_hashes=b"".join(event.removed),
+        revision=changes.revision,
+        since_revision=changes.since,
+        snapshot=changes.snapshot,
+        more=changes.more,
+        tier=codec.encode_tier(changes.tier),
+        stored_hashes=changes.stored,
+        removed_hashes=changes.removed,
+        age_ms=changes.age_s * 1e3,
     )

@@ -61,6 +61,7 @@ def _worker(worker: WorkerView) -> dict[str, Any]:
         "session": worker.session,
         "engine": record.engine,
         "kv": asdict(worker.kv) if worker.kv else None,  # None: it does not answer
+        "indexed": asdict(worker.indexed) if worker.indexed else None,  # None: the router knows nothing of its blocks
         "running_requests": worker.running_requests,
         "waiting_requests": worker.waiting_requests,
         "reservations": worker.reservations,

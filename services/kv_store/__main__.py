@@ -19,7 +19,6 @@ from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.server import Registrar
 from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
-from services.kv_store.block_log import BlockLog
 from services.kv_store.loop import KvStore
 from services.kv_store.servicer import KvStoreServicer
 from services.kv_store.telemetry import StoreCollector
@@ -57,7 +56,7 @@ async def compose(args: WorkerArgs) -> None:
         service = Registrar(
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
-            KvStoreServicer(store, BlockLog(pool)),
+            KvStoreServicer(store, runtime.journal),
         )
         await runtime.run([service], store.load)
 

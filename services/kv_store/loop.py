@@ -61,6 +61,10 @@ class KvStore:
         self._buffers = Buffers()
         self._running_puts = 0
 
+    @property
+    def incarnation(self) -> str:
+        return self._worker.record.incarnation
+
     def load(self) -> Load:
         return Load(running_requests=self._running_puts, pinned_transfers=len(self._leases))
 

@@ -8,8 +8,9 @@ import grpc
 
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.rpc import codec
+from sagellm_common.rpc.block_journal import BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
-from services.kv_store.block_log import BlockLog
+from services.kv_store import block_log
 from services.kv_store.loop import KvStore
 
 DEFAULT_PUT_TIMEOUT_S = 10.0
@@ -17,9 +18,9 @@ DEFAULT_PUT_TIMEOUT_S = 10.0
 
 
 class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
-    def __init__(self, store: KvStore, block_log: BlockLog) -> None:
+    def __init__(self, store: KvStore, journal: BlockJournal) -> None:
         self._store = store
-        self._block_log = block_log
+        self._journal = journal
 
     async def Lookup(
         self,
@@ -79,10 +80,15 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
         context: grpc.aio.ServicerContext[kv_pb2.WatchBlocksRequest, kv_pb2.WatchBlocksResponse],
     ) -> AsyncIterator[kv_pb2.WatchBlocksResponse]:
         """Lives as long as the caller wants it."""
-        async for revision in self._block_log.watch(request.from_revision):
+        known = request.incarnation in ("", self._store.incarnation)
+        async for changes in block_log.watch(self._journal, request.from_revision if known else 0):
             yield kv_pb2.WatchBlocksResponse(
-                revision=revision.number,
-                snapshot=revision.snapshot,
-                stored_hashes=codec.encode_hashes(revision.event.stored),
-                removed_hashes=codec.encode_hashes(revision.event.removed),
+                revision=changes.revision,
+                since_revision=changes.since,
+                snapshot=changes.snapshot,
+                more=changes.more,
+                tier=codec.encode_tier(changes.tier),
+                stored_hashes=changes.stored,
+                removed_hashes=changes.removed,
+                age_ms=changes.age_s * 1e3,
             )

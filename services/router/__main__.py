@@ -32,6 +32,7 @@ from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2_grpc, topology_pb2_g
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.topology_service import TopologyServicer
 from sagellm_common.scheduler_ir.strategies import make_strategy
+from services.router.cached_blocks import CachedBlocks
 from services.router.explain import ExplainLog
 from services.router.observed import ObservedPipeline, RouterMetrics
 from services.router.pipeline import Pipeline
@@ -88,7 +89,11 @@ async def serving(
         channels = await stack.enter_async_context(ChannelPool())
         stack.push_async_callback(topology.close)
         await topology.start()
-        workers = Workers(topology, channels, config.rpc.session)
+        metrics = metrics or RouterMetrics()
+        cached_blocks = CachedBlocks(config.index, SystemClock())
+        metrics.registry.register(cached_blocks)
+        stack.callback(metrics.registry.unregister, cached_blocks)
+        workers = Workers(topology, channels, config.rpc.session, cached_blocks)
         stack.push_async_callback(workers.close)
         pipeline = ObservedPipeline(
             Pipeline(
@@ -100,7 +105,7 @@ async def serving(
                 random.Random(),
                 TransferPlanner(config.transport, workers.cost),
             ),
-            metrics or RouterMetrics(),
+            metrics,
         )
         inference = InferenceServicer(pipeline, workers, explain, config.router.request_timeout_s)
         known = TopologyServicer(topology, channels, workers.status, partial(explain_plan, explain))

@@ -31,6 +31,7 @@ class Generates(Protocol):
 
 class RouterMetrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.registry = registry
         self.requests = Counter("sagellm_router_requests", "Requests by outcome", ["code"], registry=registry)
         self.ttft = Histogram(
             "sagellm_router_ttft_seconds", "Admission to first token", buckets=_LATENCY_S, registry=registry

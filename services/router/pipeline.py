@@ -155,8 +155,8 @@ class Pipeline:
         for layout in self._workers.layouts(admitted.model):
             size = layout.block_size_tokens
             hashes = packed_block_hashes(request.prompt_token_ids, size, root_hash(layout, request.cache_salt))
-            for worker_id, depth in self._workers.matched(hashes).items():
-                cached_tokens[worker_id] = max(cached_tokens.get(worker_id, 0), depth * size)
+            for worker_id, tokens in self._workers.matched(hashes, size).items():
+                cached_tokens[worker_id] = max(cached_tokens.get(worker_id, 0), tokens)
         return Matched(cached_tokens)
 
     async def _route(

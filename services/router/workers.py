@@ -1,6 +1,6 @@
 """The workers as the router sees them: follows the topology, keeps one status watch and the sessions per worker.
 
-topology ──► join / leave ──► WorkerLink ──► status watch ──► load, KV counts, block events ──► prefix index
+topology ──► join / leave ──► WorkerLink ──► status watch ──► load, KV counts, block events ──► CachedBlocks
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sagellm_common.comm_backend.transcode import obstacles
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.topology import LinkCost, TopologySnapshot, TopologyStore
 from sagellm_common.core.types import KvLayout, ModelInfo, WorkerRecord, WorkerRole, WorkerState
-from sagellm_common.prefix_reuse.index import PrefixReuseIndex
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.sessions import DecodeSession, PrefillSession
-from sagellm_common.rpc.worker_client import BlockChanges, WorkerStatus, get_status, watch_status
+from sagellm_common.rpc.worker_client import WorkerStatus, get_status, watch_status
+from services.router.cached_blocks import CachedBlocks, EventsMissed
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +99,13 @@ class WorkerLink:
 class Workers:
     """Between `start` and `close`, `usable` is never older than a second."""
 
-    def __init__(self, topology: TopologyStore, channels: ChannelPool, session: Choice = "auto") -> None:
+    def __init__(
+        self, topology: TopologyStore, channels: ChannelPool, session: Choice, cached_blocks: CachedBlocks
+    ) -> None:
         self._session = session
         self._topology = topology
         self._channels = channels
-        self._index = PrefixReuseIndex()
+        self._cached = cached_blocks
         self._links: dict[WorkerKey, WorkerLink] = {}
         self._incompatible: set[WorkerKey] = set()
         self._converted: set[WorkerKey] = set()
@@ -145,10 +147,9 @@ class Workers:
         found = [link.record.model.kv_layout for link in self.usable(model) if link.record.model is not None]
         return list(dict.fromkeys(found))
 
-    def matched(self, hashes: bytes) -> dict[str, int]:
-        """Longest prefix of the packed `hashes` each worker holds, in blocks, by worker id; those without any are
-        absent."""
-        return {worker_id: depths[-1] for worker_id, depths in self._index.lookup(hashes).items()}
+    def matched(self, hashes: bytes, block_size_tokens: int) -> dict[str, int]:
+        """Leading tokens of the packed `hashes`' blocks that each worker holds; see `CachedBlocks`."""
+        return self._cached.matched(hashes, block_size_tokens)
 
     def find(self, worker_id: str, incarnation: str) -> WorkerLink | None:
         return self._links.get((worker_id, incarnation))
@@ -173,7 +174,8 @@ class Workers:
         """Fresh from the worker. Raises PeerLost, DeadlineExceeded."""
         status = await get_status(self._channels.get(record.address), timeout_s=STATUS_TIMEOUT_S)
         link = self._links.get((record.worker_id, record.incarnation))
-        return replace(status, session=link.carrier if link is not None else "")
+        indexed = self._cached.view(record.worker_id, record.incarnation)
+        return replace(status, session=link.carrier if link is not None else "", indexed=indexed)
 
     # ---- following the topology ----
 
@@ -226,7 +228,7 @@ class Workers:
         if not link.departed:
             log.info("worker %s (%s) left", *link.key)
             link.departed = True
-            self._index.invalidate(link.worker_id)
+            self._cached.forget(*link.key)
             link.retirement = self._spawn(self._retire(link), f"retire {link.worker_id}")
 
     def _return(self, link: WorkerLink) -> None:
@@ -267,38 +269,40 @@ class Workers:
         channel = self._channels.get(link.record.address)
         while True:
             try:
-                async with aclosing(watch_status(channel, min_interval_s=WATCH_INTERVAL_S)) as updates:
-                    revision = 0
+                watch = watch_status(
+                    channel,
+                    min_interval_s=WATCH_INTERVAL_S,
+                    max_interval_s=self._cached.sign_of_life_s,
+                    from_revision=self._cached.watched(*link.key),
+                    incarnation=link.record.incarnation,
+                )
+                async with aclosing(watch) as updates:
                     async for status, changes in updates:
                         if status.record.incarnation != link.record.incarnation:
                             log.info("another incarnation of worker %s answers at its address", link.worker_id)
+                            self._cached.forget(*link.key)
                             break
-                        if changes.revision != revision + 1 and not changes.snapshot:
-                            log.warning("worker %s skipped block events; asking again", link.worker_id)
-                            break
-                        revision = changes.revision
-                        self._update(link, status, changes)
+                        if not link.departed:
+                            await self._cached.apply(*link.key, changes)
+                        self._update(link, status)
+            except EventsMissed:
+                log.warning("worker %s skipped block events; asking again", link.worker_id)
+                self._cached.forget(*link.key)
             except SageError as err:
                 log.debug("watch of worker %s: %s", link.worker_id, err.message)
             self._lost(link)
             await asyncio.sleep(RECONNECT_S)
 
-    def _update(self, link: WorkerLink, status: WorkerStatus, changes: BlockChanges) -> None:
+    def _update(self, link: WorkerLink, status: WorkerStatus) -> None:
         link.status, link.record, link.reachable = status, status.record, True
         link.foreign = max(0, status.running_requests + status.waiting_requests - link.outstanding)
-        if not link.departed:
-            if changes.snapshot:
-                self._index.invalidate(link.worker_id)
-            self._index.evict(link.worker_id, b"".join(changes.removed))
-            self._index.insert(link.worker_id, b"".join(changes.stored))
         self._notify()
 
     def _lost(self, link: WorkerLink) -> None:
+        self._cached.unwatched(*link.key)
         if link.reachable:
             link.reachable = False
             link.eased.set()
-            if not link.departed:  # else the entries may be a successor's by now
-                self._index.invalidate(link.worker_id)
             self._notify()
 
     def _notify(self) -> None:

@@ -136,7 +136,9 @@ def test_links_are_measured_and_settings_changed_while_it_runs(sagellm: Any) -> 
     assert settings["decode-0"]["changes"] == [["chunk_bytes", "0", "65536"], ["fusion", "auto", "off"]]
     assert settings["decode-1"]["changes"] == []
     assert shown["machine"]["numa"]
-    status = {worker["id"]: worker["transport_changes"] for worker in sagellm.json("status")["workers"]}
+    workers = sagellm.json("status")["workers"]
+    assert all(worker["indexed"]["credited"] and worker["indexed"]["revision"] > 0 for worker in workers)
+    status = {worker["id"]: worker["transport_changes"] for worker in workers}
     assert status["decode-0"][0] == {"key": "chunk_bytes", "loaded": "0", "now": "65536"}
     assert status["prefill-0"] == []
     for wrong, complaint in [("chunk_byte=1", "did you mean chunk_bytes"), ("backend=gloo", "cannot be changed")]:

@@ -91,6 +91,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.reached: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self.trace_contexts: list[dict[str, str]] = []
         self.cached_hashes: list[BlockHash] = []
+        self.watches: list[worker_pb2.WatchStatusRequest] = []
         self._changed = asyncio.Event()
         self._status_change = worker_pb2.WorkerStatus()
         self._script: dict[str, deque[Action]] = defaultdict(deque)
@@ -195,6 +196,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         return self.status()
 
     async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.WorkerStatus]:
+        self.watches.append(request)
         first = self.status()
         first.block_events.revision = 1
         first.block_events.snapshot = True
@@ -209,6 +211,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         """Sends block events to the watcher."""
         self._status_change = self.status()
         self._status_change.block_events.revision = revision
+        self._status_change.block_events.since_revision = revision - 1
         self._status_change.block_events.stored_hashes = codec.encode_hashes(stored)
         self._status_change.block_events.removed_hashes = codec.encode_hashes(removed)
         self._changed.set()

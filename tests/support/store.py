@@ -19,7 +19,6 @@ from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.server import Registrar
 from sagellm_common.rpc.topology_client import RemoteTopology
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
-from services.kv_store.block_log import BlockLog
 from services.kv_store.loop import KvStore
 from services.kv_store.servicer import KvStoreServicer
 from tests.support.waiting import eventually
@@ -51,7 +50,7 @@ async def kv_store(router: str) -> AsyncIterator[HostKvPool]:
         service = Registrar(
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
-            KvStoreServicer(store, BlockLog(pool)),
+            KvStoreServicer(store, runtime.journal),
         )
         stack.push_async_callback(runtime.close)
         await runtime.start([service], store.load)

@@ -6,52 +6,14 @@ from typing import Any, cast
 
 import pytest
 
-from sagellm_common.core.kv import BlockEvent
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import WorkerRole
-from sagellm_common.rpc.worker_client import BlockChanges, WorkerStatus, get_status, watch_status
-from sagellm_common.rpc.worker_service import BlockFeed
-from tests.support.simulated_engine import SimulatedPool
-from tests.support.topology import LAYOUT
+from sagellm_common.prefix_reuse.hashing import unpack_hashes
+from sagellm_common.rpc.block_journal import BlockChanges
+from sagellm_common.rpc.worker_client import WorkerStatus, get_status, watch_status
 from tests.support.topology_server import topology_server
 from tests.support.waiting import TIMEOUT_S
 from tests.support.workers import Worker, decode_all, request, worker
-
-A, B, C = (bytes([i]) * 16 for i in range(3))
-
-
-class TestBlockFeed:
-    def feed(self) -> tuple[SimulatedPool, BlockFeed]:
-        pool = SimulatedPool(LAYOUT, 4)
-        return pool, BlockFeed(pool)
-
-    def test_each_watcher_gets_each_change_once(self) -> None:
-        pool, feed = self.feed()
-        first, held = feed.subscribe()
-        assert held == []
-        pool.cache._tell(BlockEvent(stored=(A,)))
-        second, _ = feed.subscribe()
-        pool.cache._tell(BlockEvent(stored=(B,)))
-        assert feed.take(first) == BlockEvent(stored=(A, B))
-        assert feed.take(first) == BlockEvent()
-        assert feed.take(second) == BlockEvent(stored=(B,))
-
-    def test_a_backlog_keeps_the_last_state_of_each_block(self) -> None:
-        pool, feed = self.feed()
-        key, _ = feed.subscribe()
-        pool.cache._tell(BlockEvent(stored=(A, B)))
-        pool.cache._tell(BlockEvent(removed=(A,)))
-        pool.cache._tell(BlockEvent(removed=(C,)))
-        pool.cache._tell(BlockEvent(stored=(C,)))
-        assert feed.take(key) == BlockEvent(stored=(B, C), removed=(A,))
-
-    def test_who_left_is_forgotten(self) -> None:
-        pool, feed = self.feed()
-        key, _ = feed.subscribe()
-        feed.unsubscribe(key)
-        pool.cache._tell(BlockEvent(stored=(A,)))
-        with pytest.raises(KeyError):
-            feed.take(key)
 
 
 @pytest.fixture
@@ -73,27 +35,27 @@ async def test_watch_gives_the_state_then_its_changes(decode: Worker) -> None:
     watch = cast("Any", watch_status(decode.channel, min_interval_s=0.01))
     async with aclosing(watch):
         status, changes = await anext(watch)
-        assert (changes.revision, changes.snapshot, changes.removed) == (1, True, ())
-        held = set(changes.stored)
+        assert (changes.since, changes.snapshot, changes.more, changes.removed) == (0, True, False, b"")
+        held = set(unpack_hashes(changes.stored))
         assert held == set(decode.engine.kv.cached_hashes())
         assert len(held) == 5
 
         await decode_all(decode, request(range(50, 54), request_id="r2"), [1], None)
-        held |= {h for h in await until_held(watch, status, decode.engine.kv.cached_hashes()) if h not in held}
+        held |= {h for h in await told_until_idle(watch, status, changes.revision) if h not in held}
         assert held == set(decode.engine.kv.cached_hashes())
 
 
-async def until_held(watch: Any, status: WorkerStatus, wanted: list[bytes]) -> set[bytes]:
-    """The hashes told until all of `wanted` that were not known before are in; revisions must be without gaps."""
+async def told_until_idle(watch: Any, status: WorkerStatus, revision: int) -> set[bytes]:
+    """The hashes told until nothing runs; each message builds on the one before."""
     told: set[bytes] = set()
-    revision = 1
     changes: BlockChanges
     while not told or status.running_requests:
         status, changes = await anext(watch)
-        revision += 1
-        assert (changes.revision, changes.snapshot) == (revision, False)
-        told |= set(changes.stored)
-        told -= set(changes.removed)
+        assert (changes.since, changes.snapshot) == (revision, False)
+        assert changes.age_s >= 0
+        revision = changes.revision
+        told |= set(unpack_hashes(changes.stored))
+        told -= set(unpack_hashes(changes.removed))
     return told
 
 
@@ -104,6 +66,36 @@ async def test_watch_says_nothing_when_nothing_changes_and_hears_of_evictions(de
         _, first = await anext(watch)
         decode.engine.kv.forget()
         status, changes = await anext(watch)
-        assert changes == BlockChanges(revision=2, snapshot=False, stored=(), removed=changes.removed)
-        assert set(changes.removed) == set(first.stored)
+        assert (changes.since, changes.snapshot, changes.stored) == (first.revision, False, b"")
+        assert set(unpack_hashes(changes.removed)) == set(unpack_hashes(first.stored))
         assert status.kv.cached_blocks == 0
+
+
+async def test_a_watch_goes_on_where_another_stopped(decode: Worker) -> None:
+    await decode_all(decode, request(range(1, 15)), [1], None)
+    incarnation = decode.runtime.record.incarnation
+    async with aclosing(cast("Any", watch_status(decode.channel, min_interval_s=0.01))) as watch:
+        _, first = await anext(watch)
+    resumed = {"from_revision": first.revision, "incarnation": incarnation}
+    async with aclosing(cast("Any", watch_status(decode.channel, min_interval_s=0.01, **resumed))) as watch:
+        _, changes = await anext(watch)
+        assert changes == BlockChanges(first.revision, first.revision)  # the status is told all the same
+    await decode_all(decode, request(range(50, 54), request_id="r2"), [1], None)
+    async with aclosing(cast("Any", watch_status(decode.channel, min_interval_s=0.01, **resumed))) as watch:
+        _, changes = await anext(watch)
+        assert (changes.since, changes.snapshot) == (first.revision, False)
+        held = {*unpack_hashes(first.stored), *unpack_hashes(changes.stored)}
+        assert held == set(decode.engine.kv.cached_hashes())
+    stranger = {"from_revision": first.revision, "incarnation": "another"}
+    async with aclosing(cast("Any", watch_status(decode.channel, min_interval_s=0.01, **stranger))) as watch:
+        _, changes = await anext(watch)
+        assert changes.snapshot
+        assert set(unpack_hashes(changes.stored)) == held
+
+
+async def test_a_watch_gives_a_sign_of_life(decode: Worker) -> None:
+    watch = cast("Any", watch_status(decode.channel, min_interval_s=0.01, max_interval_s=0.02))
+    async with aclosing(watch):
+        first, changes = await anext(watch)
+        for _ in range(3):
+            assert await anext(watch) == (first, BlockChanges(changes.revision, changes.revision))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,16 +26,17 @@ from sagellm_common.core.errors import (
     PeerLost,
     SageError,
 )
+from sagellm_common.core.kv import Tier
 from sagellm_common.core.types import BlockHash, KvLayout, TokenIds, WorkerRecord, WorkerRole, pack_int32
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.rpc import codec
+from sagellm_common.rpc.block_journal import BlockJournal
 from sagellm_common.rpc.channels import ChannelPool, call, stream
-from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, kv_pb2, kv_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.kv_transfer_service import KvTransferServicer
 from sagellm_common.rpc.server import GrpcServer, Registrar
-from services.kv_store.block_log import BlockLog
 from services.kv_store.loop import KvStore
 from services.kv_store.servicer import KvStoreServicer
 from tests.support.kv_channels import HOST, Cluster, Side, a_layout, blocks_of
@@ -112,7 +114,7 @@ async def store() -> AsyncIterator[Running]:
         Registrar(
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
-            KvStoreServicer(KvStore(pool, leases, channel, worker), BlockLog(pool)),
+            KvStoreServicer(KvStore(pool, leases, channel, worker), BlockJournal(pool, clock, 3, Tier.HOST)),
         ),
         Registrar(
             "sagellm.v1.KvTransferService",
@@ -302,26 +304,31 @@ async def test_lookup_and_pin(store: Running) -> None:
 
 
 async def test_watchers_follow_from_where_they_were(store: Running) -> None:
-    hashes, _ = chain(4)
+    hashes, _ = chain(5)
 
-    async def next_of(messages: AsyncIterator[kv_pb2.WatchBlocksResponse]) -> tuple[int, bool, list[bytes]]:
+    async def next_of(messages: AsyncIterator[kv_pb2.WatchBlocksResponse]) -> tuple[int, int, bool, list[bytes]]:
         async with asyncio.timeout(10):
             message = await anext(messages)
-        return message.revision, message.snapshot, codec.decode_hashes(message.stored_hashes)
+        assert message.tier == common_pb2.KV_TIER_HOST
+        stored = codec.decode_hashes(message.stored_hashes)
+        return message.since_revision, message.revision, message.snapshot, stored
 
-    def watch(from_revision: int = 0) -> contextlib.aclosing[AsyncIterator[kv_pb2.WatchBlocksResponse]]:  # type: ignore[type-var]
-        request = kv_pb2.WatchBlocksRequest(from_revision=from_revision)
+    def watch(**known: Any) -> contextlib.aclosing[AsyncIterator[kv_pb2.WatchBlocksResponse]]:  # type: ignore[type-var]
+        request = kv_pb2.WatchBlocksRequest(**known)
         return contextlib.aclosing(stream(store.stub.WatchBlocks, request, timeout_s=None))
 
+    await store.put(1)
     async with watch() as messages:
-        assert await next_of(messages) == (0, True, [])
+        assert await next_of(messages) == (0, 2, True, hashes[:1])
         await store.put(2)
-        assert await next_of(messages) == (1, False, hashes[:2])
+        assert await next_of(messages) == (2, 3, False, hashes[1:2])
     await store.put(3)
     await store.put(4)
-    async with watch(from_revision=1) as messages:
-        assert await next_of(messages) == (2, False, hashes[2:3])
-        assert await next_of(messages) == (3, False, hashes[3:4])
-    async with watch(from_revision=77) as messages:
-        revision, snapshot, stored = await next_of(messages)
-        assert (revision, snapshot, set(stored)) == (3, True, set(hashes))
+    async with watch(from_revision=3) as messages:
+        assert await next_of(messages) == (3, 5, False, hashes[2:4])
+    for stranger in ({"from_revision": 77}, {"from_revision": 3, "incarnation": "another"}):
+        async with watch(**stranger) as messages:
+            assert await next_of(messages) == (0, 5, True, hashes[:4])
+    await store.put(5)
+    async with watch(from_revision=2) as messages:  # the history is three blocks long
+        assert await next_of(messages) == (0, 6, True, hashes)

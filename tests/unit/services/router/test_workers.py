@@ -19,6 +19,11 @@ GREEDY_6 = SamplingParams(max_new_tokens=6)
 HASHES = block_hashes(as_token_ids(PROMPT), LAYOUT.block_size_tokens, root_hash(LAYOUT))
 
 
+def matched(router: RouterHarness) -> dict[str, int]:
+    """Tokens of the prompt that each worker is said to hold."""
+    return router.router.workers.matched(b"".join(HASHES), LAYOUT.block_size_tokens)
+
+
 async def test_a_newcomer_with_another_layout_is_named_and_not_used(
     router: RouterHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -45,8 +50,8 @@ async def test_workers_with_other_block_sizes_are_used_and_each_matched_by_its_o
 
     prefills[1].publish(2, stored=stored(LAYOUT)[:3])
     router.workers[2].publish(2, stored=stored(larger))
-    await eventually(lambda: router.router.workers.matched(b"".join(stored(LAYOUT))) == {"prefill-1": 3})
-    await eventually(lambda: router.router.workers.matched(b"".join(stored(larger))) == {"decode-0": 2})
+    await eventually(lambda: router.router.workers.matched(b"".join(stored(LAYOUT)), 4) == {"prefill-1": 12})
+    await eventually(lambda: router.router.workers.matched(b"".join(stored(larger)), 8) == {"decode-0": 16})
     generated = await router.generate(prompt)
     assert generated.tokens == oracle(prompt, GREEDY_6)
     assert generated.summary.prefill_worker_id == "prefill-1"
@@ -82,12 +87,12 @@ async def test_block_events_move_requests_to_where_the_prefix_is(router: RouterH
 
     assert await chosen("a") == "prefill-0"
     prefills[0].publish(2, stored=HASHES)
-    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {"prefill-0": 2})
+    await eventually(lambda: matched(router) == {"prefill-0": 8})
     assert await chosen("b") == "prefill-0"
     prefills[0].publish(3, removed=HASHES[1:])
-    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {"prefill-0": 1})
+    await eventually(lambda: matched(router) == {"prefill-0": 4})
     prefills[0].publish(4, removed=HASHES)
-    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {})
+    await eventually(lambda: matched(router) == {})
     assert await chosen("c") == "prefill-1"
 
 
@@ -95,7 +100,34 @@ async def test_a_gap_in_block_events_asks_for_everything_again(router: RouterHar
     prefill, _ = await router.pair()
     prefill.cached_hashes = HASHES[:1]
     prefill.publish(9, stored=HASHES)
-    await eventually(lambda: router.router.workers.matched(b"".join(HASHES)) == {"prefill-0": 1})
+    await eventually(lambda: matched(router) == {"prefill-0": 4})
+
+
+async def test_a_watch_that_broke_is_taken_up_where_it_stopped(router: RouterHarness) -> None:
+    prefill, _ = await router.pair()
+    prefill.publish(2, stored=HASHES)
+    await eventually(lambda: matched(router) == {"prefill-0": 8})
+    router.router.workers.suspect(router.link(prefill))
+    assert matched(router) == {}
+    await eventually(lambda: len(prefill.watches) == 2)
+    asked = [(watch.from_revision, watch.incarnation) for watch in prefill.watches]
+    assert asked == [(0, prefill.incarnation), (2, prefill.incarnation)]
+    assert all(0 < watch.max_interval_ms <= 1000 for watch in prefill.watches)
+
+
+async def test_a_silent_workers_blocks_do_not_count(router: RouterHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, _ = await router.pair()
+    prefill.publish(2, stored=HASHES)
+    await eventually(lambda: matched(router) == {"prefill-0": 8})
+
+    async def indexed() -> dict[str, tuple[int, bool]]:
+        snapshot = await router.topology_stub.Get(topology_pb2.GetTopologyRequest(), timeout=PATIENCE_S)
+        return {w.record.worker_id: (w.indexed.blocks, w.indexed.credited) for w in snapshot.workers}
+
+    assert await indexed() == {"prefill-0": (2, True), "decode-0": (0, True)}
+    monkeypatch.setattr(router.router.workers._cached, "_max_staleness_s", 0.0)
+    assert matched(router) == {}
+    assert await indexed() == {"prefill-0": (2, False), "decode-0": (0, False)}
 
 
 async def test_a_lost_workers_blocks_are_forgotten(router: RouterHarness) -> None:
@@ -105,7 +137,7 @@ async def test_a_lost_workers_blocks_are_forgotten(router: RouterHarness) -> Non
     decode = await router.add(ScriptedDecode(prefills=[prefill]))
     prefill.on("prefill", prefill.die)
     assert (await router.generate()).tokens == oracle(PROMPT, GREEDY_6)
-    assert router.router.workers.matched(b"".join(HASHES)) == {}
+    assert matched(router) == {}
     assert router.link(decode).reachable
 
 

@@ -167,19 +167,29 @@ class KvPinResponse(_message.Message):
     def __init__(self, num_pinned: _Optional[int] = ...) -> None: ...
 
 class WatchBlocksRequest(_message.Message):
-    __slots__ = ("from_revision",)
+    __slots__ = ("from_revision", "incarnation")
     FROM_REVISION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     from_revision: int
-    def __init__(self, from_revision: _Optional[int] = ...) -> None: ...
+    incarnation: str
+    def __init__(self, from_revision: _Optional[int] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class WatchBlocksResponse(_message.Message):
-    __slots__ = ("revision", "snapshot", "stored_hashes", "removed_hashes")
+    __slots__ = ("revision", "snapshot", "stored_hashes", "removed_hashes", "since_revision", "more", "tier", "age_ms")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     STORED_HASHES_FIELD_NUMBER: _ClassVar[int]
     REMOVED_HASHES_FIELD_NUMBER: _ClassVar[int]
+    SINCE_REVISION_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
     revision: int
     snapshot: bool
     stored_hashes: bytes
     removed_hashes: bytes
-    def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ...) -> None: ...
+    since_revision: int
+    more: bool
+    tier: _common_pb2.KvTier
+    age_ms: float
+    def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ..., since_revision: _Optional[int] = ..., more: _Optional[bool] = ..., tier: _Optional[_Union[_common_pb2.KvTier, str]] = ..., age_ms: _Optional[float] = ...) -> None: ...

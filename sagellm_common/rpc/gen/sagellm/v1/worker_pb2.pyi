@@ -394,25 +394,39 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchStatusRequest(_message.Message):
-    __slots__ = ("min_interval_ms",)
+    __slots__ = ("min_interval_ms", "from_revision", "incarnation", "max_interval_ms")
     MIN_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    FROM_REVISION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     min_interval_ms: int
-    def __init__(self, min_interval_ms: _Optional[int] = ...) -> None: ...
+    from_revision: int
+    incarnation: str
+    max_interval_ms: int
+    def __init__(self, min_interval_ms: _Optional[int] = ..., from_revision: _Optional[int] = ..., incarnation: _Optional[str] = ..., max_interval_ms: _Optional[int] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
-    __slots__ = ("revision", "snapshot", "stored_hashes", "removed_hashes")
+    __slots__ = ("revision", "snapshot", "stored_hashes", "removed_hashes", "since_revision", "more", "tier", "age_ms")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     STORED_HASHES_FIELD_NUMBER: _ClassVar[int]
     REMOVED_HASHES_FIELD_NUMBER: _ClassVar[int]
+    SINCE_REVISION_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
     revision: int
     snapshot: bool
     stored_hashes: bytes
     removed_hashes: bytes
-    def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ...) -> None: ...
+    since_revision: int
+    more: bool
+    tier: _common_pb2.KvTier
+    age_ms: float
+    def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ..., since_revision: _Optional[int] = ..., more: _Optional[bool] = ..., tier: _Optional[_Union[_common_pb2.KvTier, str]] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session", "transport_changes")
+    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session", "transport_changes", "indexed")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -422,6 +436,7 @@ class WorkerStatus(_message.Message):
     BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_CHANGES_FIELD_NUMBER: _ClassVar[int]
+    INDEXED_FIELD_NUMBER: _ClassVar[int]
     record: WorkerRecord
     kv: _common_pb2.KvStats
     running_requests: int
@@ -431,7 +446,22 @@ class WorkerStatus(_message.Message):
     block_events: BlockEvents
     session: str
     transport_changes: _containers.RepeatedCompositeFieldContainer[TransportChange]
-    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ..., transport_changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ...) -> None: ...
+    indexed: IndexedBlocks
+    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ..., transport_changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ..., indexed: _Optional[_Union[IndexedBlocks, _Mapping]] = ...) -> None: ...
+
+class IndexedBlocks(_message.Message):
+    __slots__ = ("revision", "blocks", "staleness_ms", "lag_ms", "credited")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_MS_FIELD_NUMBER: _ClassVar[int]
+    LAG_MS_FIELD_NUMBER: _ClassVar[int]
+    CREDITED_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    blocks: int
+    staleness_ms: float
+    lag_ms: float
+    credited: bool
+    def __init__(self, revision: _Optional[int] = ..., blocks: _Optional[int] = ..., staleness_ms: _Optional[float] = ..., lag_ms: _Optional[float] = ..., credited: _Optional[bool] = ...) -> None: ...
 
 class ProbeWorkerLinksRequest(_message.Message):
     __slots__ = ("sources", "max_bytes")

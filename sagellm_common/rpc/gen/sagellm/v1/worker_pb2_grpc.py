@@ -539,7 +539,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchStatus(self, request, context):
-        """The full state first, then changes. block_events.revision grows by one per message.
+        """The full state first, then changes. A watcher that names the revision it has got to is told what came since, where
+        the worker still knows; else it gets everything.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
