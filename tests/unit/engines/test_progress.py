@@ -126,7 +126,7 @@ def test_a_sequence_that_lost_its_blocks_is_not_followed() -> None:
         given = PoolAllocation(np.array([1, 2], np.int32), table=np.array([1, 2]))
         request = SimpleNamespace(allocation=given, progress=KvProgress(32, 0, BLOCK_TOKENS))
         logical = SimpleNamespace(get_real_blocks=lambda: np.array(blocks))
-        return Running(request, SimpleNamespace(logical_blocks=logical), frozenset())  # type: ignore[arg-type]
+        return Running(request, SimpleNamespace(logical_blocks=logical), frozenset(), None)  # type: ignore[arg-type]
 
     assert running([1, 2]).keeps_its_blocks()
     moved = running([5, 6])
