@@ -26,6 +26,9 @@ from sagellm_common.comm_backend.pieces import FEW, Pieces, Vectors, address_of,
 Buffer = bytes | bytearray
 IOV_MAX = 1024
 _TIMEVAL = struct.Struct("@ll")
+WATCH_S = 0.01
+_STAT_FLAGS, _PF_EXITING = 6, 0x4
+"""proc(5): the flags of include/linux/sched.h, seventh behind the name of the process."""
 _DOUBLE = struct.Struct("@d")
 
 
@@ -69,6 +72,15 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def is_exiting(pid: int) -> bool:
+    """Whether the process was told to end, by itself or by a signal, and nothing of it runs any more."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return bool(int(file.read().rpartition(")")[2].split()[_STAT_FLAGS]) & _PF_EXITING)
+    except (OSError, IndexError, ValueError):
+        return False  # the socket will tell
+
+
 class Wire:
     """One connection. Waits end at `deadline_s` (monotonic) or after `silence_s` without a byte: TimeoutError.
 
@@ -90,6 +102,10 @@ class Wire:
         self._pollers: dict[int, select.poll] = {}
         self._message = ctypes.create_string_buffer(native.MESSAGE.size)
         self.deadline_s = 0.0
+        self._checked_s = 0.0
+        self.peer_pid = 0
+        """Of a peer on this host, which `recv` watches: a process that was killed first gives back all of its memory,
+        which may take a second, and only then closes its sockets. 0: it is not known."""
 
     def send(
         self, head: Buffer, pieces: Pieces | None = None, tail: Buffer = b"", taken: memoryview | None = None
@@ -130,6 +146,8 @@ class Wire:
     def recv(self, size: int) -> bytearray:
         """Exactly so many bytes. Raises as `recv_into`."""
         buffer, done = bytearray(size), 0
+        if self.peer_pid:
+            self._watch()
         with memoryview(buffer) as view:
             while done < size:
                 self._arm(socket.SO_RCVTIMEO)
@@ -211,6 +229,22 @@ class Wire:
 
     def close(self) -> None:
         self._sock.close()
+
+    def _watch(self) -> None:
+        """Until there is something to read, or `recv` would find out for itself that there is not."""
+        until_s = min(self.deadline_s, time.monotonic() + self._silence_s)
+        while not self.readable(min(WATCH_S, max(0.0, until_s - time.monotonic()))):
+            if time.monotonic() >= until_s:
+                return
+            self.check_peer()
+
+    def check_peer(self) -> None:
+        """Raises ConnectionResetError when `peer_pid` is at its end. To be called often: it looks every WATCH_S."""
+        now_s = time.monotonic()
+        if self.peer_pid and now_s - self._checked_s >= WATCH_S:
+            self._checked_s = now_s
+            if is_exiting(self.peer_pid):
+                raise ConnectionResetError(f"its process {self.peer_pid} is at its end")
 
     def _poller(self, events: int) -> select.poll:
         """Not select(), which cannot watch descriptors from 1024 on."""

@@ -64,7 +64,7 @@ class ShmReceiver(SocketReceiver):
                         raise TimeoutError("it accepts no connection") from None
                     await asyncio.sleep(RETRY_S)
             wire = Wire(sock, self._silence_s)
-            _, uid = wire.peer_credentials()
+            wire.peer_pid, uid = wire.peer_credentials()
             if uid != os.geteuid():
                 raise PeerLost(f"source {source.worker_id!r} at {source.data_address} runs as user {uid}, not as ours")
         except BaseException:
@@ -114,6 +114,7 @@ class ShmReceiver(SocketReceiver):
         for from_blocks, to_blocks in zip(*groups, strict=True):
             if wire.readable(0):
                 raise ConnectionResetError("it gave the blocks up before they were copied")
+            wire.check_peer()
             with memory.writing(to_blocks) as (region, ids):
                 into = blocks(region, ids)
                 actual.append(peer.copy(from_blocks.astype(np.int64) * size, into, digest=self._digest))

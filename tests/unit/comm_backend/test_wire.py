@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ import pytest
 
 from sagellm_common.comm_backend import native
 from sagellm_common.comm_backend.pieces import Pieces, digests
-from sagellm_common.comm_backend.wire import IOV_MAX, Wire, split_address
+from sagellm_common.comm_backend.wire import IOV_MAX, Wire, is_exiting, split_address
 from sagellm_common.core import cxx
 
 
@@ -146,6 +149,22 @@ def test_abort_ends_a_wait_of_another_thread(ends: tuple[Wire, Wire]) -> None:
     waiter.join(5)
     assert not waiter.is_alive()
     assert isinstance(caught[0], EOFError)
+
+
+def test_a_peer_that_was_killed_is_gone_before_its_socket_is(ends: tuple[Wire, Wire]) -> None:
+    """A zombie has closed its own: the test holds the peer's end open."""
+    _, right = ends
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    right.peer_pid = process.pid
+    try:
+        assert not is_exiting(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ConnectionResetError, match="at its end"):
+            right.recv(1)
+    finally:
+        process.communicate()
+    assert not is_exiting(process.pid), "nobody is there to be asked about"
 
 
 def test_readable(ends: tuple[Wire, Wire]) -> None:
