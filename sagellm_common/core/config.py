@@ -236,10 +236,26 @@ class KvConfig(Section):
         return self
 
 
+class KvDiskConfig(Section):
+    """The kv_store's tier below memory. Off unless `path` is set."""
+
+    path: str = Field(
+        "", description="directory, best on NVMe, below which each store keeps its own; empty: memory is all there is"
+    )
+    budget_bytes: int = Field(8 << 30, ge=1 << 20, description="of the disk, for one store")
+    write: Literal["through", "back"] = Field(
+        "through",
+        description="when blocks are copied to the disk: as they come, or when half of the memory waits for it, which "
+        "writes less and loses more when the store dies",
+    )
+    direct_io: bool = Field(False, description="past the system's cache, for disks faster than a copy in memory")
+
+
 class KvStoreConfig(Section):
     enabled: bool = True
-    budget_bytes: int = Field(512 << 20, ge=1 << 20)
+    budget_bytes: int = Field(512 << 20, ge=1 << 20, description="of memory, for one store")
     eviction: Eviction = Field("cost-aware", description="which blocks go first; `sagellm kv policy` changes it")
+    disk: KvDiskConfig = KvDiskConfig()
 
 
 class TelemetryConfig(Section):

@@ -194,7 +194,15 @@ def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
 
 
 def _known_keys() -> list[str]:
-    return [f"{name}.{key}" for name in Config.model_fields for key in _annotation((name,)).model_fields]
+    return [".".join(key) for key in _settings(Config)]
+
+
+def _settings(section: type[BaseModel], above: Key = ()) -> Iterator[Key]:
+    for name, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            yield from _settings(field.annotation, (*above, name))
+        else:
+            yield (*above, name)
 
 
 def _unknown(key: Key, value: Any) -> str | None:

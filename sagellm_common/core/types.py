@@ -148,13 +148,43 @@ class WorkerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class KvTierStats:
+    """Blocks and bytes of a tier, and what became of them since the process began.
+
+    `torn` were dropped because their bytes are not those that were written, `failed` could not be read or written,
+    `dropped` left the tier above before they were written here.
+    """
+
+    name: str
+    dtype: str = ""
+    total_blocks: int = 0
+    used_blocks: int = 0
+    used_bytes: int = 0
+    hit_blocks: int = 0
+    stored_blocks: int = 0
+    evicted_blocks: int = 0
+    torn_blocks: int = 0
+    failed_blocks: int = 0
+    dropped_blocks: int = 0
+    recovered_blocks: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class KvStats:
-    """Counted independently of each other: `total == free + used + cached` is the idle self-check."""
+    """Counted independently of each other: `total == free + used + cached` is the idle self-check.
+
+    `tiers` are those of a pool that has more than one, itself included, the fastest first.
+    """
 
     total_blocks: int
     free_blocks: int
     used_blocks: int
     cached_blocks: int
+    tiers: tuple[KvTierStats, ...] = ()
 
     @property
     def balanced(self) -> bool:

@@ -20,13 +20,13 @@ from functools import partial
 from itertools import groupby
 from typing import Literal
 
-from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion, Tier
-from sagellm_common.core.types import BlockHash, KvLayout, KvStats, TokenIds
+from sagellm_common.core.kv import Allocation, BlockEvent, BlockInfo, BlockMoves, KvFragmentation, KvRegion, Tier
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, KvTierStats, TokenIds
 from sagellm_common.kv_policy.migration import BlockFacts, ByUses, MigrationPolicy, Move
 from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
 from sagellm_common.kv_runtime.backends.host_tier import HostTier
 from sagellm_common.kv_runtime.migrator import KVMigrator, MigrationPlan
-from sagellm_common.kv_runtime.tiers import BlockKey, TierBackend, TierStats, keys_of
+from sagellm_common.kv_runtime.tiers import BlockKey, TierBackend, keys_of
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +96,18 @@ class HierarchyManager:
         return self.pool.regions()
 
     def get_utilization(self) -> KvStats:
-        """Of the pool: blocks below take none of its memory."""
-        return self.pool.get_utilization()
+        """Of the pool: blocks below take none of its memory. With tiers where there are some."""
+        stats = self.pool.get_utilization()
+        return replace(stats, tiers=tuple(self.stats())) if len(self._tiers) > 1 else stats
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a layout, and the tiers are open."""
+        return self._migrator is not None
+
+    def check_layout(self, layout: KvLayout) -> bool:
+        """See `HostKvPool.check_layout`."""
+        return self.pool.check_layout(layout)
 
     def adopt(self, layout: KvLayout) -> None:
         """Settles the layout, and opens the tiers for it, or checks it. May wait for a disk.
@@ -133,7 +143,7 @@ class HierarchyManager:
         with self._lock:
             self._watchers.append(callback)
 
-    def stats(self) -> list[TierStats]:
+    def stats(self) -> list[KvTierStats]:
         """The fastest first; hits are told where the block was when it was asked for."""
         tiers = [tier.stats() for tier in self._tiers]
         with self._lock:
@@ -146,9 +156,9 @@ class HierarchyManager:
 
     # ---- put and get ----
 
-    def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> PendingPut:
+    def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "") -> PendingPut:
         """See `HostKvPool.begin_put`."""
-        return self.pool.begin_put(hashes, token_ids)
+        return self.pool.begin_put(hashes, token_ids, tenant)
 
     def commit_put(self, put: PendingPut) -> None:
         self.pool.commit_put(put)
@@ -156,18 +166,8 @@ class HierarchyManager:
     def abort_put(self, put: PendingPut) -> None:
         self.pool.abort_put(put)
 
-    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "") -> Allocation:
-        """See `KVBackendProtocol.allocate`: of the pool, and with what it holds itself."""
-        return self.pool.allocate(token_ids, num_tokens, cache_salt)
-
-    def share(self, allocation: Allocation) -> Allocation:
-        return self.pool.share(allocation)
-
-    def free(self, allocation: Allocation) -> None:
-        self.pool.free(allocation)
-
     def below(self, hashes: Sequence[BlockHash]) -> bool:
-        """Whether `get` would have to wait: of the leading hashes some are in lower tiers only."""
+        """Whether of the leading hashes some are in lower tiers only."""
         with self._lock:
             for block_hash in hashes:
                 tier = self._fastest(block_hash)
@@ -177,18 +177,21 @@ class HierarchyManager:
                     return True
             return False
 
-    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds, timeout_s: float = 1.0) -> Allocation:
-        """References on the leading blocks, as `HostKvPool.get`, after those below were brought up.
-
-        What has not come up after timeout_s is not waited for.
-        """
+    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> Allocation:
+        """See `HostKvPool.get`: what is in the pool. `promote` comes before it where some is `below`."""
+        got = self.pool.get(hashes, token_ids)
         self._use(hashes)
-        if self.below(hashes):
-            self.promote(hashes, token_ids, timeout_s)
-        return self.pool.get(hashes, token_ids)
+        return got
+
+    def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
+        """See `HostKvPool.pin`."""
+        return self.pool.pin(hashes, ttl_s)
 
     def promote(self, hashes: Sequence[BlockHash], token_ids: TokenIds, timeout_s: float) -> None:
-        """Copies leading blocks into the pool, as many as it has room for, until timeout_s is over."""
+        """Copies leading blocks into the pool, as many as it has room for; waits for them, at most timeout_s.
+
+        Raises InvalidRequest when the tokens do not match the number of hashes.
+        """
         deadline_s = time.monotonic() + timeout_s
         keys = keys_of(hashes, token_ids, self.layout.block_size_tokens)
         with self._lock:
@@ -214,6 +217,39 @@ class HierarchyManager:
                     self._promoted[migration.plan.source] += migration.blocks_present
         finally:
             self.pool.free(held)
+
+    # ---- the rest of KVBackendProtocol: the pool's, with what it holds itself ----
+
+    def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "", tenant: str = "") -> Allocation:
+        return self.pool.allocate(token_ids, num_tokens, cache_salt, tenant)
+
+    def share(self, allocation: Allocation) -> Allocation:
+        return self.pool.share(allocation)
+
+    def free(self, allocation: Allocation) -> None:
+        self.pool.free(allocation)
+
+    def extend(self, allocation: Allocation, num_tokens: int) -> None:
+        self.pool.extend(allocation, num_tokens)
+
+    def make_writable(self, allocation: Allocation, begin_token: int) -> int:
+        return self.pool.make_writable(allocation, begin_token)
+
+    def get_block_info(self, block_ids: BlockIds) -> list[BlockInfo]:
+        return self.pool.get_block_info(block_ids)
+
+    def migrate(self, plan: BlockMoves) -> int:
+        return self.pool.migrate(plan)
+
+    def get_fragmentation(self) -> KvFragmentation:
+        return self.pool.get_fragmentation()
+
+    @property
+    def eviction(self) -> str:
+        return self.pool.eviction
+
+    def set_eviction(self, name: str) -> None:
+        self.pool.set_eviction(name)
 
     # ---- life ----
 
@@ -305,15 +341,15 @@ class HierarchyManager:
         block = self._blocks.get(block_hash)
         return None if block is None else (block.tiers & -block.tiers).bit_length() - 1
 
-    def _facts(self, block_hash: BlockHash, tier: int) -> BlockFacts:
-        return BlockFacts(tier, self._blocks[block_hash].uses, num_bytes=self._tiers[tier].block_bytes)
+    def _facts(self, block_hash: BlockHash, tier: int, more: int = 0) -> BlockFacts:
+        return BlockFacts(tier, self._blocks[block_hash].uses + more, num_bytes=self._tiers[tier].block_bytes)
 
     def _comes_up(self, block_hash: BlockHash) -> int | None:
         """The tier it is used from; None where it is not to be brought up, or nowhere."""
         tier = self._fastest(block_hash)
         if tier is None or tier == POOL:
             return tier
-        return tier if self._policy.on_use(self._facts(block_hash, tier)).move is Move.PROMOTE else None
+        return tier if self._policy.on_use(self._facts(block_hash, tier, 1)).move is Move.PROMOTE else None
 
     def _consider(self, block_hash: BlockHash, tier: int) -> None:
         """If it were evicted from `tier` now, where would it go? There it is copied."""

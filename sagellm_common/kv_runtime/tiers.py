@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sagellm_common.core.kv import BlockEvent, KvRegion, Tier
-from sagellm_common.core.types import BlockHash, BlockIds, TokenIds, pack_int32
+from sagellm_common.core.types import BlockHash, BlockIds, KvTierStats, TokenIds, pack_int32
 
 NOTE_BYTES = 24
 
@@ -30,32 +30,6 @@ class BlockKey:
     token_bytes: bytes
     parent: BlockHash = b""
     note: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """Blocks and bytes of a tier, and what became of them since the process began.
-
-    `torn` were dropped because their bytes are not those that were written, `failed` could not be read or written,
-    `dropped` left the tier above before they were written here.
-    """
-
-    name: str
-    dtype: str = ""
-    total_blocks: int = 0
-    used_blocks: int = 0
-    used_bytes: int = 0
-    hit_blocks: int = 0
-    stored_blocks: int = 0
-    evicted_blocks: int = 0
-    torn_blocks: int = 0
-    failed_blocks: int = 0
-    dropped_blocks: int = 0
-    recovered_blocks: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    read_s: float = 0.0
-    write_s: float = 0.0
 
 
 class TierBackend(Protocol):
@@ -100,7 +74,7 @@ class TierBackend(Protocol):
     def watch(self, callback: Callable[[BlockEvent], None]) -> None:
         """Calls back on each change, from whatever thread made it, in order; it must not call back into the tier."""
 
-    def stats(self) -> TierStats: ...
+    def stats(self) -> KvTierStats: ...
 
     def close(self) -> None:
         """Nothing is read or written any more. Idempotent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import TypeVar
 
 from sagellm_common.core.errors import InvalidRequest
@@ -22,6 +23,7 @@ from sagellm_common.core.types import (
     KvLayout,
     KvSource,
     KvStats,
+    KvTierStats,
     ModelInfo,
     SamplingParams,
     TokenIds,
@@ -264,12 +266,16 @@ def decode_link(message: common_pb2.LinkCost, field: str = "link") -> LinkCost:
     )
 
 
+_TIER_FIELDS = [field.name for field in fields(KvTierStats)]
+
+
 def encode_kv_stats(stats: KvStats) -> common_pb2.KvStats:
     return common_pb2.KvStats(
         total_blocks=stats.total_blocks,
         free_blocks=stats.free_blocks,
         used_blocks=stats.used_blocks,
         cached_blocks=stats.cached_blocks,
+        tiers=[common_pb2.KvTierStats(**asdict(tier)) for tier in stats.tiers],
     )
 
 
@@ -279,6 +285,7 @@ def decode_kv_stats(message: common_pb2.KvStats, field: str = "kv") -> KvStats:
         free_blocks=_at_least(0, message.free_blocks, f"{field}.free_blocks"),
         used_blocks=_at_least(0, message.used_blocks, f"{field}.used_blocks"),
         cached_blocks=_at_least(0, message.cached_blocks, f"{field}.cached_blocks"),
+        tiers=tuple(KvTierStats(**{name: getattr(tier, name) for name in _TIER_FIELDS}) for tier in message.tiers),
     )
 
 

@@ -122,6 +122,8 @@ def status(name: Name = "", json_: Json = False) -> None:
     render.out.print(render.served(state))
     render.out.print(render.status_table(state, view))
     render.out.print(render.engines(view))
+    if kept := render.tiers(view):
+        render.out.print(kept)
     if changed := render.transport_changes(view):
         render.out.print(changed)
 

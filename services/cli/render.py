@@ -146,6 +146,26 @@ def transport_changes(view: ClusterView) -> str:
     return "\n".join(lines)
 
 
+def tiers(view: ClusterView) -> str:
+    """What each worker keeps below its pool, a line per worker; empty where there is nothing."""
+    lines = []
+    for worker in view.workers:
+        said = []
+        for tier in worker.kv.tiers if worker.kv else ():
+            lost = "".join(
+                f", {count} {what}"
+                for what, count in (("torn", tier.torn_blocks), ("failed", tier.failed_blocks))
+                if count
+            )
+            said.append(
+                f"{tier.name} {tier.used_blocks} of {tier.total_blocks} blocks ({size(tier.used_bytes)} {tier.dtype}), "
+                f"{tier.hit_blocks} hits{lost}"
+            )
+        if said:
+            lines.append(f"[dim]{escape(worker.record.worker_id)}: {escape('; '.join(said))}[/]")
+    return "\n".join(lines)
+
+
 def status_table(state: ClusterState, view: ClusterView) -> Table:
     """Processes of this machine and what the topology knows of the workers."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 from prometheus_client import REGISTRY
 
@@ -10,9 +12,14 @@ from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.config import KvStoreConfig
 from sagellm_common.core.process import leave
+from sagellm_common.core.topology import TopologyStore
 from sagellm_common.core.types import WorkerRole
+from sagellm_common.kv_runtime.backends.file_directory import TierDirectory
 from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
+from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
@@ -26,9 +33,21 @@ from services.kv_store.telemetry import StoreCollector
 
 async def compose(args: WorkerArgs) -> None:
     config, clock = args.config, SystemClock()
-    pool = HostKvPool(config.kv_store.budget_bytes, clock, eviction=config.kv_store.eviction)
+    disk = open_disk(config.kv_store, args.worker_id)
+    pool = HierarchyManager(
+        HostKvPool(config.kv_store.budget_bytes, clock, eviction=config.kv_store.eviction),
+        lambda layout: [disk.open(layout)] if disk else [],
+        write=config.kv_store.disk.write,
+    )
     REGISTRY.register(StoreCollector(pool))
-    async with ChannelPool() as channels:
+    async with AsyncExitStack() as stack:
+        if disk:
+            stack.callback(disk.close)
+        stack.callback(pool.close)
+        channels = await stack.enter_async_context(ChannelPool())
+        background = Background()
+        stack.push_async_callback(background.close)
+        topology = make_topology(config, args.router, channels)
         handoffs = HandoffLog(clock, config.transport.backend, "transport.backend says so")
         leases = HandoffSource(config.transport.lease_ttl_s, clock, pool.free, observer=handoffs)
         channel = make_channel(
@@ -48,17 +67,38 @@ async def compose(args: WorkerArgs) -> None:
             source=leases,
             handoffs=handoffs,
             channel=channel,
-            topology=make_topology(config, args.router, channels),
+            topology=topology,
             port=args.port,
             metrics_port=args.metrics_port,
         )
-        store = KvStore(pool, leases, channel, runtime)
+        store = KvStore(pool, leases, channel, runtime, disk.layouts if disk else tuple)
         service = Registrar(
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
             KvStoreServicer(store, runtime.journal),
         )
+        if disk:
+            background.spawn(settle(store, pool, topology), "finding out whose blocks are on the disk")
         await runtime.run([service], store.load)
+
+
+def open_disk(config: KvStoreConfig, worker_id: str) -> TierDirectory | None:
+    """None without a path. Raises ConfigError where it cannot be written, or another process uses it."""
+    disk = config.disk
+    if not disk.path:
+        return None
+    path = Path(disk.path).expanduser() / worker_id
+    return TierDirectory(path, disk.budget_bytes, direct_io=disk.direct_io, eviction=config.eviction)
+
+
+async def settle(store: KvStore, pool: HierarchyManager, topology: TopologyStore) -> None:
+    """Once a worker is there that can use them, the blocks on the disk are found, before any is asked for."""
+    async for snapshot in topology.changes():
+        for worker in snapshot.workers:
+            if worker.model is not None and not pool.settled:
+                await store.settle(worker.model.kv_layout)
+        if pool.settled:
+            return
 
 
 if __name__ == "__main__":

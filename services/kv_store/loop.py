@@ -1,14 +1,16 @@
-"""What kv_store does: KV blocks of finished requests in host memory, found by hash.
+"""What kv_store does: KV blocks of finished requests in host memory and on a disk below it, found by hash.
 
 put   begin_put (blocks for what is absent) → pull from the source → commit_put, or abort_put in any other case
-get   references on the leading hits → pinned under a lease → the client pulls and releases, or the lease runs out
+get   leading hits from the disk into memory → references on those there → pinned under a lease → the client pulls
+      and releases, or the lease runs out
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,15 +20,18 @@ from sagellm_common.comm_backend.bridge import Buffers
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.token_pull import TokenPuller
-from sagellm_common.comm_backend.transcode import check_bridgeable
+from sagellm_common.comm_backend.transcode import check_bridgeable, obstacles
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.types import BlockHash, KvLayout, KvSource, TokenIds, WorkerRecord
-from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
+from sagellm_common.kv_runtime.backends.host import PendingPut
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.rpc.kv_transfer_service import check_backend
 from sagellm_common.rpc.worker_service import Load
 
 FIRST_EPOCH = 1
+PROMOTE_TIMEOUT_S = 0.25
+"""What has not come up from the disk by then costs its hits: whoever asked computes meanwhile, or waits for us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +52,18 @@ class Worker(Protocol):
 
 
 class KvStore:
+    """`kept_layouts` are those of which there are blocks on the disk, the last used first."""
+
     def __init__(
         self,
-        pool: HostKvPool,
+        pool: HierarchyManager,
         leases: HandoffSource,
         channel: PathsChannel,
         worker: Worker,
+        kept_layouts: Callable[[], Sequence[KvLayout]] = tuple,
     ) -> None:
         self._pool = pool
+        self._kept_layouts = kept_layouts
         self._leases = leases
         self._channel = channel
         self._worker = worker
@@ -68,6 +77,16 @@ class KvStore:
     def load(self) -> Load:
         return Load(running_requests=self._running_puts, pinned_transfers=len(self._leases))
 
+    async def settle(self, layout: KvLayout) -> None:
+        """Goes on with what an earlier life left on the disk, where a worker with this layout can use it.
+
+        Nothing happens where there is nothing, or a layout is settled. Raises ConfigError.
+        """
+        if not self._pool.settled:
+            kept = next((kept for kept in self._kept_layouts() if not obstacles(kept, layout)), None)
+            if kept is not None:
+                await asyncio.to_thread(self._pool.adopt, kept)
+
     def lookup(self, hashes: Sequence[BlockHash], layout: KvLayout) -> tuple[int, KvLayout | None]:
         """How many leading hashes are stored, and the layout of all that is; None for nothing yet.
 
@@ -79,7 +98,9 @@ class KvStore:
         check_bridgeable(mine, layout, self._worker.record.worker_id, "the caller")
         return self._pool.lookup(hashes) if mine == layout else 0, mine
 
-    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds, layout: KvLayout, backend: str) -> KvSource | None:
+    async def get(
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, layout: KvLayout, backend: str
+    ) -> KvSource | None:
         """The leading blocks stored for these tokens, pinned under a new lease; None for none.
 
         Raises InvalidRequest, LayoutMismatch, ConfigError (another byte path), Draining.
@@ -88,6 +109,8 @@ class KvStore:
         check_backend(self._channel, backend)
         if not self._pool.check_layout(layout):
             return None
+        if self._pool.below(hashes):
+            await asyncio.to_thread(self._pool.promote, hashes, token_ids, PROMOTE_TIMEOUT_S)
         allocation = self._pool.get(hashes, token_ids)
         if not len(allocation.block_ids):
             self._pool.free(allocation)
@@ -141,7 +164,10 @@ class KvStore:
                 f"for {len(hashes)} block hashes of {layout.block_size_tokens}"
             )
         check_bridgeable(layout, source_layout, self._worker.record.worker_id, source.worker_id)
-        self._pool.adopt(layout)
+        if self._pool.settled:
+            self._pool.check_layout(layout)
+        else:
+            await asyncio.to_thread(self._pool.adopt, layout)  # may open files
         put = self._pool.begin_put(hashes, token_ids)
         self._running_puts += 1
         try:

@@ -28,6 +28,7 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
         context: grpc.aio.ServicerContext[kv_pb2.KvLookupRequest, kv_pb2.KvLookupResponse],
     ) -> kv_pb2.KvLookupResponse:
         hashes, layout = codec.decode_hashes(request.block_hashes), codec.decode_layout(request.layout)
+        await self._store.settle(layout)
         num_blocks, stored = self._store.lookup(hashes, layout)
         return kv_pb2.KvLookupResponse(num_blocks=num_blocks, layout=codec.encode_layout(stored) if stored else None)
 
@@ -36,7 +37,7 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
         request: kv_pb2.KvGetRequest,
         context: grpc.aio.ServicerContext[kv_pb2.KvGetRequest, kv_pb2.KvGetResponse],
     ) -> kv_pb2.KvGetResponse:
-        source = self._store.get(
+        source = await self._store.get(
             codec.decode_hashes(request.block_hashes),
             codec.decode_token_ids(request.token_ids),
             codec.decode_layout(request.layout),

@@ -1,4 +1,5 @@
-"""A repeated prompt is served from the store after the prefill worker, and its cache with it, was restarted."""
+"""A repeated prompt is served from the store after the prefill worker, and its cache with it, was restarted; and from
+the store's disk after the store itself was killed."""
 
 from __future__ import annotations
 
@@ -8,21 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from sagellm_common.core.types import KvTierStats
 from tests.integration.test_token_equality import complete_all
 from tests.support.checks import all_serving, assert_nothing_leaked
 from tests.support.cluster import RunningCluster
 from tests.support.kv_channels import missing
 from tests.support.oracle import greedy
+from tests.support.waiting import eventually
 
 
 @pytest.mark.parametrize("transport", ["tcp", "mooncake"])
-async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, transport: str) -> None:
+async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, tmp_path: Path, transport: str) -> None:
     if why := missing(transport):
         pytest.skip(why)
     rng = random.Random(3)
     prompts = [[rng.randrange(3, 250) for _ in range(n)] for n in (15, 16, 32, 64, 65, 100)]
     expected = [greedy(tiny_llama, prompt, 12) for prompt in prompts]
-    with RunningCluster(f"transport.backend={transport}", model=tiny_llama) as cluster:
+    with RunningCluster(
+        f"transport.backend={transport}", f"kv_store.disk.path={tmp_path}", model=tiny_llama
+    ) as cluster:
         done = await complete_all(cluster, prompts, 12)
         assert [list(d.token_ids) for d in done] == expected
         assert [d.summary.store_tokens for d in done] == [0] * len(prompts)
@@ -34,3 +39,32 @@ async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, t
         # Whole blocks of 16, and one token at least is computed.
         assert [d.summary.store_tokens for d in done] == [0, 0, 16, 48, 64, 96]
         await assert_nothing_leaked(cluster)
+        if transport != "tcp":
+            return  # what follows has no bytes to move that the others did not
+        await eventually(lambda: disk(cluster).used_blocks == memory(cluster).used_blocks > 0)
+        stored = disk(cluster).used_blocks
+        cluster.kill("kv-store-0")
+        await asyncio.to_thread(cluster.restart, "kv-store-0")
+        await asyncio.to_thread(cluster.restart, "prefill-0")
+        await all_serving(cluster)
+        await eventually(lambda: tiers_of(cluster))  # whose blocks they are, it learns from the workers
+        assert disk(cluster).recovered_blocks == disk(cluster).used_blocks == stored
+        done = await complete_all(cluster, prompts, 12)
+        assert [list(d.token_ids) for d in done] == expected
+        assert [d.summary.store_tokens for d in done] == [0, 0, 16, 48, 64, 96]
+        assert (disk(cluster).hit_blocks, disk(cluster).torn_blocks) == (sum([0, 0, 1, 3, 4, 6]), 0)
+        await assert_nothing_leaked(cluster)
+
+
+def memory(cluster: RunningCluster) -> KvTierStats:
+    return tiers_of(cluster)[0]
+
+
+def disk(cluster: RunningCluster) -> KvTierStats:
+    return tiers_of(cluster)[1]
+
+
+def tiers_of(cluster: RunningCluster) -> tuple[KvTierStats, ...]:
+    stats = next(worker.kv for worker in cluster.status().workers if worker.record.worker_id == "kv-store-0")
+    assert stats is not None
+    return stats.tiers

@@ -85,7 +85,9 @@ class Hierarchy(RuleBasedStateMachine):
         assert self.tiers.lookup(hashes) == leading
         room = MEMORY_BLOCKS - len({b for allocation, _ in self.held for b in allocation.block_ids.tolist()})
         torn_before = self.tiers.stats()[1].torn_blocks
-        got = self.tiers.get(hashes, token_ids, PATIENCE_S)
+        if self.tiers.below(hashes):
+            self.tiers.promote(hashes, token_ids, PATIENCE_S)
+        got = self.tiers.get(hashes, token_ids)
         count = len(got.block_ids)
         for block_hash, block_id in zip(hashes, got.block_ids.tolist(), strict=False):
             assert bytes(self.tiers.regions().block(block_id)) == block_hash

@@ -13,6 +13,7 @@ from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
@@ -26,9 +27,9 @@ from tests.support.workers import Worker, test_config
 
 
 @asynccontextmanager
-async def kv_store(router: str) -> AsyncIterator[HostKvPool]:
+async def kv_store(router: str) -> AsyncIterator[HierarchyManager]:
     config, clock = test_config(), SystemClock()
-    pool = HostKvPool(1 << 20, clock)
+    pool = HierarchyManager(HostKvPool(1 << 20, clock))
     async with contextlib.AsyncExitStack() as stack:
         channels = await stack.enter_async_context(ChannelPool())
         leases = HandoffSource(config.transport.lease_ttl_s, clock, pool.free)

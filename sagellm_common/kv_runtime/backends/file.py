@@ -20,10 +20,10 @@ import numpy as np
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.kv import BlockEvent, KvRegion, Tier
-from sagellm_common.core.types import BlockHash, BlockIds, KvLayout
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvTierStats
 from sagellm_common.kv_policy.eviction import EvictionPolicy, make_eviction
 from sagellm_common.kv_runtime.backends.file_slots import PAGE_BYTES, Slot, SlotFiles
-from sagellm_common.kv_runtime.tiers import BlockKey, TierStats, paths
+from sagellm_common.kv_runtime.tiers import BlockKey, paths
 
 log = logging.getLogger(__name__)
 
@@ -173,10 +173,10 @@ class FileTier:
         with self._lock:
             self._watchers.append(callback)
 
-    def stats(self) -> TierStats:
+    def stats(self) -> KvTierStats:
         with self._lock:
             counts, size = self._counts, self.block_bytes
-            return TierStats(
+            return KvTierStats(
                 name=self.name,
                 dtype=self.layout.dtype,
                 total_blocks=self._slots.max_slots,

@@ -11,9 +11,9 @@ import numpy as np
 
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import BlockEvent, KvRegion, Tier
-from sagellm_common.core.types import BlockHash, BlockIds
+from sagellm_common.core.types import BlockHash, BlockIds, KvTierStats
 from sagellm_common.kv_runtime.backends.host import HostKvPool
-from sagellm_common.kv_runtime.tiers import BlockKey, TierStats
+from sagellm_common.kv_runtime.tiers import BlockKey
 
 
 @dataclass(slots=True)
@@ -104,11 +104,11 @@ class HostTier:
     def watch(self, callback: Callable[[BlockEvent], None]) -> None:
         self.pool.watch(callback)
 
-    def stats(self) -> TierStats:
+    def stats(self) -> KvTierStats:
         stats, outcomes = self.pool.get_utilization(), self.pool.outcomes
         size = self.block_bytes if stats.total_blocks else 0
         used = stats.total_blocks - stats.free_blocks
-        return TierStats(
+        return KvTierStats(
             name=self.name,
             dtype=self.pool.layout.dtype if stats.total_blocks else "",
             total_blocks=stats.total_blocks,

@@ -42,7 +42,9 @@ class Stack:
 
     def get(self, num_blocks: int, first_token: int = 0, timeout_s: float = PATIENCE_S) -> int:
         hashes, token_ids = chain(num_blocks, first_token)
-        got = self.tiers.get(hashes, token_ids, timeout_s)
+        if self.tiers.below(hashes):
+            self.tiers.promote(hashes, token_ids, timeout_s)
+        got = self.tiers.get(hashes, token_ids)
         blocks = [bytes(self.tiers.regions().block(block_id)) for block_id in got.block_ids.tolist()]
         assert blocks == [content(block_hash) for block_hash in hashes[: len(blocks)]]
         self.tiers.free(got)

@@ -29,6 +29,7 @@ from sagellm_common.core.errors import (
 from sagellm_common.core.kv import Tier
 from sagellm_common.core.types import BlockHash, KvLayout, TokenIds, WorkerRecord, WorkerRole, pack_int32
 from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.block_journal import BlockJournal
@@ -58,7 +59,7 @@ class Worker:
 
 @dataclass
 class Running:
-    pool: HostKvPool
+    pool: HierarchyManager
     leases: HandoffSource
     clock: ManualClock
     worker: Worker
@@ -106,7 +107,7 @@ def chain(num_blocks: int) -> tuple[list[BlockHash], TokenIds]:
 @pytest.fixture
 async def store() -> AsyncIterator[Running]:
     clock = ManualClock()
-    pool = HostKvPool(BUDGET_BLOCKS * 64, clock)
+    pool = HierarchyManager(HostKvPool(BUDGET_BLOCKS * 64, clock))
     leases = HandoffSource(LEASE_TTL_S, clock, pool.free)
     channel = make_channel(TransportConfig(timeout_s=5.0), pool.regions, leases, HOST, 0)
     worker = Worker(WorkerRecord("store-0", WorkerRole.KV_STORE, "", await channel.start(), "store-0-1", 1))

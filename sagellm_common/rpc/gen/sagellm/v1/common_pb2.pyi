@@ -198,16 +198,54 @@ class LinkCost(_message.Message):
     def __init__(self, source_id: _Optional[str] = ..., target_id: _Optional[str] = ..., backend: _Optional[str] = ..., latency_us: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., per_message_us: _Optional[float] = ..., measured_at_s: _Optional[float] = ..., samples: _Optional[int] = ...) -> None: ...
 
 class KvStats(_message.Message):
-    __slots__ = ("total_blocks", "free_blocks", "used_blocks", "cached_blocks")
+    __slots__ = ("total_blocks", "free_blocks", "used_blocks", "cached_blocks", "tiers")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     free_blocks: int
     used_blocks: int
     cached_blocks: int
-    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[KvTierStats]
+    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[KvTierStats, _Mapping]]] = ...) -> None: ...
+
+class KvTierStats(_message.Message):
+    __slots__ = ("name", "dtype", "total_blocks", "used_blocks", "used_bytes", "hit_blocks", "stored_blocks", "evicted_blocks", "torn_blocks", "failed_blocks", "dropped_blocks", "recovered_blocks", "bytes_read", "bytes_written", "read_s", "write_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TORN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    BYTES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    READ_S_FIELD_NUMBER: _ClassVar[int]
+    WRITE_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    total_blocks: int
+    used_blocks: int
+    used_bytes: int
+    hit_blocks: int
+    stored_blocks: int
+    evicted_blocks: int
+    torn_blocks: int
+    failed_blocks: int
+    dropped_blocks: int
+    recovered_blocks: int
+    bytes_read: int
+    bytes_written: int
+    read_s: float
+    write_s: float
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., torn_blocks: _Optional[int] = ..., failed_blocks: _Optional[int] = ..., dropped_blocks: _Optional[int] = ..., recovered_blocks: _Optional[int] = ..., bytes_read: _Optional[int] = ..., bytes_written: _Optional[int] = ..., read_s: _Optional[float] = ..., write_s: _Optional[float] = ...) -> None: ...
 
 class KvConversion(_message.Message):
     __slots__ = ("wire_dtype", "max_abs_error", "relative_rms_error", "non_finite")
