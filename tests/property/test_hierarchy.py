@@ -36,8 +36,7 @@ class Hierarchy(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.path = Path(tempfile.mkdtemp(prefix="sagellm-test-"))
-        self.damaged: set[int] = set()
-        """Slots whose bytes are not what was written."""
+        self.flipped = False
         self.start()
 
     def start(self) -> None:
@@ -94,7 +93,7 @@ class Hierarchy(RuleBasedStateMachine):
         if self.tiers.stats()[1].torn_blocks == torn_before:
             assert min(leading, room) <= count <= leading
         else:
-            assert self.damaged
+            assert self.flipped
         self.held.append((got, hashes[:count]))
         self.settle()
 
@@ -118,7 +117,7 @@ class Hierarchy(RuleBasedStateMachine):
                 byte = extent.read(1)
                 extent.seek(slot * PAGE_BYTES + at)
                 extent.write(bytes([byte[0] ^ 1]))
-            self.damaged ^= {slot}
+            self.flipped = True
         lost = 0
         table = layout / "table"
         if cut and table.stat().st_size:

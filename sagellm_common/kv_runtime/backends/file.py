@@ -115,6 +115,8 @@ class FileTier:
         began_s, good, kind = time.perf_counter(), [False] * len(slots), "torn"
         try:
             good = self._slots.read(slots, region, block_ids[: len(slots)])
+            # Now, while nobody else may write them: they are not to be found again after a restart.
+            self._slots.clear(sorted(slot.number for slot, fine in zip(slots, good, strict=True) if not fine))
         except OSError as err:
             log.warning("%s: %d blocks cannot be read, and are dropped: %s", self.name, len(slots), err)
             kind = "failed"
@@ -135,8 +137,7 @@ class FileTier:
         with self._lock:
             absent = [n for n, key in enumerate(keys) if key.hash not in self._stored and key.hash not in self._writing]
             # What these build on must not go to make room for them.
-            ancestors = self._ancestors(keys[0]) if keys else []
-            numbers = self._claim(len(absent), {key.hash for key in keys}.union(ancestors))
+            numbers = self._claim(len(absent), {block_hash for path in self._paths(keys) for block_hash in path})
             absent = absent[: len(numbers)]
             hashes = [keys[n].hash for n in absent]
             self._writing.update(hashes)
@@ -229,8 +230,13 @@ class FileTier:
 
     def _access(self, keys: Sequence[BlockKey]) -> None:
         """They are used, and what they build on."""
-        for path in paths(keys):
-            self._order.access([*self._ancestors(self._stored[path[0]].key), *path])
+        for path in self._paths(keys):
+            self._order.access(path)
+
+    def _paths(self, keys: Sequence[BlockKey]) -> list[list[BlockHash]]:
+        """`paths` from the first block of the sequence on that is stored."""
+        by_hash = {key.hash: key for key in keys}
+        return [[*self._ancestors(by_hash[path[0]]), *path] for path in paths(keys)]
 
     def _ancestors(self, key: BlockKey) -> list[BlockHash]:
         """Those of them that are stored, the first of the sequence first."""
