@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from sagellm_common.core.topology import LinkCost
-from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvStats, ModelInfo, WorkerRecord
+from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvHealth, KvStats, ModelInfo, WorkerRecord
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool, call
@@ -43,6 +43,7 @@ class WorkerView:
     """(key, loaded, now) of transport settings that were changed while it runs."""
     indexed: IndexedBlocks | None = None
     """What the router's prefix index knows of it; None while it told nothing."""
+    kv_health: KvHealth = field(default_factory=KvHealth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,7 @@ def _decode_worker(status: worker_pb2.WorkerStatus) -> WorkerView:
         session=status.session,
         transport_changes=_decode_changes(status.transport_changes),
         indexed=decode_indexed(status.indexed) if status.HasField("indexed") else None,
+        kv_health=codec.decode_kv_health(status.kv_health),
     )
 
 

@@ -210,6 +210,9 @@ class IndexConfig(Section):
 class GatewayConfig(Section):
     max_body_bytes: int = Field(8 << 20, ge=1024)
     api_keys: tuple[str, ...] = Field((), description="empty: open to everybody who can connect")
+    tenant_keys: dict[str, tuple[str, ...]] = Field(
+        {}, description="API keys by tenant, see kv.tenants; who has none of these may name its tenant in a header"
+    )
 
 
 class TenantConfig(Section):
@@ -224,9 +227,25 @@ class TenantConfig(Section):
 
 
 class KvConfig(Section):
+    self_check_s: float = Field(
+        5.0,
+        gt=0,
+        description="an idle worker checks its block counts, and the digests of some cached blocks, this often",
+    )
+    defrag: Literal["idle", "live", "off"] = Field(
+        "idle",
+        description="moves KV so that free blocks lie in a row, which makes transfers of fewer pieces: while nothing "
+        "runs, or (live) between steps, too",
+    )
+    defrag_bytes: int = Field(4 << 20, ge=1, description="KV moved at a time, about once a second")
     tenants: dict[str, TenantConfig] = Field(
         {}, description="shares of the KV pools by tenant; `default`: all that have none of their own, together"
     )
+
+    @field_validator("defrag", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # how YAML reads `defrag: off`
 
     @model_validator(mode="after")
     def _guarantees_fit(self) -> Self:

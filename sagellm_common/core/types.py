@@ -192,6 +192,36 @@ class KvStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """One tenant's blocks in one pool; `borrowed_blocks` of the charged ones are beyond its guarantee."""
+
+    tenant: str
+    charged_blocks: int
+    borrowed_blocks: int
+    guaranteed_blocks: int
+    limit_blocks: int
+    rejections: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvHealth:
+    """What a worker's checks of its pool have found since it started; `problems` and fragmentation are of the last one.
+
+    See `kv_runtime.integrity` and `KvFragmentation`.
+    """
+
+    checks: int = 0
+    failed_checks: int = 0
+    problems: tuple[str, ...] = ()
+    sampled_blocks: int = 0
+    corrupt_blocks: int = 0
+    internal_fragmentation: float = 0.0
+    external_fragmentation: float = 0.0
+    moved_blocks: int = 0
+    tenants: tuple[TenantUsage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class KvSource:
     """Where pinned KV blocks can be pulled from, under a lease of the source. `paths` as in `WorkerRecord`."""
 

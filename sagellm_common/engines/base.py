@@ -37,6 +37,7 @@ class EngineRequest:
     num_emitted_tokens: int = 0
     allocation: Allocation | None = None
     cache_salt: str = ""
+    tenant: str = ""
     hold_blocks: bool = False
     progress: KvProgress | None = None
     priority: int = 0

@@ -44,6 +44,8 @@ def plan_compaction(free: Mask, pinned: Mask, max_moves: int) -> BlockMoves:
     holes. Empty where that lengthens the longest run by less than it moves. O(slots), times log(max_moves).
     """
     size = len(free)
+    if size == 0:
+        return BlockMoves.none()
     used_before = np.concatenate([[0], np.cumsum(~free)])
     # For each begin: the first pinned slot from there on, and where the budget of used blocks ends.
     fences = np.append(np.flatnonzero(pinned), size)

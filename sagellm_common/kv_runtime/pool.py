@@ -30,12 +30,12 @@ from sagellm_common.core.kv import (
     KvMemory,
     KvRegion,
 )
-from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TenantUsage, TokenIds
 from sagellm_common.kv_policy.eviction import make_eviction, swap_eviction
 from sagellm_common.kv_runtime import defrag
 from sagellm_common.kv_runtime.block_manager import BlockArray, BlockManager
 from sagellm_common.kv_runtime.prefix_cache import PrefixCache
-from sagellm_common.kv_runtime.quota import QuotaManager, TenantUsage
+from sagellm_common.kv_runtime.quota import QuotaManager
 from sagellm_common.kv_runtime.tiers import keys_of
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
@@ -90,6 +90,8 @@ class KVPool:
         self._setting = setting
         self._layout: KvLayout | None = None
         self._live: set[PoolAllocation] = set()
+        self.moved_blocks = 0
+        """By `migrate`; for telemetry."""
         self._memory: KvMemory = KvRegion(memoryview(b""), 0, 0)
         self._keep_books(PrefixCache(BlockManager(0), 1, make_eviction(eviction, 0)))
 
@@ -219,6 +221,7 @@ class KVPool:
             copy_blocks(self._memory, sources, destinations)
             self.blocks.move(sources, destinations)
             self.blocks.order_free()
+            self.moved_blocks += len(sources)
             return len(sources)
 
     def get_fragmentation(self) -> KvFragmentation:
@@ -270,6 +273,14 @@ class KVPool:
             keys = keys_of(hashes, token_ids, self.layout.block_size_tokens)
             count = min(len(keys), len(held.table))
             self.cache.insert(keys[:count], held.table[:count])
+
+    def hold_to_read(self, table: BlockArray) -> PoolAllocation:
+        """References on blocks that are held, so that they stay and stay where they are. No use of them. For `free`.
+        The lock is held."""
+        self.blocks.hold(table)
+        allocation = self._hand_out(table, len(table) * self.layout.block_size_tokens, 0)
+        allocation.uses = False
+        return allocation
 
     def take(self, allocation: PoolAllocation) -> BlockArray:
         """Hands the references over to the caller; a later `free` is a no-op. The lock is held."""

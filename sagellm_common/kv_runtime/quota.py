@@ -19,24 +19,13 @@ from dataclasses import dataclass
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.errors import TenantQuota
+from sagellm_common.core.types import TenantUsage
 
 OTHERS = "default"
 """The tenant of all that have no share of their own: they have one together."""
 RETRY_AFTER_S = 0.5
 CLAIM_TTL_S = 2.0
 """An owner that does not ask again within this wants its blocks no longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class TenantUsage:
-    """One tenant's blocks in one pool; `borrowed_blocks` of the charged ones are beyond its guarantee."""
-
-    tenant: str
-    charged_blocks: int
-    borrowed_blocks: int
-    guaranteed_blocks: int
-    limit_blocks: int
-    rejections: int
 
 
 @dataclass(slots=True)

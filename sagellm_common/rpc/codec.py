@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TypeVar
@@ -20,12 +21,14 @@ from sagellm_common.core.types import (
     GenerationSummary,
     HandoffTicket,
     KvConversion,
+    KvHealth,
     KvLayout,
     KvSource,
     KvStats,
     KvTierStats,
     ModelInfo,
     SamplingParams,
+    TenantUsage,
     TokenIds,
     TokenLogprob,
     WorkerRecord,
@@ -286,6 +289,23 @@ def decode_kv_stats(message: common_pb2.KvStats, field: str = "kv") -> KvStats:
         used_blocks=_at_least(0, message.used_blocks, f"{field}.used_blocks"),
         cached_blocks=_at_least(0, message.cached_blocks, f"{field}.cached_blocks"),
         tiers=tuple(KvTierStats(**{name: getattr(tier, name) for name in _TIER_FIELDS}) for tier in message.tiers),
+    )
+
+
+def encode_kv_health(health: KvHealth) -> worker_pb2.KvHealth:
+    fields = {f.name: getattr(health, f.name) for f in dataclasses.fields(health)}
+    tenants = [worker_pb2.TenantUsage(**dataclasses.asdict(usage)) for usage in fields.pop("tenants")]
+    return worker_pb2.KvHealth(tenants=tenants, **fields)
+
+
+def decode_kv_health(message: worker_pb2.KvHealth) -> KvHealth:
+    """For people: nothing is decided by it."""
+    names = [f.name for f in dataclasses.fields(KvHealth) if f.name not in ("tenants", "problems")]
+    usage = [f.name for f in dataclasses.fields(TenantUsage)]
+    return KvHealth(
+        problems=tuple(message.problems),
+        tenants=tuple(TenantUsage(**{name: getattr(t, name) for name in usage}) for t in message.tenants),
+        **{name: getattr(message, name) for name in names},
     )
 
 

@@ -108,6 +108,7 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             sampling=codec.encode_sampling(request.sampling),
             ticket=codec.encode_ticket(ticket),
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
             priority=request.priority,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
@@ -150,6 +151,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             prompt_token_ids=pack_int32(request.prompt_token_ids),
             max_new_tokens=request.sampling.max_new_tokens,
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
         )
@@ -183,6 +185,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             sampling=codec.encode_sampling(request.sampling),
             source=codec.encode_kv_source(source) if source else None,
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
             priority=request.priority,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),

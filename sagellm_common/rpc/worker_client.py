@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import grpc
 
-from sagellm_common.core.types import KvStats, WorkerRecord
+from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.block_journal import BlockChanges
 from sagellm_common.rpc.channels import call, stream
@@ -48,6 +48,7 @@ class WorkerStatus:
     """(key, loaded, now) of transport settings that are no longer as they were loaded."""
     indexed: IndexedBlocks | None = None
     """Only the router knows."""
+    kv_health: KvHealth = field(default_factory=KvHealth)
 
 
 async def get_status(channel: grpc.aio.Channel, *, timeout_s: float) -> WorkerStatus:
@@ -124,6 +125,7 @@ def decode_status(message: worker_pb2.WorkerStatus, record: WorkerRecord | None 
         session=message.session,
         transport_changes=tuple((c.key, c.loaded, c.now) for c in message.transport_changes),
         indexed=decode_indexed(message.indexed) if message.HasField("indexed") else None,
+        kv_health=codec.decode_kv_health(message.kv_health),
     )
 
 
@@ -140,6 +142,7 @@ def encode_status(status: WorkerStatus) -> worker_pb2.WorkerStatus:
         indexed=worker_pb2.IndexedBlocks(**asdict(indexed)) if indexed else None,
         record=codec.encode_worker_record(status.record),
         kv=codec.encode_kv_stats(status.kv),
+        kv_health=codec.encode_kv_health(status.kv_health),
         running_requests=status.running_requests,
         waiting_requests=status.waiting_requests,
         reservations=status.reservations,

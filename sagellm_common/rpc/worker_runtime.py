@@ -32,8 +32,10 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, SageError, Unreachable, WorkerIdTaken
 from sagellm_common.core.kv import Tier
 from sagellm_common.core.topology import Registration, TopologyStore
-from sagellm_common.core.types import KvStats, ModelInfo, WorkerRecord, WorkerRole, WorkerState
+from sagellm_common.core.types import KvHealth, KvStats, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.kv_runtime.integrity import SelfCheck
+from sagellm_common.kv_runtime.pool import KVPool
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.block_journal import BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc, worker_pb2_grpc
@@ -51,6 +53,7 @@ TOPOLOGY_TIMEOUT_S = 2.0
 REGISTER_RETRY_S = 0.2
 TICK_S = 0.5
 PUBLISH_LINKS_S = 2.0
+DEFRAG_S = 1.0
 
 
 class WorkerRuntime:
@@ -93,6 +96,7 @@ class WorkerRuntime:
         self._metrics = metrics
         self._handoffs = handoffs
         self._engine_ended = engine_ended or asyncio.Event()
+        self._self_check = SelfCheck(pool) if isinstance(pool, KVPool) else None
         home = Tier.HOST if role is WorkerRole.KV_STORE else Tier.DEVICE
         self.journal = BlockJournal(pool, SystemClock(), config.index.history_blocks, home)
         self._transport = TransportControl(channel, pool, source)
@@ -138,6 +142,9 @@ class WorkerRuntime:
 
     def kv_stats(self) -> KvStats:
         return self._pool.get_utilization()
+
+    def kv_health(self) -> KvHealth:
+        return self._self_check.health() if self._self_check else KvHealth()
 
     # ---- life ----
 
@@ -205,6 +212,8 @@ class WorkerRuntime:
         self._ticker = asyncio.create_task(self._tick(), name="worker-tick")
         self._registration = await self._register()
         self._background.spawn(self._publish_links(), "publishing the costs of links")
+        if self._self_check is not None:
+            self._background.spawn(self._look_after(self._self_check), "looking after the KV pool")
         await self._server.set_serving(True)
 
     def ready_line(self) -> dict[str, object]:
@@ -316,6 +325,19 @@ class WorkerRuntime:
             if links and self._registration is not None:
                 await self._briefly(self._registration.publish_links(links), "publish the costs of links")
 
+    async def _look_after(self, self_check: SelfCheck) -> None:
+        """Checks the pool while nothing runs, and closes its gaps; on a thread, for it reads and moves KV."""
+        kv, pool, clock = self._config.kv, self_check.pool, SystemClock()
+        checked_s = clock.now()
+        while True:
+            await asyncio.sleep(min(DEFRAG_S, kv.self_check_s))
+            idle = self._load().idle
+            if kv.defrag == "live" or (kv.defrag == "idle" and idle):
+                await asyncio.to_thread(pool.defragment, kv.defrag_bytes)
+            if idle and clock.now() - checked_s >= kv.self_check_s:
+                await asyncio.to_thread(self_check.run)
+                checked_s = clock.now()
+
     async def _briefly(self, what: Awaitable[None], doing: str) -> None:
         """The topology is advice: a worker neither stops nor hangs because it is away."""
         try:
@@ -373,6 +395,7 @@ class _WorkerCollector:
         for state in ("total", "free", "used", "cached"):
             blocks.add_metric([state], getattr(stats, f"{state}_blocks"))
         yield blocks
+        yield from _kv_health(self._runtime.kv_health())
         requests = GaugeMetricFamily("sagellm_worker_requests", "Requests by state.", labels=["state"])
         requests.add_metric(["running"], load.running_requests)
         requests.add_metric(["waiting"], load.waiting_requests)
@@ -388,3 +411,35 @@ class _WorkerCollector:
             "Leases freed because their party went silent.",
             self._runtime.expired_leases,
         )
+
+
+def _kv_health(health: KvHealth) -> Iterator[Metric]:
+    checks = CounterMetricFamily("sagellm_worker_kv_checks", "Self-checks of the KV pool.", labels=["outcome"])
+    checks.add_metric(["ok"], health.checks - health.failed_checks)
+    checks.add_metric(["failed"], health.failed_checks)
+    yield checks
+    yield CounterMetricFamily(
+        "sagellm_worker_kv_corrupt_blocks", "Cached blocks found changed, and dropped.", health.corrupt_blocks
+    )
+    yield CounterMetricFamily("sagellm_worker_kv_moved_blocks", "Blocks moved to close gaps.", health.moved_blocks)
+    share = GaugeMetricFamily(
+        "sagellm_worker_kv_fragmentation_ratio",
+        "Token slots of held blocks that are for no token (internal); free blocks not in the longest run (external).",
+        labels=["kind"],
+    )
+    share.add_metric(["internal"], health.internal_fragmentation)
+    share.add_metric(["external"], health.external_fragmentation)
+    yield share
+    if health.tenants:
+        blocks = GaugeMetricFamily(
+            "sagellm_worker_tenant_kv_blocks", "KV blocks of a tenant.", labels=["tenant", "kind"]
+        )
+        rejections = CounterMetricFamily(
+            "sagellm_worker_tenant_rejections", "Requests turned away with TENANT_QUOTA.", labels=["tenant"]
+        )
+        for usage in health.tenants:
+            for kind in ("charged", "borrowed", "guaranteed", "limit"):
+                blocks.add_metric([usage.tenant, kind], getattr(usage, f"{kind}_blocks"))
+            rejections.add_metric([usage.tenant], usage.rejections)
+        yield blocks
+        yield rejections

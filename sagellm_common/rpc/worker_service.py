@@ -11,7 +11,7 @@ import grpc
 
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.errors import InvalidRequest
-from sagellm_common.core.types import KvStats, WorkerRecord
+from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.block_journal import BlockChanges, BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
@@ -46,6 +46,8 @@ class WorkerView(Protocol):
 
     def kv_stats(self) -> KvStats: ...
 
+    def kv_health(self) -> KvHealth: ...
+
     def check_accepting(self) -> None:
         """Raises Draining once no new work is taken."""
 
@@ -59,6 +61,7 @@ class _State(NamedTuple):
 
     record: WorkerRecord
     kv: KvStats
+    kv_health: KvHealth
     load: Load
     transport_changes: tuple[tuple[str, str, str], ...]
 
@@ -85,13 +88,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     def _state(self) -> _State:
         worker = self._worker
-        return _State(worker.record, worker.kv_stats(), worker.load(), tuple(self._transport.changes()))
+        return _State(
+            worker.record, worker.kv_stats(), worker.kv_health(), worker.load(), tuple(self._transport.changes())
+        )
 
     def _encode(self, state: _State) -> worker_pb2.WorkerStatus:
         load = state.load
         return worker_pb2.WorkerStatus(
             record=self._encode_record(state.record),
             kv=codec.encode_kv_stats(state.kv),
+            kv_health=codec.encode_kv_health(state.kv_health),
             running_requests=load.running_requests,
             waiting_requests=load.waiting_requests,
             reservations=load.reservations,

@@ -62,6 +62,7 @@ def _worker(worker: WorkerView) -> dict[str, Any]:
         "engine": record.engine,
         "kv": asdict(worker.kv) if worker.kv else None,  # None: it does not answer
         "indexed": asdict(worker.indexed) if worker.indexed else None,  # None: the router knows nothing of its blocks
+        "kv_health": asdict(worker.kv_health),
         "running_requests": worker.running_requests,
         "waiting_requests": worker.waiting_requests,
         "reservations": worker.reservations,

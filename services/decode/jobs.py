@@ -26,6 +26,7 @@ class ReserveJob:
     attempt: int
     prompt: TokenIds
     cache_salt: str = ""
+    tenant: str = ""
     trace_context: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -44,6 +45,7 @@ class DecodeJob:
     timeout_s: float
     source: KvSource | None = None
     cache_salt: str = ""
+    tenant: str = ""
     priority: int = 0
     wire_dtype: str = ""
     trace_context: Mapping[str, str] = field(default_factory=dict)

@@ -89,7 +89,8 @@ class DecodeLoop:
         check_fits(self._engine, job.prompt)
         # A repeated call replaces what the first one took: the request id may have come back with another prompt.
         self.release(job.request_id, job.attempt)
-        with OwnedBlocks(self._pool, self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt)) as blocks:
+        allocation = self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt, job.tenant)
+        with OwnedBlocks(self._pool, allocation) as blocks:
             subject = _subject(job)
             reserved = self._reservations.reserve(job.request_id, job.attempt, blocks.allocation, subject)
             blocks.hand_over()
@@ -193,6 +194,7 @@ class DecodeLoop:
             sampling=job.sampling,
             num_emitted_tokens=len(job.emitted),
             cache_salt=job.cache_salt,
+            tenant=job.tenant,
             priority=job.priority,
             timeout_s=job.timeout_s,
             hold_blocks=self._offload is not None,

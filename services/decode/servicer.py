@@ -118,6 +118,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             attempt=request.attempt,
             prompt=codec.decode_token_ids(request.prompt_token_ids, "prompt_token_ids"),
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
             trace_context=dict(request.trace_context),
         )
         ticket = self._decode.reserve(job)
@@ -157,6 +158,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             timeout_s=self._timeout_s(request.timeout_ms),
             source=codec.decode_kv_source(request.source) if request.HasField("source") else None,
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
             priority=request.priority,
             wire_dtype=_wire_dtype(request.wire_dtype),
             trace_context=dict(request.trace_context),

@@ -38,6 +38,7 @@ COMPLETIONS = "/v1/completions"
 _ID_PREFIXES = {CHAT: "chatcmpl", COMPLETIONS: "cmpl"}
 _ROUTES = {CHAT, COMPLETIONS, "/v1/models", "/health", "/ready", "/metrics"}
 
+TENANT_HEADER = "x-sagellm-tenant"
 _OFF_LOOP_BYTES = 64 << 10
 """Larger bodies are parsed on a thread, so that other requests go on."""
 
@@ -60,7 +61,8 @@ class Gateway:
         self._clock = clock or SystemClock()
         self._generator = Generator(router, models, timeout_s, self._clock)
         self._started_unix_s = int(time.time())
-        self._keys = [key.encode() for key in config.api_keys]
+        self._keys = [(key.encode(), "") for key in config.api_keys]
+        self._keys += [(key.encode(), tenant) for tenant, keys in config.tenant_keys.items() for key in keys]
         self._routes = Router(
             [
                 Route(CHAT, GenerationEndpoint(self, api.ChatBody), methods=["POST"]),
@@ -86,7 +88,7 @@ class Gateway:
         try:
             try:
                 if path.startswith("/v1/"):
-                    self._authorize(Request(scope))
+                    exchange.tenant = self._authorize(Request(scope))
                 await self._routes(scope, receive, exchange.send)
                 status = exchange.status
             except Disconnected:
@@ -118,14 +120,21 @@ class Gateway:
                 body = _parse(body_type, content)
             await exchange.while_connected(self._generator.answer(body, exchange))
 
-    def _authorize(self, request: Request) -> None:
+    def _authorize(self, request: Request) -> str:
+        """The request's tenant: that of its API key, else the one it names."""
+        named = request.headers.get(TENANT_HEADER, "")
         if not self._keys:
-            return
+            return named
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode() if scheme.lower() == "bearer" else b""
-        if not any(hmac.compare_digest(given, known) for known in self._keys):
+        found = [tenant for known, tenant in self._keys if hmac.compare_digest(given, known)]
+        if not found:
             message = "missing or unknown API key; send it as `Authorization: Bearer KEY`"
             raise HttpError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+        owner = found[0]
+        if named and named != owner and (owner or named in self._config.tenant_keys):
+            raise HttpError(403, f"this API key is not for tenant {named!r}; leave {TENANT_HEADER} out", "forbidden")
+        return owner or named
 
     async def _list_models(self, request: Request) -> Response:
         models = await self._models.list()

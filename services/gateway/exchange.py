@@ -31,6 +31,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self.request_id = request_id
+        self.tenant = ""
         self.status = 0
         self.complete = False
         self.streaming = False

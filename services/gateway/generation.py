@@ -49,7 +49,7 @@ class Generator:
     async def answer(self, body: GenerationBody, exchange: Exchange) -> None:
         """Prepare, generate, send. Raises SageErrors; the HTTP status goes out with the first token, not before."""
         start_s = self._clock.now()
-        job = await self._prepare(body, exchange.request_id)
+        job = await self._prepare(body, exchange.request_id, exchange.tenant)
         renderer = Renderer(
             format=ChatFormat() if isinstance(body, ChatBody) else CompletionFormat(),
             tokenizer=job.served.tokenizer,
@@ -76,7 +76,7 @@ class Generator:
         else:
             await exchange.send_json(200, renderer.answer(choices, job.choices_per_prompt))
 
-    async def _prepare(self, body: GenerationBody, response_id: str) -> Job:
+    async def _prepare(self, body: GenerationBody, response_id: str, tenant: str) -> Job:
         served = await self._models.get(body.model)
         prompts: Sequence[TokenIds]
         if isinstance(body, ChatBody):
@@ -99,6 +99,7 @@ class Generator:
                         sampling=replace(sampling, seed=seed),
                         priority=body.priority or 0,
                         cache_salt=body.cache_salt or "",
+                        tenant=tenant or "default",
                     )
                 )
         skip = body.skip_special_tokens is not False

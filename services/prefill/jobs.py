@@ -27,6 +27,7 @@ class PrefillJob:
     sampling: SamplingParams
     timeout_s: float
     cache_salt: str = ""
+    tenant: str = ""
     priority: int = 0
     trace_context: Mapping[str, str] = field(default_factory=dict)
     receiver_cached_tokens: int = 0

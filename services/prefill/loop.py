@@ -73,7 +73,8 @@ class PrefillLoop:
 
     async def _prefill(self, job: PrefillJob) -> PrefillDone:
         began = self._clock.now()
-        with OwnedBlocks(self._pool, self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt)) as blocks:
+        allocation = self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt, job.tenant)
+        with OwnedBlocks(self._pool, allocation) as blocks:
             allocated = self._clock.now()
             store_tokens = await self._store.fetch(job, blocks.allocation) if self._store else 0
             fetched = self._clock.now()
@@ -137,6 +138,7 @@ class PrefillLoop:
             token_ids=job.prompt,
             sampling=replace(sampling, max_new_tokens=1, min_new_tokens=min(1, sampling.min_new_tokens)),
             cache_salt=job.cache_salt,
+            tenant=job.tenant,
             priority=job.priority,
             timeout_s=job.timeout_s,
             hold_blocks=True,

@@ -80,6 +80,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             sampling=codec.decode_sampling(request.sampling),
             timeout_s=request.timeout_ms / 1000 or self._default_timeout_s,
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
             priority=request.priority,
             trace_context=dict(request.trace_context),
             receiver_cached_tokens=request.ticket.num_cached_tokens,

@@ -14,6 +14,7 @@ from sagellm_common.core.errors import (
     Overloaded,
     PeerLost,
     SageError,
+    TenantQuota,
 )
 from sagellm_common.core.types import WorkerRole
 from services.router.workers import WorkerKey, WorkerLink
@@ -27,7 +28,8 @@ class Retry:
     """One request's failures so far.
 
     Failed attempts are bounded by `max_attempts`. A full worker is no failure: the request waits for room until its
-    deadline, asking the others in between. `avoid` are workers that failed it, `full` those without room in this round.
+    deadline, asking the others in between; but a tenant that is at its limit everywhere is told so. `avoid` are
+    workers that failed it, `full` those without room in this round.
     """
 
     max_attempts: int
@@ -45,6 +47,8 @@ class Retry:
             raise error
         if isinstance(error, Overloaded):
             self.rejections += 1
+            if isinstance(error, TenantQuota) and (at_fault is None or at_fault.key in self.full):
+                raise error  # its peers were asked, too, and a tenant's requests must not fill the queue of all
             if at_fault is not None:
                 # Full for the second time: all its peers were asked in between, and a new round begins.
                 self.full = {at_fault.key} if at_fault.key in self.full else self.full | {at_fault.key}

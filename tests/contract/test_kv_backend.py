@@ -11,18 +11,23 @@ import numpy as np
 import pytest
 
 from sagellm_common.core.clock import ManualClock
-from sagellm_common.core.errors import ConfigError, KvExhausted
-from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion
+from sagellm_common.core.config import TenantConfig
+from sagellm_common.core.errors import ConfigError, KvExhausted, Overloaded, TenantQuota
+from sagellm_common.core.kv import Allocation, BlockEvent, BlockMoves, KvRegion
 from sagellm_common.core.types import KvStats, TokenIds
 from sagellm_common.engines.lmdeploy import hooks
 from sagellm_common.kv_policy.eviction import EVICTION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.backends.mock import MockKvPool
+from sagellm_common.kv_runtime.integrity import check
+from sagellm_common.kv_runtime.pool import KVPool
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from tests.support.kv_channels import a_layout
 
 NUM_BLOCKS, BLOCK_TOKENS, BLOCK_BYTES = 16, 4, 64
 LAYOUT = a_layout(BLOCK_BYTES, BLOCK_TOKENS)
+TENANTS = {"gold": TenantConfig(guaranteed=0.25), "small": TenantConfig(limit=0.25)}
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,27 @@ class Pool:
 
 
 def make_host() -> Pool:
-    pool = HostKvPool(NUM_BLOCKS * BLOCK_BYTES, ManualClock(), LAYOUT)
+    pool = HostKvPool(NUM_BLOCKS * BLOCK_BYTES, ManualClock(), LAYOUT, tenants=TENANTS)
 
     def cache(token_ids: TokenIds) -> None:
         hashes = block_hashes(token_ids, BLOCK_TOKENS, root_hash(LAYOUT))
         pool.commit_put(pool.begin_put(hashes, token_ids[: len(hashes) * BLOCK_TOKENS]))
 
     return Pool(pool, cache)
+
+
+def make_mock() -> Pool:
+    pool = MockKvPool(LAYOUT, NUM_BLOCKS, tenants=TENANTS)
+    return Pool(pool, publishing(pool))
+
+
+def publishing(pool: KVPool) -> Callable[[TokenIds], None]:
+    def cache(token_ids: TokenIds) -> None:
+        allocation = pool.allocate(token_ids, len(token_ids))
+        pool.publish(allocation, token_ids)
+        pool.free(allocation)
+
+    return cache
 
 
 def make_lmdeploy() -> Pool:
@@ -69,7 +88,7 @@ def _over_a_scheduler() -> Pool:
         CacheConfig(4, BLOCK_TOKENS, 0, NUM_BLOCKS, device_type="cpu", num_state_caches=0),
     )
     memory = KvRegion(memoryview(bytearray(NUM_BLOCKS * BLOCK_BYTES)), BLOCK_BYTES, NUM_BLOCKS)
-    pool = LmdeployKvPool(manager_of(scheduler), scheduler, LAYOUT, memory, True)
+    pool = LmdeployKvPool(manager_of(scheduler), scheduler, LAYOUT, memory, True, tenants=TENANTS)
 
     def cache(token_ids: TokenIds) -> None:
         allocation = pool.allocate(token_ids, len(token_ids))
@@ -82,17 +101,11 @@ def _over_a_scheduler() -> Pool:
 
 def make_vllm() -> Pool:
     """The pool beside vLLM's pages, filled as that engine does it; it needs no vLLM."""
-    pool = HostKvPool(NUM_BLOCKS * BLOCK_BYTES, ManualClock(), LAYOUT, "engine.num_blocks")
-
-    def cache(token_ids: TokenIds) -> None:
-        allocation = pool.allocate(token_ids, len(token_ids))
-        pool.publish(allocation, token_ids)
-        pool.free(allocation)
-
-    return Pool(pool, cache)
+    pool = HostKvPool(NUM_BLOCKS * BLOCK_BYTES, ManualClock(), LAYOUT, "engine.num_blocks", tenants=TENANTS)
+    return Pool(pool, publishing(pool))
 
 
-POOLS = [make_host, make_lmdeploy, make_lmdeploy_without_hooks, make_vllm]
+POOLS = [make_host, make_mock, make_lmdeploy, make_lmdeploy_without_hooks, make_vllm]
 
 
 @pytest.fixture(params=POOLS, ids=lambda make: make.__name__.removeprefix("make_"))
@@ -177,7 +190,7 @@ def test_what_does_not_fit_takes_nothing(pool: Pool) -> None:
     pool.cache(tokens(8))
     held = pool.backend.allocate(tokens(40, start=500), 40)
     before = used_free_cached(pool)
-    with pytest.raises(KvExhausted) as caught:
+    with pytest.raises(Overloaded) as caught:
         pool.backend.allocate(np.concatenate([tokens(8), tokens(20, start=900)]), 28)
     assert caught.value.retry_after_s
     used, free, cached = used_free_cached(pool)
@@ -267,7 +280,7 @@ def test_threads_do_not_get_each_others_blocks(pool: Pool) -> None:
         for turn in range(100):
             try:
                 allocation = pool.backend.allocate(tokens(8, start=1000 * number + 10 * turn), 8)
-            except KvExhausted:
+            except Overloaded:
                 continue
             with lock:
                 ids = allocation.block_ids.tolist()
@@ -316,3 +329,196 @@ def test_another_eviction_policy_loses_no_block_and_can_give_up_all(pool: Pool) 
     everything = backend.allocate(tokens(NUM_BLOCKS * BLOCK_TOKENS, start=1000), NUM_BLOCKS * BLOCK_TOKENS)
     assert used_free_cached(pool) == (NUM_BLOCKS, 0, 0)
     backend.free(everything)
+
+
+def moves(*pairs: tuple[int, int]) -> BlockMoves:
+    sources, destinations = zip(*pairs, strict=True)
+    return BlockMoves(np.array(sources, np.int32), np.array(destinations, np.int32))
+
+
+def free_places(pool: Pool) -> list[int]:
+    found = pool.backend.get_block_info(np.arange(NUM_BLOCKS, dtype=np.int32))
+    return [info.block_id for info in found if not info.ref_count]
+
+
+def places(pool: Pool, token_ids: TokenIds) -> list[int]:
+    """Where the cached blocks of these tokens are."""
+    hashes = block_hashes(token_ids, BLOCK_TOKENS, root_hash(LAYOUT))
+    found = pool.backend.get_block_info(np.arange(NUM_BLOCKS, dtype=np.int32))
+    by_hash = {info.block_hash: info.block_id for info in found}
+    return [by_hash[key] for key in hashes]
+
+
+def test_block_info_tells_who_has_a_block(pool: Pool) -> None:
+    pool.cache(tokens(8))
+    held = pool.backend.allocate(tokens(14), 14, tenant="gold")
+    infos = pool.backend.get_block_info(held.block_ids)
+    hashes = block_hashes(tokens(8), BLOCK_TOKENS, root_hash(LAYOUT))
+    assert [info.block_id for info in infos] == held.block_ids.tolist()
+    assert [info.block_hash for info in infos] == [*hashes, None, None]
+    assert [info.ref_count for info in infos] == [2, 2, 1, 1]
+    assert [info.tenant for info in infos] == ["default", "default", "gold", "gold"]
+    assert all(info.pinned for info in infos)
+    (free,) = pool.backend.get_block_info(np.array(free_places(pool)[:1], np.int32))
+    assert (free.ref_count, free.block_hash, free.pinned, free.tenant) == (0, None, False, "")
+    assert pool.backend.get_block_info(np.empty(0, np.int32)) == []
+    with pytest.raises(IndexError):
+        pool.backend.get_block_info(np.array([NUM_BLOCKS], np.int32))
+    pool.backend.free(held)
+
+
+def test_a_moved_block_is_found_in_its_new_place_with_its_bytes(pool: Pool) -> None:
+    pool.cache(tokens(12))
+    region = pool.backend.regions()
+    before = places(pool, tokens(12))
+    for n, place in enumerate(before):
+        region.block(place)[:] = bytes([n + 1]) * BLOCK_BYTES
+    targets = free_places(pool)[-3:]
+    assert pool.backend.migrate(moves(*zip(before, targets, strict=True))) == 3
+    assert places(pool, tokens(12)) == targets
+    held = pool.backend.allocate(tokens(13), 13)
+    assert held.block_ids[:3].tolist() == targets
+    assert [region.block(place)[0] for place in targets] == [1, 2, 3]
+    assert used_free_cached(pool) == (4, NUM_BLOCKS - 4, 0)
+    pool.backend.free(held)
+
+
+def test_what_must_stay_stays(pool: Pool) -> None:
+    pool.cache(tokens(8))
+    cached = places(pool, tokens(8))
+    held = pool.backend.allocate(tokens(8, start=100), 8)
+    one, two, three, four = free_places(pool)[:4]
+    pinned = int(held.block_ids[0])
+    plan = moves((pinned, one), (cached[0], int(held.block_ids[1])), (two, three), (cached[1], four))
+    assert pool.backend.migrate(plan) == 1
+    assert held.block_ids[0] == pinned
+    assert places(pool, tokens(8)) == [cached[0], four]
+    assert stats(pool).used_blocks == 2
+    assert pool.backend.migrate(BlockMoves.none()) == 0
+    pool.backend.free(held)
+
+
+def test_fragmentation_counts_slots_without_tokens_and_scattered_free_blocks(pool: Pool) -> None:
+    whole = pool.backend.get_fragmentation()
+    assert (whole.internal, whole.external, whole.longest_free_run_blocks) == (0.0, 0.0, NUM_BLOCKS)
+    held = [pool.backend.allocate(tokens(n, start=100 * n), n) for n in (4, 5, 8)]  # 1 + 2 + 2 blocks, 3 slots unused
+    found = pool.backend.get_fragmentation()
+    assert found.internal == pytest.approx(3 / 20)
+    assert found.external == 0.0
+    pool.backend.free(held[1])
+    found = pool.backend.get_fragmentation()
+    assert (found.internal, found.free_blocks, found.longest_free_run_blocks) == (0.0, 13, 11)
+    assert found.external == pytest.approx(1 - 11 / 13)
+    for allocation in held:
+        pool.backend.free(allocation)
+
+
+def test_defragmentation_closes_the_gaps_between_cached_blocks(pool: Pool) -> None:
+    backend = pool.backend
+    assert isinstance(backend, KVPool)
+    apart = [backend.allocate(tokens(4, start=100 * n), 4) for n in range(NUM_BLOCKS // 2)]
+    for n in range(NUM_BLOCKS // 2):
+        pool.cache(tokens(4, start=1000 + 100 * n))
+        backend.free(apart[n])
+        apart.append(backend.allocate(tokens(4, start=100 * n), 4)) if n % 2 else None
+    for allocation in apart:
+        backend.free(allocation)
+    region, hashes = backend.regions(), backend.cached_hashes()
+    contents = {}
+    for info in backend.get_block_info(np.arange(NUM_BLOCKS, dtype=np.int32)):
+        if info.block_hash is not None:
+            contents[info.block_hash] = region.block(info.block_id)[:] = info.block_hash * (BLOCK_BYTES // 16)
+    while backend.defragment(2 * BLOCK_BYTES):
+        assert backend.get_utilization().balanced
+    assert backend.get_fragmentation().external == 0.0
+    assert set(backend.cached_hashes()) == set(hashes)
+    for info in backend.get_block_info(np.arange(NUM_BLOCKS, dtype=np.int32)):
+        assert info.block_hash is None or region.block(info.block_id).tobytes() == contents[info.block_hash]
+    row = backend.allocate(tokens(28, start=5000), 28).block_ids
+    assert np.diff(row).tolist() == [1] * (len(row) - 1)
+
+
+def test_an_allocation_grows_with_fresh_blocks(pool: Pool) -> None:
+    held = pool.backend.allocate(tokens(5), 5)
+    before = held.block_ids.tolist()
+    pool.backend.extend(held, 8)
+    assert held.block_ids.tolist() == before
+    pool.backend.extend(held, 13)
+    assert held.block_ids.tolist()[:2] == before
+    assert len(set(held.block_ids.tolist())) == 4
+    with pytest.raises(Overloaded):
+        pool.backend.extend(held, NUM_BLOCKS * BLOCK_TOKENS + 1)
+    assert used_free_cached(pool) == (4, NUM_BLOCKS - 4, 0)
+    pool.backend.free(held)
+    with pytest.raises(ValueError, match="freed or handed over"):
+        pool.backend.extend(held, 20)
+
+
+def test_who_writes_into_a_shared_partial_block_gets_its_own_copy(pool: Pool) -> None:
+    """Two sequences go on from token 6, in the middle of the second block."""
+    region = pool.backend.regions()
+    one = pool.backend.allocate(tokens(6), 6)
+    for place in one.block_ids.tolist():
+        region.block(place)[:] = bytes([place]) * BLOCK_BYTES
+    two = pool.backend.share(one)
+    assert pool.backend.make_writable(two, begin_token=6) == 1
+    assert two.block_ids[0] == one.block_ids[0]
+    assert two.block_ids[1] != one.block_ids[1]
+    assert region.block(int(two.block_ids[1])) == region.block(int(one.block_ids[1]))
+    assert pool.backend.make_writable(one, begin_token=6) == 0  # its alone by now
+    assert used_free_cached(pool) == (3, NUM_BLOCKS - 3, 0)
+    pool.backend.free(one)
+    assert used_free_cached(pool)[0] == 2
+    pool.backend.free(two)
+    assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)
+
+
+def test_cached_blocks_are_not_written_in_place(pool: Pool) -> None:
+    pool.cache(tokens(8))
+    held = pool.backend.allocate(tokens(9), 9)
+    assert held.num_shared_blocks == 2
+    assert pool.backend.make_writable(held, begin_token=4) == 1
+    assert held.num_shared_blocks == 1
+    assert places(pool, tokens(8))[1] != held.block_ids[1]
+    assert used_free_cached(pool) == (3, NUM_BLOCKS - 4, 1)
+    pool.backend.free(held)
+
+
+def test_a_copy_for_which_there_is_no_room_changes_nothing(pool: Pool) -> None:
+    one = pool.backend.allocate(tokens(NUM_BLOCKS * BLOCK_TOKENS), NUM_BLOCKS * BLOCK_TOKENS)
+    two = pool.backend.share(one)
+    before = two.block_ids.tolist()
+    with pytest.raises(Overloaded):
+        pool.backend.make_writable(two, begin_token=0)
+    assert two.block_ids.tolist() == before
+    pool.backend.free(one)
+    pool.backend.free(two)
+    assert used_free_cached(pool) == (0, NUM_BLOCKS, 0)
+
+
+def test_tenants_have_their_limits_and_their_guarantees(pool: Pool) -> None:
+    with pytest.raises(TenantQuota, match="tenant 'small' wants 5 more KV blocks"):
+        pool.backend.allocate(tokens(20), 20, tenant="small")
+    small = pool.backend.allocate(tokens(16), 16, tenant="small")
+    others = pool.backend.allocate(tokens(40, start=100), 40)
+    with pytest.raises(KvExhausted):
+        pool.backend.allocate(tokens(16, start=200), 16, tenant="gold")
+    pool.backend.free(small)
+    with pytest.raises(TenantQuota, match="while 'gold' waits"):
+        pool.backend.allocate(tokens(4, start=300), 4)
+    gold = pool.backend.allocate(tokens(16, start=200), 16, tenant="gold")
+    for allocation in (others, gold):
+        pool.backend.free(allocation)
+
+
+def test_the_books_are_right_whatever_was_done(pool: Pool) -> None:
+    assert isinstance(pool.backend, KVPool)
+    pool.cache(tokens(20))
+    held = [pool.backend.allocate(tokens(n), n) for n in (3, 9, 18)]
+    held.append(pool.backend.share(held[1]))
+    pool.backend.make_writable(held[3], 8)
+    pool.backend.free(held[0])
+    assert check(pool.backend, pool.backend.cached_hashes()).problems == ()
+    for allocation in held:
+        pool.backend.free(allocation)
+    assert check(pool.backend, pool.backend.cached_hashes()).problems == ()

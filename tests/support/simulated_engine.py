@@ -224,7 +224,9 @@ class SimulatedEngine:
         tokens, sampling = sequence.tokens, sequence.request.sampling
         if sequence.allocation is None:
             known = as_token_ids(tokens)
-            sequence.allocation = self.kv.allocate(known, len(tokens), sequence.request.cache_salt)
+            sequence.allocation = self.kv.allocate(
+                known, len(tokens), sequence.request.cache_salt, sequence.request.tenant
+            )
             sequence.computed = sequence.allocation.num_cached_tokens
         blocks = sequence.allocation
         self.kv.extend(blocks, len(tokens))

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from lmdeploy.pytorch.engine.engine import Engine as LmdeployEngineBase
 from lmdeploy.pytorch.messages import MessageStatus
 
+from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.errors import ConfigError, EngineFailed, KvExhausted, LeaseExpired, SageError
 from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
@@ -74,6 +75,7 @@ class EngineCore(LmdeployEngineBase):
         *,
         prefix_caching: bool,
         eviction: str,
+        tenants: Mapping[str, TenantConfig],
         tells_layers: bool,
         watch: StepWatch,
         policy: EnginePolicy,
@@ -81,7 +83,8 @@ class EngineCore(LmdeployEngineBase):
         emit: Callable[[Sequence[SequenceOutput]], None],
     ) -> LmdeployKvPool:
         """Puts our KV manager and policy in charge. Once, before `run`. `tells_layers`: the model itself does."""
-        self.kv = LmdeployKvPool(manager_of(self.scheduler), self.scheduler, layout, memory, prefix_caching, eviction)
+        manager = manager_of(self.scheduler)
+        self.kv = LmdeployKvPool(manager, self.scheduler, layout, memory, prefix_caching, eviction, tenants=tenants)
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent
         self.watch = watch
@@ -120,7 +123,8 @@ class EngineCore(LmdeployEngineBase):
                 raise EngineFailed("the engine was stopped; try another worker")
             blocks = self.kv.take(allocation) if allocation else None
             session = self.scheduler.add_session(next(self._session_ids))
-            prefix = SequencePrefix(self.kv.root(request.cache_salt))
+            account = self.kv.quota.account_of(request.tenant)
+            prefix = SequencePrefix(self.kv.root(request.cache_salt), account=account)
             self.kv.cache.prefixes[session.session_id] = prefix
             seq = session.add_sequence(request.token_ids.astype(np.int64), sampling)
             self.scheduler.add_sequence(seq)
@@ -191,6 +195,7 @@ class EngineCore(LmdeployEngineBase):
             self._step_began_s = time.monotonic()
             with self.kv.lock:
                 self._emit_all(self._admit())
+                self.kv.between_steps()
                 batch, is_prefill = self._schedule()
             if batch:
                 with self.watch.step():

@@ -51,6 +51,7 @@ class LmdeployEngine:
         overlay.check_version()
         self._config: EngineSection
         self._config, self._device = device.resolve(config.engine, config.transport)
+        self._tenants = config.kv.tenants
         self._path = Path(config.model.path)
         self._hf = read_model_config(self._path)
         check_divisible(self._hf, self._config.tensor_parallel)
@@ -260,6 +261,7 @@ class LmdeployEngine:
             memory,
             prefix_caching=cfg.prefix_caching,
             eviction=cfg.eviction,
+            tenants=self._tenants,
             tells_layers=cfg.weights != "dtype",
             watch=self._watch,
             policy=RankedPolicy(

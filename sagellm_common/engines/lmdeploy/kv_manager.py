@@ -123,6 +123,7 @@ class LmdeployKvPool(KVPool):
         self.lock = manager.lock
         self._scheduler = scheduler
         self._on_free: Callable[[], None] = lambda: None
+        self._defrag_bytes = 0
         self.open(layout, memory, manager.cache)
         self.cache.enabled = prefix_caching
         manager.make_room = self.make_room_for_sequence
@@ -147,7 +148,21 @@ class LmdeployKvPool(KVPool):
         """Running sequences must be able to grow into their next block, or they would preempt each other."""
         return int(self._scheduler.num_running() + self._scheduler.num_locked())
 
+    def defragment(self, max_bytes: int) -> int:
+        """While a step computes, where most blocks must stay, it is left to the engine, for after the step."""
+        with self.lock:
+            if self._scheduler.num_locked():
+                self._defrag_bytes = max_bytes
+                return 0
+            return super().defragment(max_bytes)
+
     # ---- for the engine ----
+
+    def between_steps(self) -> None:
+        """Nothing computes, and the lock is held."""
+        if self._defrag_bytes:
+            max_bytes, self._defrag_bytes = self._defrag_bytes, 0
+            self.defragment(max_bytes)
 
     def on_free(self, callback: Callable[[], None]) -> None:
         self._on_free = callback

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from sagellm_common.core.errors import ConfigError, KvExhausted
+from sagellm_common.core.errors import ConfigError, Overloaded
 from sagellm_common.engines.vllm.pages import Pages
 from sagellm_common.engines.vllm.sequences import STATES, VllmSequence
 
@@ -111,7 +111,7 @@ class SageKVConnector(KVConnectorBase_V1):
         if sequence.request.hold_blocks and not sequence.out_of_blocks:
             try:
                 self._state.pool.extend(allocation, end)
-            except KvExhausted as err:
+            except Overloaded as err:
                 sequence.out_of_blocks = True
                 log.info("%s: KV from here on is not kept: %s", sequence.request.request_id, err)
         return min(end, len(allocation.block_ids) * size)

@@ -19,7 +19,7 @@ from typing import Any
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.config import EngineConfig as EngineSection
-from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest, KvExhausted, SageError
+from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest, Overloaded, SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.types import FinishReason, KvLayout, ModelInfo, TokenLogprob, as_token_ids
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
@@ -78,6 +78,7 @@ class VllmEngine:
                 f"engine.tensor_parallel {self._config.tensor_parallel}: engine.kind=vllm runs on one rank; use 1"
             )
         self._dtype = "float32" if self._config.dtype == "auto" else self._config.dtype
+        self._tenants = config.kv.tenants
         self._path = Path(config.model.path)
         self._hf = read_model_config(self._path)
         self._name = config.model.name or self._path.resolve().name
@@ -124,7 +125,7 @@ class VllmEngine:
         await asyncio.wrap_future(ready)
 
     def submit(self, request: EngineRequest) -> None:
-        """See `Engine.submit`. Raises KvExhausted too: `hold_blocks` without an allocation when the pool is full."""
+        """See `Engine.submit`. Raises KvExhausted, TenantQuota too: `hold_blocks` without an allocation, no room."""
         check_request(request, self.model)
         now_s = time.monotonic()
         with self._changed:
@@ -168,8 +169,8 @@ class VllmEngine:
         if request.allocation is not None or not (request.hold_blocks or self._config.prefix_caching):
             return request.allocation
         try:
-            return self._pool.allocate(request.token_ids, len(request.token_ids), request.cache_salt)
-        except KvExhausted as err:
+            return self._pool.allocate(request.token_ids, len(request.token_ids), request.cache_salt, request.tenant)
+        except Overloaded as err:
             if request.hold_blocks:
                 raise
             log.info("%s runs without the prefix cache: %s", request.request_id, err)
@@ -265,7 +266,14 @@ class VllmEngine:
             head_dim=head_dim,
             block_bytes=cfg.block_size_tokens * token_bytes,
         )
-        pool = HostKvPool(cfg.num_blocks * layout.block_bytes, SystemClock(), layout, "engine.num_blocks", cfg.eviction)
+        pool = HostKvPool(
+            cfg.num_blocks * layout.block_bytes,
+            SystemClock(),
+            layout,
+            "engine.num_blocks",
+            cfg.eviction,
+            tenants=self._tenants,
+        )
         self._state = STATES[engine_id] = SharedState(pool, self._running)
         self._vllm = LLMEngine(vllm_config, Executor.get_class(vllm_config), log_stats=False)
         self._model = ModelInfo(

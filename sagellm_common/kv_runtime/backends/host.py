@@ -136,11 +136,7 @@ class HostKvPool(KVPool):
         """
         with self.lock:
             held = [key for key in dict.fromkeys(hashes) if key in self.cache]
-            table = self.cache.blocks_of(held)
-            self.blocks.hold(table)
-            allocation = self._hand_out(table, len(table) * self.layout.block_size_tokens, 0)
-            allocation.uses = False
-            return [self.cache[key].key for key in held], allocation
+            return [self.cache[key].key for key in held], self.hold_to_read(self.cache.blocks_of(held))
 
     def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "") -> PendingPut:
         """Blocks for the hashes that are neither stored nor being filled by another put.

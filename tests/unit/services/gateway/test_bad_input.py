@@ -256,3 +256,27 @@ class TestApiKeys:
 
     async def test_health_needs_no_key(self, http):
         assert (await http.get("/health")).status_code == 200
+
+
+class TestTenants:
+    @pytest_asyncio.fixture(loop_scope="module")
+    async def http(self, router):
+        config = GatewayConfig(api_keys=("anybody",), tenant_keys={"acme": ("a1", "a2")})
+        async with serve_gateway(router.address, config) as url, httpx.AsyncClient(base_url=url) as client:
+            yield client
+
+    @pytest.mark.parametrize(
+        ("key", "named", "tenant"),
+        [("a2", None, "acme"), ("a1", "acme", "acme"), ("anybody", None, "default"), ("anybody", "new", "new")],
+    )
+    async def test_a_keys_tenant_is_the_requests(self, http, router, key, named, tenant):
+        headers = {"authorization": f"Bearer {key}"} | ({} if named is None else {"x-sagellm-tenant": named})
+        assert (await http.post(TEXT_URL, json=TEXT, headers=headers)).status_code == 200
+        assert router.requests[-1].tenant == tenant
+
+    @pytest.mark.parametrize(("key", "named"), [("a1", "other"), ("anybody", "acme")])
+    async def test_nobody_is_charged_for_others(self, http, router, key, named):
+        headers = {"authorization": f"Bearer {key}", "x-sagellm-tenant": named}
+        response = await http.post(TEXT_URL, json=TEXT, headers=headers)
+        assert_error(response, 403, "forbidden", None, named)
+        assert router.requests == []

@@ -13,6 +13,7 @@ from sagellm_common.core.errors import (
     KvExhausted,
     NoWorker,
     PeerLost,
+    TenantQuota,
 )
 from sagellm_common.core.types import WorkerRecord, WorkerRole
 from sagellm_common.rpc.channels import ChannelPool
@@ -49,6 +50,14 @@ def test_full_workers_are_asked_again_and_again() -> None:
     delays = [retry.delay_after(KvExhausted("full"), None) for _ in range(100)]
     assert delays == sorted(delays) and delays[-1] == MAX_BACKOFF_S
     assert (retry.failures, retry.rejections) == (0, 100)
+
+
+def test_a_tenant_at_its_limit_on_every_worker_is_told_so(links: dict[str, WorkerLink]) -> None:
+    retry = Retry(max_attempts=1)
+    retry.delay_after(TenantQuota("no more"), links["d0"])
+    retry.delay_after(TenantQuota("no more"), links["d1"])
+    with pytest.raises(TenantQuota):
+        retry.delay_after(TenantQuota("no more"), links["d0"])
 
 
 def test_a_workers_own_cancellation_is_no_clients() -> None:

@@ -78,7 +78,7 @@ HANDOFF_REASON_INTERNAL: HandoffReason
 HANDOFF_REASON_QUEUE_FULL: HandoffReason
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes", "chunk_tokens")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes", "chunk_tokens", "tenant")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class PrefillRequest(_message.Message):
     OVERLAP_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -112,7 +113,8 @@ class PrefillRequest(_message.Message):
     overlap: bool
     segment_bytes: int
     chunk_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms", "engine_ms")
@@ -189,7 +191,7 @@ class CancelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "max_new_tokens", "cache_salt", "timeout_ms", "trace_context")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "max_new_tokens", "cache_salt", "timeout_ms", "trace_context", "tenant")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +206,7 @@ class ReserveRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -211,7 +214,8 @@ class ReserveRequest(_message.Message):
     cache_salt: str
     timeout_ms: int
     trace_context: _containers.ScalarMap[str, str]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., max_new_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., max_new_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
     __slots__ = ("request_id", "attempt", "ticket")
@@ -250,7 +254,7 @@ class RenewReservationResponse(_message.Message):
     def __init__(self, expires_in_ms: _Optional[int] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "emitted_token_ids", "sampling", "source", "cache_salt", "timeout_ms", "trace_context", "priority", "wire_dtype")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "emitted_token_ids", "sampling", "source", "cache_salt", "timeout_ms", "trace_context", "priority", "wire_dtype", "tenant")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +273,7 @@ class DecodeRequest(_message.Message):
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -280,7 +285,8 @@ class DecodeRequest(_message.Message):
     trace_context: _containers.ScalarMap[str, str]
     priority: int
     wire_dtype: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., emitted_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., emitted_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("request_id", "attempt", "index", "token_ids", "logprobs", "finish_reason", "error", "transfer", "engine_ms")
@@ -426,7 +432,7 @@ class BlockEvents(_message.Message):
     def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ..., since_revision: _Optional[int] = ..., more: _Optional[bool] = ..., tier: _Optional[_Union[_common_pb2.KvTier, str]] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session", "transport_changes", "indexed")
+    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session", "transport_changes", "indexed", "kv_health")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -437,6 +443,7 @@ class WorkerStatus(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_CHANGES_FIELD_NUMBER: _ClassVar[int]
     INDEXED_FIELD_NUMBER: _ClassVar[int]
+    KV_HEALTH_FIELD_NUMBER: _ClassVar[int]
     record: WorkerRecord
     kv: _common_pb2.KvStats
     running_requests: int
@@ -447,7 +454,8 @@ class WorkerStatus(_message.Message):
     session: str
     transport_changes: _containers.RepeatedCompositeFieldContainer[TransportChange]
     indexed: IndexedBlocks
-    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ..., transport_changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ..., indexed: _Optional[_Union[IndexedBlocks, _Mapping]] = ...) -> None: ...
+    kv_health: KvHealth
+    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ..., transport_changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ..., indexed: _Optional[_Union[IndexedBlocks, _Mapping]] = ..., kv_health: _Optional[_Union[KvHealth, _Mapping]] = ...) -> None: ...
 
 class IndexedBlocks(_message.Message):
     __slots__ = ("revision", "blocks", "staleness_ms", "lag_ms", "credited")
@@ -462,6 +470,44 @@ class IndexedBlocks(_message.Message):
     lag_ms: float
     credited: bool
     def __init__(self, revision: _Optional[int] = ..., blocks: _Optional[int] = ..., staleness_ms: _Optional[float] = ..., lag_ms: _Optional[float] = ..., credited: _Optional[bool] = ...) -> None: ...
+
+class TenantUsage(_message.Message):
+    __slots__ = ("tenant", "charged_blocks", "borrowed_blocks", "guaranteed_blocks", "limit_blocks", "rejections")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CHARGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BORROWED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    GUARANTEED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    charged_blocks: int
+    borrowed_blocks: int
+    guaranteed_blocks: int
+    limit_blocks: int
+    rejections: int
+    def __init__(self, tenant: _Optional[str] = ..., charged_blocks: _Optional[int] = ..., borrowed_blocks: _Optional[int] = ..., guaranteed_blocks: _Optional[int] = ..., limit_blocks: _Optional[int] = ..., rejections: _Optional[int] = ...) -> None: ...
+
+class KvHealth(_message.Message):
+    __slots__ = ("checks", "failed_checks", "problems", "sampled_blocks", "corrupt_blocks", "internal_fragmentation", "external_fragmentation", "moved_blocks", "tenants")
+    CHECKS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_CHECKS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    INTERNAL_FRAGMENTATION_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_FRAGMENTATION_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    checks: int
+    failed_checks: int
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    sampled_blocks: int
+    corrupt_blocks: int
+    internal_fragmentation: float
+    external_fragmentation: float
+    moved_blocks: int
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantUsage]
+    def __init__(self, checks: _Optional[int] = ..., failed_checks: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., sampled_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., internal_fragmentation: _Optional[float] = ..., external_fragmentation: _Optional[float] = ..., moved_blocks: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ...) -> None: ...
 
 class ProbeWorkerLinksRequest(_message.Message):
     __slots__ = ("sources", "max_bytes")
