@@ -16,7 +16,14 @@ import numpy as np
 from sagellm_common.client.chat_template import Message
 from sagellm_common.client.generation import TextOutput, generate_text
 from sagellm_common.client.models import ModelDirectory, ServedModel
-from sagellm_common.client.router import ClusterView, Explanation, ProbedLinks, RouterClient, WorkerTransport
+from sagellm_common.client.router import (
+    ClusterView,
+    Explanation,
+    ProbedLinks,
+    RouterClient,
+    WorkerEviction,
+    WorkerTransport,
+)
 from sagellm_common.core.errors import ContextTooLong, InvalidRequest
 from sagellm_common.core.types import (
     FinishReason,
@@ -147,6 +154,10 @@ class AsyncClient:
     ) -> tuple[WorkerTransport, ...]:
         """See `RouterClient.set_transport`."""
         return await self._router.set_transport(settings, worker_ids)
+
+    async def set_eviction(self, policy: str, worker_ids: Sequence[str] = ()) -> tuple[WorkerEviction, ...]:
+        """See `RouterClient.set_eviction`."""
+        return await self._router.set_eviction(policy, worker_ids)
 
     async def explain(self, request_id: str) -> Explanation:
         return await self._router.explain(request_id)

@@ -60,6 +60,16 @@ class WorkerTransport:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerEviction:
+    """Which policy says what cached blocks of a worker go first. `error`: nothing was changed there, and why."""
+
+    worker_id: str
+    policy: str
+    cached_blocks: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ProbedLinks:
     """`failures` say, for people, which links could not be measured."""
 
@@ -173,6 +183,19 @@ class RouterClient:
         return tuple(
             WorkerTransport(w.worker_id, dict(w.in_force), _decode_changes(w.changes), w.error) for w in reply.workers
         )
+
+    async def set_eviction(self, policy: str, worker_ids: Sequence[str] = ()) -> tuple[WorkerEviction, ...]:
+        """Another eviction policy for running workers and stores, none named: all. What is cached stays.
+
+        Without one ("") it only tells which is in force. A worker that refuses says so in its `error`.
+        """
+        reply = await call(
+            self._topology.SetEviction,
+            topology_pb2.SetEvictionRequest(policy=policy, worker_ids=worker_ids),
+            timeout_s=self.CONTROL_TIMEOUT_S,
+            response=topology_pb2.SetEvictionResponse,
+        )
+        return tuple(WorkerEviction(w.worker_id, w.policy, w.cached_blocks, w.error) for w in reply.workers)
 
     async def explain(self, request_id: str) -> Explanation:
         """Raises InvalidRequest when the router does not (or no longer) know the request."""

@@ -18,7 +18,7 @@ from sagellm_common.core.types import WorkerRecord
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.codec import decode_link, decode_worker_record, encode_link, encode_worker_record
 from sagellm_common.rpc.gen.sagellm.v1 import topology_pb2, topology_pb2_grpc, worker_pb2
-from sagellm_common.rpc.worker_client import WorkerStatus, encode_status, probe_links, set_transport
+from sagellm_common.rpc.worker_client import WorkerStatus, encode_status, probe_links, set_eviction, set_transport
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,19 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
                 response.workers.add(worker_id=worker.worker_id, error=f"{err.reason} {err.message}")
             else:
                 response.workers.add(worker_id=worker.worker_id, in_force=told.in_force, changes=told.changes)
+        return response
+
+    async def SetEviction(
+        self, request: topology_pb2.SetEvictionRequest, context: Context
+    ) -> topology_pb2.SetEvictionResponse:
+        response = topology_pb2.SetEvictionResponse()
+        for worker in self._workers(request.worker_ids):
+            try:
+                told = await set_eviction(self._channels.get(worker.address), request.policy)
+            except SageError as err:
+                response.workers.add(worker_id=worker.worker_id, error=f"{err.reason} {err.message}")
+            else:
+                response.workers.add(worker_id=worker.worker_id, policy=told.policy, cached_blocks=told.cached_blocks)
         return response
 
     def _workers(self, worker_ids: Sequence[str]) -> list[WorkerRecord]:

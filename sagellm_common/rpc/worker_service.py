@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+<<<<<<< HEAD
 from collections.abc import AsyncIterator, Iterable
+=======
+import logging
+import threading
+from collections.abc import AsyncIterator
+>>>>>>> f95f887 (feat(cli): sagellm kv policy show and set: eviction policies of running workers and stores)
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,6 +23,8 @@ from sagellm_common.rpc.block_journal import BlockChanges, BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.handoffs import encode_record
 from sagellm_common.rpc.transport_control import TransportControl
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MIN_INTERVAL_S = 0.2
 SHORTEST_MIN_INTERVAL_S = 0.01
@@ -72,13 +80,20 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(
         self,
         worker: WorkerView,
+<<<<<<< HEAD
         journal: BlockJournal,
         transport: TransportControl,
+=======
+        feed: BlockFeed,
+        transport: TransportControl,
+        pool: KVBackendProtocol,
+>>>>>>> f95f887 (feat(cli): sagellm kv policy show and set: eviction policies of running workers and stores)
         handoffs: HandoffLog | None = None,
     ) -> None:
         self._worker = worker
         self._journal = journal
         self._transport = transport
+        self._pool = pool
         self._handoffs = handoffs
         self._encoded: tuple[WorkerRecord, worker_pb2.WorkerRecord] | None = None
         """The record as it was told last: it seldom changes, and holds the model's whole description."""
@@ -179,6 +194,19 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._transport.set(request.settings)
         return worker_pb2.SetWorkerTransportResponse(
             in_force=self._transport.settings, changes=_encode_changes(self._transport.changes())
+        )
+
+    async def SetEviction(
+        self,
+        request: worker_pb2.SetWorkerEvictionRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.SetWorkerEvictionRequest, worker_pb2.SetWorkerEvictionResponse],
+    ) -> worker_pb2.SetWorkerEvictionResponse:
+        pool, before = self._pool, self._pool.eviction
+        if request.policy:
+            await asyncio.to_thread(pool.set_eviction, request.policy)  # its blocks may be many
+            log.info("blocks are evicted by %s from now on, were by %s", pool.eviction, before)
+        return worker_pb2.SetWorkerEvictionResponse(
+            policy=pool.eviction, cached_blocks=self._worker.kv_stats().cached_blocks
         )
 
 

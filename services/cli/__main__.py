@@ -18,7 +18,7 @@ import typer
 from rich.markup import escape
 
 from sagellm_common.client.aio import AsyncClient, Options, Prompt, gather
-from sagellm_common.client.router import ClusterView, ProbedLinks, WorkerTransport
+from sagellm_common.client.router import ClusterView, ProbedLinks, WorkerEviction, WorkerTransport
 from sagellm_common.client.sync import Client
 from sagellm_common.comm_backend.hardware import probe_all
 from sagellm_common.comm_backend.topology import probe_machine
@@ -45,6 +45,10 @@ config_app = typer.Typer(help="The configuration as it is understood.", no_args_
 app.add_typer(config_app, name="config")
 transport_app = typer.Typer(help="How KV moves between workers.", no_args_is_help=True)
 app.add_typer(transport_app, name="transport")
+kv_app = typer.Typer(help="What the workers and stores have cached.", no_args_is_help=True)
+app.add_typer(kv_app, name="kv")
+policy_app = typer.Typer(help="Which cached blocks go first.", no_args_is_help=True)
+kv_app.add_typer(policy_app, name="policy")
 engine_app = typer.Typer(help="The engine inside the workers.", no_args_is_help=True)
 app.add_typer(engine_app, name="engine")
 doctor_app = typer.Typer(help="What went wrong, and what to do about it.", no_args_is_help=True)
@@ -323,12 +327,47 @@ def _print_links(links: Sequence[LinkCost]) -> None:
         render.out.print(advice, soft_wrap=True)
 
 
-def _tell_refusals(workers: Sequence[WorkerTransport]) -> bool:
+def _tell_refusals(workers: Sequence[WorkerTransport | WorkerEviction]) -> bool:
     """Whether there are any."""
     refused = [worker for worker in workers if worker.error]
     for worker in refused:
         render.err.print(f"{worker.worker_id}: {worker.error}", markup=False, soft_wrap=True)
     return bool(refused)
+
+
+# ---- kv ----
+
+
+@policy_app.command("show")
+def policy_show(name: Name = "", router: Router = "", json_: Json = False) -> None:
+    """The eviction policies in force, and the blocks they have to choose from."""
+    _eviction("", [], name, router, json_)
+
+
+@policy_app.command("set")
+def policy_set(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="see engine.eviction in `sagellm config schema`")],
+    worker: Annotated[list[str], typer.Option("--worker", metavar="ID", help="only these; all unless given")] = [],  # noqa: B006
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Another policy for running workers and stores, until they restart; exit code 1 if one of them refuses."""
+    _eviction(policy, worker, name, router, json_)
+
+
+def _eviction(policy: str, worker_ids: Sequence[str], name: str, router: str, json_: bool) -> None:
+    async def ask() -> tuple[WorkerEviction, ...]:
+        async with AsyncClient(_router(name, router)) as client:
+            return await client.set_eviction(policy, worker_ids)
+
+    workers = asyncio.run(ask())
+    if json_:
+        _print_json({"workers": [asdict(w) for w in workers]})
+    else:
+        render.out.print(render.eviction_table(workers))
+    if _tell_refusals(workers):
+        raise typer.Exit(EXIT_FAILED)
 
 
 # ---- engine ----

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sagellm_common.client.aio import Completion
-from sagellm_common.client.router import ClusterView, Explanation
+from sagellm_common.client.router import ClusterView, Explanation, WorkerEviction
 from sagellm_common.core.capability import CapabilityDescriptor
 from sagellm_common.core.types import GenerationSummary
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode
@@ -91,6 +91,18 @@ def served(state: ClusterState, logs: Path | None = None, stop_with: str = "") -
         rows.append(("stop", stop_with))
     for label, value in rows:
         table.add_row(f"  {label}", value)
+    return table
+
+
+def eviction_table(workers: Sequence[WorkerEviction]) -> Table:
+    """A line per worker and store that answered."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
+    table.add_column("WORKER", no_wrap=True)
+    table.add_column("EVICTION", no_wrap=True)
+    table.add_column("CACHED BLOCKS", justify="right", no_wrap=True)
+    for worker in workers:
+        if not worker.error:
+            table.add_row(escape(worker.worker_id), escape(worker.policy), f"{worker.cached_blocks:,}")
     return table
 
 

@@ -151,6 +151,19 @@ async def test_a_wrong_setting_is_refused_by_each_and_changes_nothing(client: Ro
         await client.set_transport({"chunk_bytes": "1"}, ["decode-9"])
 
 
+async def test_another_eviction_policy_for_one_worker_or_all(client: RouterClient, prefill: Worker) -> None:
+    (changed,) = await client.set_eviction("arc", ["prefill-0"])
+    assert (changed.worker_id, changed.policy, changed.error) == ("prefill-0", "arc", "")
+    assert prefill.engine.kv.eviction == "arc"
+    told = {worker.worker_id: worker.policy for worker in await client.set_eviction("")}
+    assert told == {"prefill-0": "arc", "decode-0": "lru"}
+    refused = await client.set_eviction("oldest")
+    assert all("unknown eviction policy 'oldest'; known: arc" in worker.error for worker in refused)
+    assert prefill.engine.kv.eviction == "arc"
+    with pytest.raises(InvalidRequest, match="no worker decode-9"):
+        await client.set_eviction("lru", ["decode-9"])
+
+
 async def test_a_store_without_memory_lends_none(prefill: Worker) -> None:
     """As kv_store before its first block."""
 

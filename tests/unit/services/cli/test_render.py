@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sagellm_common.client.router import ClusterView, Explanation, PlanEvent, WorkerView
+from sagellm_common.client.router import ClusterView, Explanation, PlanEvent, WorkerEviction, WorkerView
 from sagellm_common.core.types import GenerationSummary, KvStats, WorkerRecord, WorkerRole
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
 from services.cli import render
@@ -35,6 +35,11 @@ def test_plan_diagram_aligns_what_where_and_which_tokens() -> None:
     assert kinds == "  prefill     ──► transfer ──► decode"
     assert workers == "  prefill-0       decode-0     decode-0"
     assert tokens == "  0–100 by 16     0–100        100–164"
+
+
+def test_eviction_table_has_who_answered() -> None:
+    workers = [WorkerEviction("decode-0", "arc", 1234), WorkerEviction("store-0", "", 0, "PEER_LOST gone")]
+    assert [line.split() for line in printed(render.eviction_table(workers))[1:]] == [["decode-0", "arc", "1,234"]]
 
 
 def test_status_shows_workers_and_processes_the_topology_lost() -> None:

@@ -152,3 +152,29 @@ class WorkerTransport(_message.Message):
     changes: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TransportChange]
     error: str
     def __init__(self, worker_id: _Optional[str] = ..., in_force: _Optional[_Mapping[str, str]] = ..., changes: _Optional[_Iterable[_Union[_worker_pb2.TransportChange, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
+
+class SetEvictionRequest(_message.Message):
+    __slots__ = ("policy", "worker_ids")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    worker_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, policy: _Optional[str] = ..., worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetEvictionResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerEviction]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerEviction, _Mapping]]] = ...) -> None: ...
+
+class WorkerEviction(_message.Message):
+    __slots__ = ("worker_id", "policy", "cached_blocks", "error")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    policy: str
+    cached_blocks: int
+    error: str
+    def __init__(self, worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., cached_blocks: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...

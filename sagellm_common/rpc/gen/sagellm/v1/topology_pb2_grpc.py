@@ -76,6 +76,11 @@ class TopologyServiceStub:
                 request_serializer=sagellm_dot_v1_dot_topology__pb2.SetTransportRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_topology__pb2.SetTransportResponse.FromString,
                 _registered_method=True)
+        self.SetEviction = channel.unary_unary(
+                '/sagellm.v1.TopologyService/SetEviction',
+                request_serializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.FromString,
+                _registered_method=True)
 
 
 class TopologyServiceServicer:
@@ -133,6 +138,13 @@ class TopologyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetEviction(self, request, context):
+        """Changes which cached blocks go first on running workers and stores, for the life of their processes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TopologyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +187,11 @@ def add_TopologyServiceServicer_to_server(servicer, server):
                     servicer.SetTransport,
                     request_deserializer=sagellm_dot_v1_dot_topology__pb2.SetTransportRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_topology__pb2.SetTransportResponse.SerializeToString,
+            ),
+            'SetEviction': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetEviction,
+                    request_deserializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -395,6 +412,33 @@ class TopologyService:
             '/sagellm.v1.TopologyService/SetTransport',
             sagellm_dot_v1_dot_topology__pb2.SetTransportRequest.SerializeToString,
             sagellm_dot_v1_dot_topology__pb2.SetTransportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetEviction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.TopologyService/SetEviction',
+            sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.SerializeToString,
+            sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -553,6 +553,20 @@ class SetWorkerTransportResponse(_message.Message):
     changes: _containers.RepeatedCompositeFieldContainer[TransportChange]
     def __init__(self, in_force: _Optional[_Mapping[str, str]] = ..., changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ...) -> None: ...
 
+class SetWorkerEvictionRequest(_message.Message):
+    __slots__ = ("policy",)
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    def __init__(self, policy: _Optional[str] = ...) -> None: ...
+
+class SetWorkerEvictionResponse(_message.Message):
+    __slots__ = ("policy", "cached_blocks")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    cached_blocks: int
+    def __init__(self, policy: _Optional[str] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
+
 class TransportChange(_message.Message):
     __slots__ = ("key", "loaded", "now")
     KEY_FIELD_NUMBER: _ClassVar[int]

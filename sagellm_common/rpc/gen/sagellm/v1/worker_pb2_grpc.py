@@ -525,6 +525,11 @@ class WorkerServiceStub:
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportResponse.FromString,
                 _registered_method=True)
+        self.SetEviction = channel.unary_unary(
+                '/sagellm.v1.WorkerService/SetEviction',
+                request_serializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerEvictionRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerEvictionResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -573,6 +578,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetEviction(self, request, context):
+        """Changes which cached blocks go first, for the life of the process. What is cached stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -605,6 +617,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.SetTransport,
                     request_deserializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportResponse.SerializeToString,
+            ),
+            'SetEviction': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetEviction,
+                    request_deserializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerEvictionRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.SetWorkerEvictionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -771,6 +788,33 @@ class WorkerService:
             '/sagellm.v1.WorkerService/SetTransport',
             sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportRequest.SerializeToString,
             sagellm_dot_v1_dot_worker__pb2.SetWorkerTransportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetEviction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.WorkerService/SetEviction',
+            sagellm_dot_v1_dot_worker__pb2.SetWorkerEvictionRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.SetWorkerEvictionResponse.FromString,
             options,
             channel_credentials,
             insecure,
