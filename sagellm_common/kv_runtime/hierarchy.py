@@ -58,7 +58,7 @@ class HierarchyManager:
         *,
         policy: Callable[[int], MigrationPolicy] = ByUses,
         write: WriteMode = "through",
-        threads: int = 2,
+        threads: int = 4,
     ) -> None:
         """`policy` is made for a number of tiers."""
         self.pool = pool

@@ -69,7 +69,7 @@ class KVMigrator:
     the target has already are not copied again, so a plan may be carried out twice.
     """
 
-    def __init__(self, tiers: Sequence[TierBackend], *, threads: int = 2, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, tiers: Sequence[TierBackend], *, threads: int = 4, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._tiers = tiers
         self._chunk_bytes = chunk_bytes
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="kv-migrate")

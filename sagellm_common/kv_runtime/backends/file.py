@@ -136,8 +136,7 @@ class FileTier:
         """See `TierBackend`. A device that fails costs the blocks, and is written to again the next time."""
         with self._lock:
             absent = [n for n, key in enumerate(keys) if key.hash not in self._stored and key.hash not in self._writing]
-            # What these build on must not go to make room for them.
-            numbers = self._claim(len(absent), {block_hash for path in self._paths(keys) for block_hash in path})
+            numbers = self._claim(len(absent), keys)
             absent = absent[: len(numbers)]
             hashes = [keys[n].hash for n in absent]
             self._writing.update(hashes)
@@ -255,14 +254,18 @@ class FileTier:
             slots.append(slot)
         return slots
 
-    def _claim(self, wanted: int, keep: set[BlockHash]) -> list[int]:
-        """Up to `wanted` slots, in ascending order: free ones, then more of the disk, then those of evicted blocks."""
+    def _claim(self, wanted: int, keys: Sequence[BlockKey]) -> list[int]:
+        """Up to `wanted` slots, in ascending order: free ones, then more of the disk, then those of evicted blocks.
+
+        Neither `keys` nor what they build on make room for them.
+        """
         if self._closed:
             return []
         while len(self._free) < wanted and self._slots.next_extent_bytes and self._grow():
             pass
         missing = wanted - len(self._free)
         if missing > 0:
+            keep = {block_hash for path in self._paths(keys) for block_hash in path}
             evicted = self._order.evict(missing, keep)
             self._counts["evicted"] += len(evicted)
             self._forget(evicted)
