@@ -191,11 +191,7 @@ class WorkerRuntime:
             Registrar(
                 "sagellm.v1.WorkerService",
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-<<<<<<< HEAD
-                WorkerServicer(self, self.journal, self._transport, self._handoffs),
-=======
-                WorkerServicer(self, self._feed, self._transport, self._pool, self._handoffs),
->>>>>>> f95f887 (feat(cli): sagellm kv policy show and set: eviction policies of running workers and stores)
+                WorkerServicer(self, self.journal, self._transport, self._pool, self._handoffs),
             ),
             Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer),
         ]

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-<<<<<<< HEAD
-from collections.abc import AsyncIterator, Iterable
-=======
 import logging
-import threading
-from collections.abc import AsyncIterator
->>>>>>> f95f887 (feat(cli): sagellm kv policy show and set: eviction policies of running workers and stores)
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,6 +13,7 @@ import grpc
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord
+from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.block_journal import BlockChanges, BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
@@ -80,14 +76,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(
         self,
         worker: WorkerView,
-<<<<<<< HEAD
         journal: BlockJournal,
         transport: TransportControl,
-=======
-        feed: BlockFeed,
-        transport: TransportControl,
         pool: KVBackendProtocol,
->>>>>>> f95f887 (feat(cli): sagellm kv policy show and set: eviction policies of running workers and stores)
         handoffs: HandoffLog | None = None,
     ) -> None:
         self._worker = worker
