@@ -50,6 +50,7 @@ async def generate_text(
     matcher = StopMatcher(stop)
     num_tokens = 0
     outputs = router.generate(request, timeout_s)
+    asyncio.get_running_loop().call_soon(detokenizer.prepare)  # once the request is on its way
     async with aclosing(outputs):
         async for output in outputs:
             num_tokens += len(output.token_ids)

@@ -156,7 +156,7 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """New text that later tokens cannot change; may be empty."""
-        known = self._known_text
+        known = self._decode_known()
         self._ids.extend(token_ids)
         text = self._decode()
         if text == known and not text.endswith(_REPLACEMENT):
@@ -168,14 +168,17 @@ class Detokenizer:
         self._known = None
         return text[len(known) :]
 
+    def prepare(self) -> None:
+        """Decodes what the next tokens' text begins after, while there is time; else `push` does it."""
+        self._decode_known()
+
     def flush(self) -> str:
         """What was held back at the end of the generation: an incomplete character, as U+FFFD."""
-        known = self._known_text
+        known = self._decode_known()
         self._known = self._decode()
         return self._known[len(known) :]
 
-    @property
-    def _known_text(self) -> str:
+    def _decode_known(self) -> str:
         """Of what is read. Decoded when the next tokens come: the ones before need not wait for it."""
         if self._known is None:
             self._known = self._tokenizer.decode(self._ids[: self._read_offset], self._skip_special_tokens)

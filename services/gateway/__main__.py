@@ -15,6 +15,7 @@ import uvloop
 
 from sagellm_common.client.models import ModelDirectory
 from sagellm_common.client.router import RouterClient
+from sagellm_common.core import process
 from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import load_config
 from sagellm_common.core.errors import ConfigError, SageError
@@ -30,12 +31,15 @@ _GRACE_S = 10.0
 
 async def serve(config: Config, port: int, router_address: str) -> None:
     """Until SIGTERM or SIGINT."""
+
+    def on_ready() -> None:
+        process.started()
+        print(json.dumps(ready), flush=True)
+
     async with RouterClient(router_address, session=config.rpc.session) as router:
         models = ModelDirectory(router, model_path=config.model.path or None)
         app = Gateway(config.gateway, router, models, timeout_s=config.router.request_timeout_s)
-        server = HttpServer(
-            app, config.cluster.host, port, grace_s=_GRACE_S, on_ready=lambda: print(json.dumps(ready), flush=True)
-        )
+        server = HttpServer(app, config.cluster.host, port, grace_s=_GRACE_S, on_ready=on_ready)
         address = f"{config.cluster.host}:{server.port}"
         ready = {
             "ready": True,

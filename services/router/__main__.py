@@ -20,6 +20,7 @@ from pathlib import Path
 import uvloop
 from prometheus_client import start_http_server
 
+from sagellm_common.core import process
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import load_config
@@ -138,6 +139,7 @@ async def run(config: Config, port: int, session_port: int, metrics_port: int) -
     with _metrics_server(config.cluster.host, metrics_port) as metrics_address:
         async with serving(config, make_topology(config), port=port, session_port=session_port) as router:
             ready = {"ready": True, "address": router.address, "data_address": "", "metrics_address": metrics_address}
+            process.started()
             print(json.dumps({**ready, "pid": os.getpid(), "id": "router"}), flush=True)
             await stop.wait()
             log.info("stopping, %d requests in flight", router.pipeline.in_flight)

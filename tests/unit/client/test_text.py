@@ -183,6 +183,16 @@ class TestDetokenizer:
         assert "".join(pieces) == " word word"
         assert max(lengths) <= 2 * len(word) + 1
 
+    def test_prepared_it_decodes_once_for_a_token(self, tokenizer, monkeypatch):
+        hello, world = tokenizer.encode("hello").tolist(), tokenizer.encode(" world").tolist()
+        detokenizer = Detokenizer(tokenizer, context_token_ids=hello)
+        detokenizer.prepare()
+        lengths = []
+        decode = tokenizer.decode
+        monkeypatch.setattr(tokenizer, "decode", lambda ids, skip: lengths.append(len(ids)) or decode(ids, skip))
+        assert detokenizer.push(world) == " world"
+        assert lengths == [len(hello) + len(world)]
+
     @given(ids=st.lists(st.integers(0, 319), max_size=60), step=st.integers(1, 5))
     def test_any_tokens_equal_decoding_them_at_once(self, tokenizer, ids, step):
         detokenizer = Detokenizer(tokenizer)
