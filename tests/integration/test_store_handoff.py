@@ -121,7 +121,7 @@ async def test_a_request_does_without_a_store_that_has_died(router: str) -> None
 
 async def test_corrupt_blocks_of_the_store_cost_the_hit_only(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes change between the store's digest and the engine: here, on their way through the receiver."""
-    from sagellm_common.comm_backend.backends import tcp_receiver
+    from sagellm_common.comm_backend.backends import socket_receiver
     from sagellm_common.core.errors import KvCorrupt
 
     def corrupt(*_: object) -> None:
@@ -135,7 +135,7 @@ async def test_corrupt_blocks_of_the_store_cost_the_hit_only(router: str, monkey
         await prefill.idle()  # what is pinned cannot be forgotten
         prefill.engine.kv.forget()
         with monkeypatch.context() as patch:
-            patch.setattr(tcp_receiver, "verify_digests", corrupt)
+            patch.setattr(socket_receiver, "verify_digests", corrupt)
             # Prefill fetches and fails; decode reuses what it has but for the last block, which it cannot pull either.
             with pytest.raises(KvCorrupt):
                 await generate(prefill, decode, request(PROMPT, request_id="r2"))
