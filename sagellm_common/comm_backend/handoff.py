@@ -38,7 +38,7 @@ from sagellm_common.core.types import BlockIds
 
 Free = Callable[[Allocation], None]
 
-Party = Literal["", "router", "prefill", "decode"]
+Party = Literal["", "client", "router", "prefill", "decode"]
 
 
 class Side(enum.StrEnum):

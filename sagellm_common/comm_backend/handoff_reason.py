@@ -38,8 +38,10 @@ class HandoffReason(enum.StrEnum):
     """Connected, but silent for longer than transport.timeout_s."""
     DEADLINE = "deadline"
     DIGEST_MISMATCH = "digest_mismatch"
+    CANCELLED_BY_CLIENT = "cancelled_by_client"
+    """It asked for that, or left."""
     CANCELLED_BY_ROUTER = "cancelled_by_router"
-    """On its own account or for the client: a worker cannot tell."""
+    """On its own account: another party failed, or the deadline passed."""
     CANCELLED_BY_PREFILL = "cancelled_by_prefill"
     CANCELLED_BY_DECODE = "cancelled_by_decode"
     KV_EXHAUSTED = "kv_exhausted"
@@ -80,6 +82,8 @@ REASONS: tuple[tuple[type[BaseException], HandoffReason], ...] = (
 def reason_of(error: BaseException, bytes_here: int = 0) -> HandoffReason:
     """What `error` means for a handoff of which bytes_here bytes had arrived."""
     for at in _with_causes(error):
+        if isinstance(at, Cancelled) and at.metadata.get("by") == "client":
+            return HandoffReason.CANCELLED_BY_CLIENT
         for kind, reason in REASONS:
             if isinstance(at, kind):
                 return reason

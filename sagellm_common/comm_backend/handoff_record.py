@@ -229,7 +229,9 @@ class HandoffLog:
             reason = reason_of(error, record.bytes)
             message = error.message if isinstance(error, SageError) else repr(error)
             self._event(record, f"fails: {reason}")
-            failed_at = "router" if reason.cancelled else _FAILED_AT.get(reason, Side.SOURCE)
+            by_client = reason is HandoffReason.CANCELLED_BY_CLIENT
+            canceller = "client" if by_client else "router"
+            failed_at = canceller if reason.cancelled else _FAILED_AT.get(reason, Side.SOURCE)
             self._end(record, State.CANCELLED if reason.cancelled else State.FAILED, reason, failed_at, message)
             return record
 
@@ -307,6 +309,7 @@ _LEASE_ENDS = {
     "closed": (HandoffReason.DRAINING, ""),
 }
 _CANCELLED_BY = {
+    "client": HandoffReason.CANCELLED_BY_CLIENT,
     "router": HandoffReason.CANCELLED_BY_ROUTER,
     "prefill": HandoffReason.CANCELLED_BY_PREFILL,
     "decode": HandoffReason.CANCELLED_BY_DECODE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from sagellm_common.comm_backend.handoff import Side
+from sagellm_common.comm_backend.handoff import Party, Side
 from sagellm_common.comm_backend.handoff_reason import HandoffReason
 from sagellm_common.comm_backend.handoff_record import HandoffEvent, HandoffRecord, State
 from sagellm_common.rpc.channels import call
@@ -26,6 +26,11 @@ async def list_handoffs(
     method = worker_pb2_grpc.WorkerServiceStub(channel).ListHandoffs
     response = await call(method, request, timeout_s=timeout_s, response=worker_pb2.ListHandoffsResponse)
     return response.incarnation, [decode_record(record) for record in response.records]
+
+
+def canceller(request: worker_pb2.CancelRequest | worker_pb2.ReleaseReservationRequest) -> Party:
+    """On whose account."""
+    return "client" if request.by_client else "router"
 
 
 def encode_record(record: HandoffRecord) -> worker_pb2.HandoffRecord:

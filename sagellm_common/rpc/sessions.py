@@ -128,10 +128,10 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             raise from_status(result.error)
         return _decode_prefill(result.response)
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, *, by_client: bool = False) -> None:
         """Tells the worker to drop the request and any KV pinned for it. A no-op for what it does not know."""
         self._abandon(("prefill", request_id, attempt), f"request {request_id}")
-        cancel = worker_pb2.CancelRequest(request_id=request_id, attempt=attempt)
+        cancel = worker_pb2.CancelRequest(request_id=request_id, attempt=attempt, by_client=by_client)
         self._send_soon(worker_pb2.PrefillSessionRequest(cancel=cancel))
 
     def _split(self, message: worker_pb2.PrefillSessionResponse) -> Iterable[tuple[Key, worker_pb2.PrefillResult]]:
@@ -234,16 +234,16 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
         )
         self._send_soon(worker_pb2.DecodeSessionRequest(pull_ahead=message))
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, *, by_client: bool = False) -> None:
         """Tells the worker to stop generating. A no-op for what it does not know."""
         self._abandon(("decode", request_id, attempt), f"request {request_id}")
-        cancel = worker_pb2.CancelRequest(request_id=request_id, attempt=attempt)
+        cancel = worker_pb2.CancelRequest(request_id=request_id, attempt=attempt, by_client=by_client)
         self._send_soon(worker_pb2.DecodeSessionRequest(cancel=cancel))
 
-    def release(self, request_id: str, attempt: int) -> None:
+    def release(self, request_id: str, attempt: int, *, by_client: bool = False) -> None:
         """Gives reserved blocks back. A no-op for what the worker does not know or decodes already."""
         self._abandon(("reserve", request_id, attempt), f"request {request_id}")
-        release = worker_pb2.ReleaseReservationRequest(request_id=request_id, attempt=attempt)
+        release = worker_pb2.ReleaseReservationRequest(request_id=request_id, attempt=attempt, by_client=by_client)
         self._send_soon(worker_pb2.DecodeSessionRequest(release=release))
 
     def renew(self, request_id: str, attempt: int) -> None:

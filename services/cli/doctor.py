@@ -215,8 +215,12 @@ _ADVICE: dict[HandoffReason, tuple[str, str]] = {
         "what arrived at {target} is not what {source} sent: its digest differs. It was thrown away, never used",
         "if it comes again, suspect memory or network of the two hosts",
     ),
+    HandoffReason.CANCELLED_BY_CLIENT: (
+        "the client called it off, or left before its answer was complete",
+        "nothing; if clients leave for want of patience, look at what the requests waited for: `sagellm explain`",
+    ),
     HandoffReason.CANCELLED_BY_ROUTER: (
-        "the router called it off: its client left, another party failed, or the first token was the last",
+        "the router called it off: another party failed, the deadline passed, or the first token was the last",
         "nothing, unless nobody wanted that: `sagellm explain` says what the router saw",
     ),
     HandoffReason.CANCELLED_BY_PREFILL: (

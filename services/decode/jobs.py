@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, Self
 
+from sagellm_common.comm_backend.handoff import Party
 from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.core.types import (
     FinishReason,
@@ -128,7 +129,7 @@ class Decode(Protocol):
     def reserve(self, job: ReserveJob) -> HandoffTicket:
         """Takes blocks under a lease. Raises SageError."""
 
-    def release(self, request_id: str, attempt: int) -> None:
+    def release(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Gives reserved blocks back and ends a pull into them; running requests are left alone. A no-op for unknown
         ones."""
 
@@ -144,5 +145,5 @@ class Decode(Protocol):
         Raises SageError; then nothing is emitted any more. Cancelling the call gives everything back.
         """
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Ends this attempt and older ones with Cancelled, reservations included. A no-op for unknown ones."""

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import xxhash
 
-from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
+from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, Party
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, LeaseExpired
 from sagellm_common.core.telemetry import span
@@ -109,16 +109,16 @@ class DecodeLoop:
     def pull_ahead(self, job: PullAheadJob) -> None:
         self._aheads.start(job)
 
-    def release(self, request_id: str, attempt: int) -> None:
-        self._reservations.release(request_id, attempt)
+    def release(self, request_id: str, attempt: int, by: Party = "router") -> None:
+        self._reservations.release(request_id, attempt, by)
         self._aheads.drop(request_id, attempt)
 
     def renew(self, request_id: str, attempt: int) -> float:
         return self._reservations.renew(request_id, attempt)
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        self.release(request_id, attempt)
-        self._running.cancel(request_id, attempt)
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
+        self.release(request_id, attempt, by)
+        self._running.cancel(request_id, attempt, by)
 
     # ---- the rest of it ----
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from sagellm_common.comm_backend.handoff import Party
 from sagellm_common.core.errors import Cancelled, InvalidRequest, LeaseExpired, SageError
 
 
@@ -60,8 +61,8 @@ class RunningRequests:
             if self._entries.get(request_id) is entry:
                 del self._entries[request_id]
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Ends this attempt or an older one with Cancelled. A no-op for unknown ones."""
         entry = self._entries.get(request_id)
         if entry is not None and entry.attempt <= attempt:
-            entry.end(Cancelled(f"request {request_id} was cancelled"))
+            entry.end(Cancelled(f"request {request_id} was cancelled by the {by}", metadata={"by": by}))

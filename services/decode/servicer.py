@@ -14,6 +14,7 @@ from sagellm_common.core.errors import Cancelled, InvalidRequest, LeaseExpired, 
 from sagellm_common.core.types import FinishReason, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.handoffs import canceller
 from sagellm_common.rpc.session_writer import SessionWriter
 from sagellm_common.rpc.status import to_status
 from services.decode.jobs import Decode, DecodeChunk, DecodeJob, PullAheadJob, ReserveJob
@@ -37,7 +38,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
     async def ReleaseReservation(
         self, request: worker_pb2.ReleaseReservationRequest, context: Context
     ) -> worker_pb2.ReleaseReservationResponse:
-        self._decode.release(request.request_id, request.attempt)
+        self._decode.release(request.request_id, request.attempt, canceller(request))
         return worker_pb2.ReleaseReservationResponse()
 
     async def RenewReservation(
@@ -47,7 +48,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         return worker_pb2.RenewReservationResponse(expires_in_ms=int(left_s * 1000))
 
     async def Cancel(self, request: worker_pb2.CancelRequest, context: Context) -> worker_pb2.CancelResponse:
-        self._decode.cancel(request.request_id, request.attempt)
+        self._decode.cancel(request.request_id, request.attempt, canceller(request))
         return worker_pb2.CancelResponse()
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
@@ -77,9 +78,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                     case "decode":
                         running.create_task(self._generate(message.decode, writer))
                     case "cancel":
-                        self._decode.cancel(message.cancel.request_id, message.cancel.attempt)
+                        cancel = message.cancel
+                        self._decode.cancel(cancel.request_id, cancel.attempt, canceller(cancel))
                     case "release":
-                        self._decode.release(message.release.request_id, message.release.attempt)
+                        release = message.release
+                        self._decode.release(release.request_id, release.attempt, canceller(release))
                     case "renew":
                         with contextlib.suppress(LeaseExpired):  # the request finds out when it comes for the blocks
                             self._decode.renew(message.renew.request_id, message.renew.attempt)

@@ -7,6 +7,7 @@ import time
 
 from prometheus_client import Counter, Histogram
 
+from sagellm_common.comm_backend.handoff import Party
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.comm_backend.overlap import efficiency
 from sagellm_common.comm_backend.telemetry import REQUEST_SHARE, observe_handoff
@@ -76,8 +77,8 @@ class ObservedDecode:
         _RESERVED.inc()
         return ticket
 
-    def release(self, request_id: str, attempt: int) -> None:
-        self._inner.release(request_id, attempt)
+    def release(self, request_id: str, attempt: int, by: Party = "router") -> None:
+        self._inner.release(request_id, attempt, by)
 
     def renew(self, request_id: str, attempt: int) -> float:
         return self._inner.renew(request_id, attempt)
@@ -113,8 +114,8 @@ class ObservedDecode:
                 REQUESTS.labels(outcome).inc()
                 meter.report()
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        self._inner.cancel(request_id, attempt)
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
+        self._inner.cancel(request_id, attempt, by)
 
 
 def _observe(conversion: KvConversion) -> None:

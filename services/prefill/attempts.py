@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.handoff import HandoffSource, Party
 from sagellm_common.core.errors import Cancelled, Internal, LeaseExpired, SageError
 from sagellm_common.core.types import pack_int32
 from services.prefill.jobs import Prefill, PrefillDone, PrefillJob
@@ -67,12 +67,12 @@ class IdempotentPrefill:
         finally:
             attempt.waiters -= 1
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         known = self._attempts.get(request_id)
         if known is not None and known.number <= attempt:
             del self._attempts[request_id]
             known.end(Cancelled(f"request {request_id} was cancelled"))
-        self._inner.cancel(request_id, attempt)
+        self._inner.cancel(request_id, attempt, by)
 
     async def close(self) -> None:
         """Cancels what runs and waits until it has given everything back. Idempotent."""

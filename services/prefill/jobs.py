@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from sagellm_common.comm_backend.handoff import Party
 from sagellm_common.core.types import FinishReason, KvSource, SamplingParams, TokenIds, TokenLogprob
 
 Announce = Callable[[KvSource], None]
@@ -62,5 +63,5 @@ class Prefill(Protocol):
     async def prefill(self, job: PrefillJob) -> PrefillDone:
         """Raises SageError. Cancelling the call gives everything back."""
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Ends this attempt and older ones and unpins their blocks. A no-op for unknown ones."""

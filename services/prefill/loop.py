@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from sagellm_common.comm_backend import OverlapRule
-from sagellm_common.comm_backend.handoff import HandoffSource, last_epoch
+from sagellm_common.comm_backend.handoff import HandoffSource, Party, last_epoch
 from sagellm_common.core import failpoints
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import DeadlineExceeded
@@ -177,9 +177,9 @@ class PrefillLoop:
             tokens_ready=tokens_ready,
         )
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Unpins what waits to be pulled. (A call that still runs is cancelled by cancelling it.)"""
-        self._leases.release(request_id, last_epoch(attempt), committed=False, by="router")
+        self._leases.release(request_id, last_epoch(attempt), committed=False, by=by)
 
     def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
         """The engine's callback."""

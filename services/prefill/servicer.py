@@ -13,6 +13,7 @@ from sagellm_common.core.errors import InvalidRequest, SageError
 from sagellm_common.core.types import KvSource, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.handoffs import canceller
 from sagellm_common.rpc.session_writer import SessionWriter
 from sagellm_common.rpc.status import to_status
 from services.prefill.jobs import Announce, Prefill, PrefillDone, PrefillJob
@@ -34,7 +35,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         return encode_done(request, await self._prefill.prefill(self._job(request)))
 
     async def Cancel(self, request: worker_pb2.CancelRequest, context: Context) -> worker_pb2.CancelResponse:
-        self._prefill.cancel(request.request_id, request.attempt)
+        self._prefill.cancel(request.request_id, request.attempt, canceller(request))
         return worker_pb2.CancelResponse()
 
     async def Session(self, requests: AsyncIterator[worker_pb2.PrefillSessionRequest], context: Context) -> None:
@@ -45,7 +46,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 if message.HasField("prefill"):
                     running.create_task(self._answer(message.prefill, writer))
                 elif message.HasField("cancel"):
-                    self._prefill.cancel(message.cancel.request_id, message.cancel.attempt)
+                    cancel = message.cancel
+                    self._prefill.cancel(cancel.request_id, cancel.attempt, canceller(cancel))
 
     async def _answer(self, request: worker_pb2.PrefillRequest, writer: Writer) -> None:
         response: worker_pb2.PrefillResponse | None = None

@@ -6,6 +6,7 @@ import asyncio
 
 from prometheus_client import Counter, Histogram
 
+from sagellm_common.comm_backend.handoff import Party
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.telemetry import span
 from services.prefill.jobs import Prefill, PrefillDone, PrefillJob
@@ -53,5 +54,5 @@ class ObservedPrefill:
         STORE_FETCH_SECONDS.observe(done.store_fetch_ms / 1e3)
         return done
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        self._inner.cancel(request_id, attempt)
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
+        self._inner.cancel(request_id, attempt, by)

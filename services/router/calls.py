@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from sagellm_common.core.errors import Cancelled
 from services.router.workers import WorkerLink
+
+
+class Undo(Protocol):
+    def __call__(self, request_id: str, attempt: int, *, by_client: bool = False) -> None: ...
 
 
 class OpenCalls:
@@ -17,7 +21,7 @@ class OpenCalls:
 
     def __init__(self, request_id: str) -> None:
         self._request_id = request_id
-        self._undo: dict[tuple[str, WorkerLink, int], Callable[[str, int], None]] = {}
+        self._undo: dict[tuple[str, WorkerLink, int], Undo] = {}
         self._cancelled = False
 
     @property
@@ -38,24 +42,27 @@ class OpenCalls:
         """The decode worker has ended the generation: it has claimed its reservation and released the prefill's pin."""
         self._undo.clear()
 
-    def settle(self, *, keep_prefill: tuple[WorkerLink, int] | None = None) -> None:
-        """Cancels and releases everything but the prefill `keep_prefill`, whose KV is still wanted. Idempotent."""
+    def settle(self, *, keep_prefill: tuple[WorkerLink, int] | None = None, by_client: bool = False) -> None:
+        """Cancels and releases everything but the prefill `keep_prefill`, whose KV is still wanted. Idempotent.
+
+        Workers note in their handoffs' records whether it was the client who wanted that.
+        """
         for (what, link, attempt), undo in list(self._undo.items()):
             if what == "prefill" and (link, attempt) == keep_prefill:
                 continue
             del self._undo[what, link, attempt]
-            undo(self._request_id, attempt)
+            undo(self._request_id, attempt, by_client=by_client)
 
     def cancel(self) -> None:
         """CancelGeneration: settles, which ends whatever call waits, and lets no further one begin."""
         self._cancelled = True
-        self.settle()
+        self.settle(by_client=True)
 
     def check(self) -> None:
         """Raises Cancelled once `cancel` was called."""
         if self._cancelled:
             raise Cancelled(f"request {self._request_id} was cancelled")
 
-    def _enter(self, what: str, link: WorkerLink, attempt: int, undo: Callable[[str, int], None]) -> None:
+    def _enter(self, what: str, link: WorkerLink, attempt: int, undo: Undo) -> None:
         self.check()
         self._undo[what, link, attempt] = undo

@@ -97,6 +97,9 @@ class Pipeline:
                     except SageError as error:
                         slot.calls.check()
                         await self._before_retry(error, admitted, generation, retry, slot)
+            except (GeneratorExit, asyncio.CancelledError):  # its client is gone
+                slot.calls.settle(by_client=True)
+                raise
             except Cancelled:
                 if not slot.calls.cancelled:
                     raise

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sagellm_common.comm_backend.backends import tcp_receiver
+from sagellm_common.comm_backend.backends import socket_receiver
 from sagellm_common.comm_backend.handoff_reason import HandoffReason
 from sagellm_common.comm_backend.handoff_record import State
 from sagellm_common.core.clock import ManualClock
@@ -150,7 +150,7 @@ async def test_digest_mismatch(router: str, prefill: Worker, decode: Worker, mon
         raise KvCorrupt("block 3 arrived with another digest")
 
     source = await pinned(prefill, decode)
-    monkeypatch.setattr(tcp_receiver, "verify_digests", corrupt)
+    monkeypatch.setattr(socket_receiver, "verify_digests", corrupt)
     await fails(decode, source, KvCorrupt)
     handoff, found = await ended(router)
     assert handoff.reason is HandoffReason.DIGEST_MISMATCH
@@ -169,17 +169,20 @@ async def test_kv_exhausted(router: str) -> None:
         assert "decode.num_blocks" in doctor.diagnosis(handoff, found)[1]
 
 
-@pytest.mark.parametrize("when", ["reserved", "pinned"])
-async def test_cancelled_by_the_router(router: str, prefill: Worker, decode: Worker, when: str) -> None:
+@pytest.mark.parametrize(("when", "by_client"), [("reserved", False), ("pinned", False), ("pinned", True)])
+async def test_cancelled_by_the_router_or_its_client(
+    router: str, prefill: Worker, decode: Worker, when: str, by_client: bool
+) -> None:
     if when == "reserved":
         await decode.decode_session.reserve(request(PROMPT), 1, timeout_s=TIMEOUT_S)
     else:
         await pinned(prefill, decode)
-        prefill.prefill_session.cancel("r1", 1)
-    decode.decode_session.cancel("r1", 1)
-    decode.decode_session.cancel("r1", 1)
+        prefill.prefill_session.cancel("r1", 1, by_client=by_client)
+    decode.decode_session.cancel("r1", 1, by_client=by_client)
+    decode.decode_session.cancel("r1", 1, by_client=by_client)
     handoff, _ = await ended(router)
-    assert (handoff.state, handoff.reason) == (State.CANCELLED, HandoffReason.CANCELLED_BY_ROUTER)
+    reason = HandoffReason.CANCELLED_BY_CLIENT if by_client else HandoffReason.CANCELLED_BY_ROUTER
+    assert (handoff.state, handoff.reason) == (State.CANCELLED, reason)
     await decode.idle()
     await prefill.idle()
 

@@ -355,6 +355,8 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
         self.reservations: set[Attempt] = set()
         self.released: list[Attempt] = []
         self.renewed: list[Attempt] = []
+        self.ended_by_client: set[bool] = set()
+        """What releases and cancellations said."""
         self.pulling_ahead: list[worker_pb2.PullAheadRequest] = []
         self.lease_ttl_ms = 30_000
         self.running: set[Attempt] = set()
@@ -379,6 +381,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
             if operation == "reserve":
                 await write(worker_pb2.DecodeSessionResponse(reservations=[await self._reserve(request)]))
             elif operation == "release":
+                self.ended_by_client.add(request.by_client)
                 self.released.append(attempt)
                 self.reservations.discard(attempt)
             elif operation == "renew":
@@ -386,6 +389,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
             elif operation == "pull_ahead":
                 self.pulling_ahead.append(request)
             elif operation == "cancel":
+                self.ended_by_client.add(request.by_client)
                 self.cancelled.append(attempt)
                 if attempt in jobs:
                     jobs[attempt].cancel()

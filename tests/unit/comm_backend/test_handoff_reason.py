@@ -5,7 +5,15 @@ import asyncio
 import pytest
 
 from sagellm_common.comm_backend.handoff_reason import HandoffReason, reason_of
-from sagellm_common.core.errors import ERRORS, DeadlineExceeded, EpochFenced, KvCorrupt, LeaseExpired, PeerLost
+from sagellm_common.core.errors import (
+    ERRORS,
+    Cancelled,
+    DeadlineExceeded,
+    EpochFenced,
+    KvCorrupt,
+    LeaseExpired,
+    PeerLost,
+)
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2
 from services.cli.doctor import _ADVICE
 
@@ -28,6 +36,8 @@ def lost_by(cause: BaseException) -> PeerLost:
         (KvCorrupt("bits"), 9, HandoffReason.DIGEST_MISMATCH),
         (DeadlineExceeded("over"), 9, HandoffReason.DEADLINE),
         (asyncio.CancelledError(), 0, HandoffReason.CANCELLED_BY_ROUTER),
+        (Cancelled("over", metadata={"by": "router"}), 0, HandoffReason.CANCELLED_BY_ROUTER),
+        (Cancelled("over", metadata={"by": "client"}), 0, HandoffReason.CANCELLED_BY_CLIENT),
         (ZeroDivisionError(), 0, HandoffReason.INTERNAL),
     ],
     ids=str,

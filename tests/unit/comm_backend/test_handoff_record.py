@@ -60,7 +60,8 @@ def test_a_source_tells_when_what_was_read_and_who_ended_it(it: Fixture, by: str
         ("expire", HandoffReason.LEASE_EXPIRED),
         ("close", HandoffReason.DRAINING),
         ("replace", HandoffReason.EPOCH_FENCED),
-        ("release", HandoffReason.CANCELLED_BY_ROUTER),
+        ("router", HandoffReason.CANCELLED_BY_ROUTER),
+        ("client", HandoffReason.CANCELLED_BY_CLIENT),
     ],
 )
 def test_every_end_of_a_reservation_has_its_reason(it: Fixture, end: str, reason: HandoffReason) -> None:
@@ -73,7 +74,7 @@ def test_every_end_of_a_reservation_has_its_reason(it: Fixture, end: str, reason
     elif end == "replace":
         it.target.reserve("r", 2, blocks())
     else:
-        it.target.release("r", 1)
+        it.target.release("r", 1, end)  # type: ignore[arg-type]
     assert it.log.records()[0].reason is reason
     assert [r.attempt for r in it.log.records(failed=True)] == [1]
 

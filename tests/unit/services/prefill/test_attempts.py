@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sagellm_common.comm_backend.handoff import HandoffSource, last_epoch
+from sagellm_common.comm_backend.handoff import HandoffSource, Party, last_epoch
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import Cancelled, Internal, KvExhausted, LeaseExpired
 from sagellm_common.core.kv import Allocation
@@ -45,7 +45,7 @@ class FakePrefill:
         source = KvSource(job.request_id, epoch, "prefill-0", "life-1", "host:1", "host:2", "tcp", table, 3, 30_000)
         return PrefillDone((len(self.calls),), source=source)
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         self.leases.release(request_id, last_epoch(attempt), committed=False)
 
 

@@ -75,6 +75,7 @@ async def test_every_party_hears_of_the_end(router: RouterHarness, point: str, h
         await router.assert_nothing_held()
     await eventually(lambda: router.workers[1].released)  # type: ignore[attr-defined]
     assert_all_heard(router, point)
+    assert router.workers[1].ended_by_client == {how is not deadline_passes}  # type: ignore[attr-defined]
     assert (await router.generate(request_id="next")).tokens == oracle(PROMPT, SamplingParams(max_new_tokens=6))
 
 

@@ -47,6 +47,7 @@ class HandoffReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HANDOFF_REASON_INVALID_REQUEST: _ClassVar[HandoffReason]
     HANDOFF_REASON_INTERNAL: _ClassVar[HandoffReason]
     HANDOFF_REASON_QUEUE_FULL: _ClassVar[HandoffReason]
+    HANDOFF_REASON_CANCELLED_BY_CLIENT: _ClassVar[HandoffReason]
 HANDOFF_SIDE_UNSPECIFIED: HandoffSide
 HANDOFF_SIDE_SOURCE: HandoffSide
 HANDOFF_SIDE_TARGET: HandoffSide
@@ -76,6 +77,7 @@ HANDOFF_REASON_ENGINE_FAILED: HandoffReason
 HANDOFF_REASON_INVALID_REQUEST: HandoffReason
 HANDOFF_REASON_INTERNAL: HandoffReason
 HANDOFF_REASON_QUEUE_FULL: HandoffReason
+HANDOFF_REASON_CANCELLED_BY_CLIENT: HandoffReason
 
 class PrefillRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes", "chunk_tokens", "tenant")
@@ -179,12 +181,14 @@ class PrefillStarted(_message.Message):
     def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
-    __slots__ = ("request_id", "attempt")
+    __slots__ = ("request_id", "attempt", "by_client")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BY_CLIENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    by_client: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., by_client: _Optional[bool] = ...) -> None: ...
 
 class CancelResponse(_message.Message):
     __slots__ = ()
@@ -228,12 +232,14 @@ class ReserveResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ...) -> None: ...
 
 class ReleaseReservationRequest(_message.Message):
-    __slots__ = ("request_id", "attempt")
+    __slots__ = ("request_id", "attempt", "by_client")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BY_CLIENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    by_client: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., by_client: _Optional[bool] = ...) -> None: ...
 
 class ReleaseReservationResponse(_message.Message):
     __slots__ = ()
