@@ -193,7 +193,8 @@ class IndexConfig(Section):
         1 << 24,
         ge=1,
         le=1 << 31,
-        description="blocks of all workers together that a router knows of, 37 bytes each; beyond that the least "
+        description="blocks of all workers together that a router knows of, 37 bytes each (320 where the index is not "
+        "compiled); beyond that the least "
         "recently used are forgotten",
     )
     max_staleness_s: float = Field(

@@ -12,6 +12,7 @@ import services
 from sagellm_common.core.errors import ConfigError
 
 BENCHMARKS = {
+    "index": "the prefix index: hashing and matching of long prompts against many workers' caches",
     "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
     "transfer": "KV between two processes over every byte path",
 }
