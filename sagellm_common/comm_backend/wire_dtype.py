@@ -38,7 +38,7 @@ def wire_layout(
     exact = _free_of_loss(source, target)
     if name == "same" or not row_bytes(exact):
         return exact
-    asked = _as(name, source)
+    asked = with_wire_dtype(name, source)
     return asked if sum(row_bytes(asked)) < sum(row_bytes(exact)) else exact
 
 
@@ -49,7 +49,7 @@ def auto_dtype(source: KvLayout, target: KvLayout, num_tokens: int, link_bytes_p
         return best_name
     best_s = _seconds(source, best, num_tokens, link_bytes_per_s)
     for name in AUTO:
-        other = _as(name, source)
+        other = with_wire_dtype(name, source)
         if best_s < WORTH_IT_S or sum(row_bytes(other)) >= sum(row_bytes(best)):
             continue
         other_s = _seconds(source, other, num_tokens, link_bytes_per_s)
@@ -66,7 +66,7 @@ def _free_of_loss(source: KvLayout, target: KvLayout) -> KvLayout:
     return received if sum(row_bytes(received)) < sum(row_bytes(source)) else source
 
 
-def _as(name: str, layout: KvLayout) -> KvLayout:
+def with_wire_dtype(name: str, layout: KvLayout) -> KvLayout:
     """With scales, if it has any, in the dtype that an engine with such KV would keep them in."""
     dtype, codes = parse(layout.dtype), CODES[name]
     assert dtype is not None

@@ -269,6 +269,11 @@ class KvDiskConfig(Section):
         "writes less and loses more when the store dies",
     )
     direct_io: bool = Field(False, description="past the system's cache, for disks faster than a copy in memory")
+    dtype: Literal["same", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
+        "same",
+        description="of blocks on the disk, where it is smaller: more of them fit, and what comes back from there is "
+        "not exact; `sagellm explain` says by how much",
+    )
 
 
 class KvStoreConfig(Section):

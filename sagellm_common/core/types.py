@@ -161,6 +161,8 @@ class KvTierStats:
     used_blocks: int = 0
     used_bytes: int = 0
     hit_blocks: int = 0
+    inexact_hit_blocks: int = 0
+    """Of these, the ones that had been kept in another dtype."""
     stored_blocks: int = 0
     evicted_blocks: int = 0
     torn_blocks: int = 0
@@ -223,7 +225,10 @@ class KvHealth:
 
 @dataclass(frozen=True, slots=True)
 class KvSource:
-    """Where pinned KV blocks can be pulled from, under a lease of the source. `paths` as in `WorkerRecord`."""
+    """Where pinned KV blocks can be pulled from, under a lease of the source. `paths` as in `WorkerRecord`.
+
+    `conversion` is what the blocks have lost where they were kept, None for nothing.
+    """
 
     transfer_id: str
     epoch: int
@@ -238,6 +243,7 @@ class KvSource:
     layers_ready: int = 0
     tokens_ready: int = 0
     paths: tuple[DataPath, ...] = ()
+    conversion: KvConversion | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ class _Block:
     tiers: int = 0
     """Bit n: it is in tier n."""
     uses: int = 1
+    note: bytes = b""
+    """Set while what the pool has of it came from a tier that is not exact."""
 
 
 class HierarchyManager:
@@ -82,6 +84,7 @@ class HierarchyManager:
         self._closed = False
         self._dropped: Counter[int] = Counter()
         self._promoted: Counter[int] = Counter()
+        self._inexact_hits = 0
         self._writer: threading.Thread | None = None
         pool.watch(partial(self._changed, POOL))
 
@@ -146,11 +149,15 @@ class HierarchyManager:
     def stats(self) -> list[KvTierStats]:
         """The fastest first; hits are told where the block was when it was asked for."""
         tiers = [tier.stats() for tier in self._tiers]
+        exact = [tier.exact for tier in self._tiers]
         with self._lock:
-            promoted = self._promoted.total()
-            pool = replace(tiers[POOL], hit_blocks=max(0, tiers[POOL].hit_blocks - promoted))
+            hits = [self._promoted[n] for n in range(len(tiers))]
+            inexact = [0 if exact[n] else hits[n] for n in range(len(tiers))]
+            # What was brought up is hit in the pool then.
+            hits[POOL] = max(0, tiers[POOL].hit_blocks - sum(hits))
+            inexact[POOL] = max(0, self._inexact_hits - sum(inexact))
             return [
-                replace(stats, dropped_blocks=self._dropped[n], hit_blocks=self._promoted[n] if n else pool.hit_blocks)
+                replace(stats, hit_blocks=hits[n], inexact_hit_blocks=inexact[n], dropped_blocks=self._dropped[n])
                 for n, stats in enumerate(tiers)
             ]
 
@@ -181,7 +188,14 @@ class HierarchyManager:
         """See `HostKvPool.get`: what is in the pool. `promote` comes before it where some is `below`."""
         got = self.pool.get(hashes, token_ids)
         self._use(hashes)
+        with self._lock:
+            self._inexact_hits += len(self._notes(hashes[: len(got.block_ids)]))
         return got
+
+    def notes(self, hashes: Sequence[BlockHash]) -> list[bytes]:
+        """Of those of the blocks in the pool that came from a tier which is not exact."""
+        with self._lock:
+            return self._notes(hashes)
 
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """See `HostKvPool.pin`."""
@@ -207,6 +221,7 @@ class HierarchyManager:
                 if tier != POOL:
                     assert tier is not None and self._migrator is not None
                     plan = MigrationPlan(tier, POOL, tuple(keys[at : at + min(count, room)]))
+                    self._take_notes(tier, plan)
                     running.append(self._migrator.migrate(plan))
                     room -= len(plan.keys)
                 at += count
@@ -215,6 +230,7 @@ class HierarchyManager:
                     migration.cancel()
                 with self._lock:
                     self._promoted[migration.plan.source] += migration.blocks_present
+                    self._forget_notes(migration.plan)
         finally:
             self.pool.free(held)
 
@@ -329,7 +345,28 @@ class HierarchyManager:
         for tier in self._tiers[1:]:
             tier.used(used)
 
+    def _take_notes(self, tier: int, plan: MigrationPlan) -> None:
+        """Before the blocks come up, so that nobody takes them for exact."""
+        if self._tiers[tier].exact:
+            return
+        noted = self._tiers[tier].keys([key.hash for key in plan.keys])
+        with self._lock:
+            for key in noted:
+                if key.hash in self._blocks:
+                    self._blocks[key.hash].note = key.note
+
     # ---- the lock is held from here on ----
+
+    def _forget_notes(self, plan: MigrationPlan) -> None:
+        """Of blocks that have not come up."""
+        for key in plan.keys:
+            block = self._blocks.get(key.hash)
+            if block is not None and not block.tiers & 1:
+                block.note = b""
+
+    def _notes(self, hashes: Sequence[BlockHash]) -> list[bytes]:
+        found = (self._blocks.get(block_hash) for block_hash in hashes)
+        return [block.note for block in found if block is not None and block.note]
 
     def _backlog(self, source: int) -> int:
         """Blocks that may wait to leave the tier."""
@@ -371,6 +408,8 @@ class HierarchyManager:
             for block_hash in event.removed:
                 block = self._blocks[block_hash]
                 block.tiers &= ~bit
+                if tier == POOL:
+                    block.note = b""
                 if not block.tiers:
                     del self._blocks[block_hash]
                 for (source, target), waiting in self._waiting.items():

@@ -43,6 +43,10 @@ class TierBackend(Protocol):
         """How block events name it."""
 
     @property
+    def exact(self) -> bool:
+        """Whether blocks are read as they were written. Else their keys' notes say by how much they differ."""
+
+    @property
     def block_bytes(self) -> int:
         """Of the blocks as they are read and written, whatever they take here."""
 

@@ -326,6 +326,7 @@ def encode_kv_source(source: KvSource) -> common_pb2.KvSource:
         watermark=common_pb2.KvWatermark(layers_ready=source.layers_ready, tokens_ready=source.tokens_ready),
         lease_expires_in_ms=source.lease_expires_in_ms,
         paths=encode_paths(source.paths),
+        conversion=encode_conversion(source.conversion) if source.conversion else None,
     )
 
 
@@ -344,6 +345,7 @@ def decode_kv_source(message: common_pb2.KvSource, field: str = "source") -> KvS
         tokens_ready=_at_least(0, message.watermark.tokens_ready, f"{field}.watermark.tokens_ready"),
         lease_expires_in_ms=message.lease_expires_in_ms,
         paths=decode_paths(message.paths, f"{field}.paths"),
+        conversion=decode_conversion(message.conversion) if message.HasField("conversion") else None,
     )
 
 

@@ -15,10 +15,11 @@ from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import KvStoreConfig
 from sagellm_common.core.process import leave
 from sagellm_common.core.topology import TopologyStore
-from sagellm_common.core.types import WorkerRole
+from sagellm_common.core.types import KvLayout, WorkerRole
 from sagellm_common.kv_runtime.backends.file_directory import TierDirectory
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
+from sagellm_common.kv_runtime.tiers import TierBackend
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc
@@ -29,6 +30,7 @@ from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from services.kv_store.loop import KvStore
 from services.kv_store.servicer import KvStoreServicer
 from services.kv_store.telemetry import StoreCollector
+from services.kv_store.transcoded import TranscodedTier, kept_layout
 
 
 async def compose(args: WorkerArgs) -> None:
@@ -36,7 +38,7 @@ async def compose(args: WorkerArgs) -> None:
     disk = open_disk(config.kv_store, args.worker_id)
     pool = HierarchyManager(
         HostKvPool(config.kv_store.budget_bytes, clock, eviction=config.kv_store.eviction),
-        lambda layout: [disk.open(layout)] if disk else [],
+        lambda layout: [open_tier(disk, layout, config.kv_store.disk.dtype)] if disk else [],
         write=config.kv_store.disk.write,
     )
     REGISTRY.register(StoreCollector(pool))
@@ -89,6 +91,13 @@ def open_disk(config: KvStoreConfig, worker_id: str) -> TierDirectory | None:
         return None
     path = Path(disk.path).expanduser() / worker_id
     return TierDirectory(path, disk.budget_bytes, direct_io=disk.direct_io, eviction=config.eviction)
+
+
+def open_tier(disk: TierDirectory, layout: KvLayout, dtype: str) -> TierBackend:
+    """Raises ConfigError where the budget is below a block."""
+    kept = kept_layout(layout, dtype)
+    tier = disk.open(layout, kept)
+    return tier if kept == layout else TranscodedTier(tier, layout, kept)
 
 
 async def settle(store: KvStore, pool: HierarchyManager, topology: TopologyStore) -> None:

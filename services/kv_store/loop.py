@@ -28,6 +28,7 @@ from sagellm_common.kv_runtime.backends.host import PendingPut
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.rpc.kv_transfer_service import check_backend
 from sagellm_common.rpc.worker_service import Load
+from services.kv_store.transcoded import conversion
 
 FIRST_EPOCH = 1
 PROMOTE_TIMEOUT_S = 0.25
@@ -137,6 +138,7 @@ class KvStore:
             layers_ready=layout.num_layers,
             tokens_ready=allocation.num_cached_tokens,
             paths=self._channel.paths,
+            conversion=conversion(self._pool.notes(hashes[: len(allocation.block_ids)])),
         )
 
     async def put(

@@ -49,6 +49,7 @@ class FileTier:
         """Recovers what is there. Raises ConfigError when not one block fits the budget, and OSError."""
         self.name = name
         self.kind = Tier.DISK
+        self.exact = True
         self.layout = layout
         self.block_bytes = layout.block_bytes
         direct = direct_io and layout.block_bytes % PAGE_BYTES == 0

@@ -35,6 +35,7 @@ class HostTier:
     def __init__(self, pool: HostKvPool, name: str = "dram") -> None:
         self.name = name
         self.kind = Tier.HOST
+        self.exact = True
         self.pool = pool
 
     @property

@@ -140,7 +140,7 @@ class HandoffTicket(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_cached_tokens: _Optional[int] = ..., expires_in_ms: _Optional[int] = ...) -> None: ...
 
 class KvSource(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "worker_id", "incarnation", "control_address", "data_address", "backend", "block_table", "num_tokens", "watermark", "lease_expires_in_ms", "paths")
+    __slots__ = ("transfer_id", "epoch", "worker_id", "incarnation", "control_address", "data_address", "backend", "block_table", "num_tokens", "watermark", "lease_expires_in_ms", "paths", "conversion")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,7 @@ class KvSource(_message.Message):
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
     LEASE_EXPIRES_IN_MS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
+    CONVERSION_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     worker_id: str
@@ -165,7 +166,8 @@ class KvSource(_message.Message):
     watermark: KvWatermark
     lease_expires_in_ms: int
     paths: _containers.RepeatedCompositeFieldContainer[DataPath]
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_address: _Optional[str] = ..., data_address: _Optional[str] = ..., backend: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., watermark: _Optional[_Union[KvWatermark, _Mapping]] = ..., lease_expires_in_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[DataPath, _Mapping]]] = ...) -> None: ...
+    conversion: KvConversion
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_address: _Optional[str] = ..., data_address: _Optional[str] = ..., backend: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., watermark: _Optional[_Union[KvWatermark, _Mapping]] = ..., lease_expires_in_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[DataPath, _Mapping]]] = ..., conversion: _Optional[_Union[KvConversion, _Mapping]] = ...) -> None: ...
 
 class DataPath(_message.Message):
     __slots__ = ("backend", "address", "reach")
@@ -212,7 +214,7 @@ class KvStats(_message.Message):
     def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[KvTierStats, _Mapping]]] = ...) -> None: ...
 
 class KvTierStats(_message.Message):
-    __slots__ = ("name", "dtype", "total_blocks", "used_blocks", "used_bytes", "hit_blocks", "stored_blocks", "evicted_blocks", "torn_blocks", "failed_blocks", "dropped_blocks", "recovered_blocks", "bytes_read", "bytes_written", "read_s", "write_s")
+    __slots__ = ("name", "dtype", "total_blocks", "used_blocks", "used_bytes", "hit_blocks", "stored_blocks", "evicted_blocks", "torn_blocks", "failed_blocks", "dropped_blocks", "recovered_blocks", "bytes_read", "bytes_written", "read_s", "write_s", "inexact_hit_blocks")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -229,6 +231,7 @@ class KvTierStats(_message.Message):
     BYTES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     READ_S_FIELD_NUMBER: _ClassVar[int]
     WRITE_S_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     total_blocks: int
@@ -245,7 +248,8 @@ class KvTierStats(_message.Message):
     bytes_written: int
     read_s: float
     write_s: float
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., torn_blocks: _Optional[int] = ..., failed_blocks: _Optional[int] = ..., dropped_blocks: _Optional[int] = ..., recovered_blocks: _Optional[int] = ..., bytes_read: _Optional[int] = ..., bytes_written: _Optional[int] = ..., read_s: _Optional[float] = ..., write_s: _Optional[float] = ...) -> None: ...
+    inexact_hit_blocks: int
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., torn_blocks: _Optional[int] = ..., failed_blocks: _Optional[int] = ..., dropped_blocks: _Optional[int] = ..., recovered_blocks: _Optional[int] = ..., bytes_read: _Optional[int] = ..., bytes_written: _Optional[int] = ..., read_s: _Optional[float] = ..., write_s: _Optional[float] = ..., inexact_hit_blocks: _Optional[int] = ...) -> None: ...
 
 class KvConversion(_message.Message):
     __slots__ = ("wire_dtype", "max_abs_error", "relative_rms_error", "non_finite")
