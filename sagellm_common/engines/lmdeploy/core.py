@@ -14,11 +14,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lmdeploy.pytorch.engine.engine import Engine as LmdeployEngineBase
+from lmdeploy.pytorch.engine.model_agent import BatchedOutputs
 from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_common.core.config import TenantConfig
@@ -35,6 +36,9 @@ from sagellm_common.engines.lmdeploy.scheduler import POLICY, Steering
 from sagellm_common.engines.watchdog import StepWatch
 from sagellm_common.kv_runtime.pool import PoolAllocation
 from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, StepPlan
+
+if TYPE_CHECKING:
+    from sagellm_common.engines.lmdeploy.kernels.direct import DirectDecode
 
 log = logging.getLogger(__name__)
 
@@ -77,17 +81,21 @@ class EngineCore(LmdeployEngineBase):
         eviction: str,
         tenants: Mapping[str, TenantConfig],
         tells_layers: bool,
+        direct: DirectDecode | None,
         watch: StepWatch,
         policy: EnginePolicy,
         eos_token_ids: frozenset[int],
         emit: Callable[[Sequence[SequenceOutput]], None],
     ) -> LmdeployKvPool:
-        """Puts our KV manager and policy in charge. Once, before `run`. `tells_layers`: the model itself does."""
+        """Puts our KV manager and policy in charge. Once, before `run`. `tells_layers`: the model itself does.
+
+        `direct` takes the decode steps that it can.
+        """
         manager = manager_of(self.scheduler)
         self.kv = LmdeployKvPool(manager, self.scheduler, layout, memory, prefix_caching, eviction, tenants=tenants)
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent
-        self.watch = watch
+        self.watch, self._direct = watch, direct
         self.progress = agent.progress = StepProgress(watch)
         # Where layers are not apart in a block nobody asks for them; a device's may be told before they are written.
         apart = isinstance(memory, KvRegion) and bool(memory.layer_parts)
@@ -211,10 +219,9 @@ class EngineCore(LmdeployEngineBase):
         """
         try:
             with self.kv.lock:
-                step = self._inputs(batch, is_prefill)
                 known = self._runs()
             runs = [known[seq.session_id] for seq in batch]
-            output = await self._prefill(step, runs) if is_prefill else await self._forward(step, runs)
+            output = await self._prefill(batch, runs) if is_prefill else await self._decode(batch, runs)
         except EngineFailed as error:
             log.exception("a step of %d sequences failed", len(batch))
             if len(batch) == 1 and failed_before:
@@ -235,6 +242,21 @@ class EngineCore(LmdeployEngineBase):
                 outputs = [self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)]
         self._emit_all(outputs)
 
+    async def _decode(self, batch: list[Any], runs: list[Running]) -> Any:
+        """One more token of each: directly where that will do, else as LMDeploy does it. Raises EngineFailed."""
+        if self._direct is None or any(run.request.progress for run in runs) or not self._direct.takes(batch):
+            return await self._forward(self._inputs(batch, is_prefill=False), runs)
+        await asyncio.sleep(0)  # the loop's turn: nothing else waits here
+        try:
+            with self.kv.lock:
+                ids, where = self._direct.inputs(batch)
+            tokens = self._direct.step(ids, where)
+        except Exception as error:
+            raise EngineFailed(FAILED) from error
+        self.watch.alive()
+        self._stepped(0)
+        return BatchedOutputs(tokens, stopped=None)
+
     # ---- a prompt in chunks ----
 
     def _chunk_tokens(self, run: Running) -> int:
@@ -251,11 +273,12 @@ class EngineCore(LmdeployEngineBase):
         together = [seq for seq in batch if seq not in alone]
         return [part for part in (together, *([seq] for seq in alone)) if part]
 
-    async def _prefill(self, step: dict[str, Any], runs: list[Running]) -> Any:
+    async def _prefill(self, batch: list[Any], runs: list[Running]) -> Any:
         """A step of prompts, or of one prompt chunk by chunk; of what nobody wants any more the rest is not computed.
 
         LMDeploy samples after each chunk; only the last one's token counts, for draws depend on seed and position.
         """
+        step = self._inputs(batch, is_prefill=True)
         chunks = [step["inputs"]]
         if len(runs) == 1 and chunks[0].input_ids.numel() > (size := self._chunk_tokens(runs[0])):
             chunks = chunks[0].split(size)
@@ -341,7 +364,8 @@ class EngineCore(LmdeployEngineBase):
     def _inputs(self, batch: list[Any], is_prefill: bool) -> dict[str, Any]:
         """LMDeploy's inputs of a step for sequences that have their blocks. Raises EngineFailed."""
         try:
-            inputs = self.create_model_inputs(batch, is_prefill)
+            with self.kv.lock:
+                inputs = self.create_model_inputs(batch, is_prefill)
             return {
                 "inputs": inputs,
                 "swap_in_map": {},
@@ -366,6 +390,11 @@ class EngineCore(LmdeployEngineBase):
 
         await asyncio.create_task(start())
 
+    def _stepped(self, prefill_tokens: int) -> None:
+        self.steps += 1
+        with self.kv.lock:
+            self.steering.stepped(prefill_tokens)
+
     async def _forward(self, step: dict[str, Any], runs: list[Running]) -> Any:
         """Runs the batch. Raises EngineFailed when LMDeploy's model agent died of it; it is started again then."""
         agent = self.executor.model_agent
@@ -377,9 +406,7 @@ class EngineCore(LmdeployEngineBase):
         )
         self.progress.end_step()
         if output.done():
-            self.steps += 1
-            with self.kv.lock:
-                self.steering.stepped(0 if step["inputs"].is_decoding else step["inputs"].input_ids.numel())
+            self._stepped(0 if step["inputs"].is_decoding else step["inputs"].input_ids.numel())
             return output.result()
         output.cancel()
         self.executor.stop()

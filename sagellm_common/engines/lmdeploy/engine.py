@@ -28,6 +28,7 @@ from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, StepPlan
 
 if TYPE_CHECKING:
     from sagellm_common.engines.lmdeploy.core import EngineCore
+    from sagellm_common.engines.lmdeploy.kernels.direct import DirectDecode
 
 log = logging.getLogger(__name__)
 
@@ -206,6 +207,16 @@ class LmdeployEngine:
         model.register()
         return {"architectures": [model.architecture(self._config.weights, self._hf.get("architectures", []))]}
 
+    def _direct_decode(self, core: EngineCore) -> DirectDecode | None:
+        if self._config.weights == "dtype":
+            return None
+        from sagellm_common.engines.lmdeploy.block_manager import manager_of
+        from sagellm_common.engines.lmdeploy.kernels.direct import DirectDecode
+
+        agent = core.executor.model_agent
+        model, caches = agent.patched_model.get_model(), agent.cache_engine.gpu_cache
+        return DirectDecode(model, caches, manager_of(core.scheduler))
+
     def _load(self, emit: StepCallback) -> EngineCore:
         import torch
 
@@ -263,6 +274,7 @@ class LmdeployEngine:
             eviction=cfg.eviction,
             tenants=self._tenants,
             tells_layers=cfg.weights != "dtype",
+            direct=self._direct_decode(core),
             watch=self._watch,
             policy=RankedPolicy(
                 order=cfg.policy,

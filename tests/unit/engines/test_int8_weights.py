@@ -6,14 +6,19 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sagellm_common.core.config import Config
-from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.errors import ConfigError, EngineFailed
+from sagellm_common.core.kv import Allocation
 from sagellm_common.engines import make_engine
+from sagellm_common.engines.base import SequenceOutput
+from sagellm_common.engines.lmdeploy.core import EngineCore
 from sagellm_common.engines.lmdeploy.kernels import native
+from sagellm_common.engines.lmdeploy.kernels.direct import DirectDecode
 from tests.support.engines import Driver, copied, handed_over, prompts, running_engine
 from tests.support.kernels import native as built
 
@@ -87,6 +92,91 @@ async def test_a_handover_changes_nothing(tiny_llama: Path, dtype: str) -> None:
         for tokens in prompts(3, (5, 40)):
             undisturbed, _ = await driver.run(tokens, 10)
             assert await handed_over(driver, tokens, 10) == undisturbed
+
+
+@pytest.fixture
+def by_way_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How each decode step was computed."""
+    found: list[str] = []
+    step, create = DirectDecode.step, EngineCore.create_model_inputs
+
+    def direct(self: DirectDecode, *args: Any) -> Any:
+        found.append("direct")
+        return step(self, *args)
+
+    def agent(self: EngineCore, batch: list[Any], is_prefill: bool) -> Any:
+        if not is_prefill:
+            found.append("agent")
+        return create(self, batch, is_prefill)
+
+    monkeypatch.setattr(DirectDecode, "step", direct)
+    monkeypatch.setattr(EngineCore, "create_model_inputs", agent)
+    return found
+
+
+async def test_direct_steps_leave_the_same_tokens_and_the_same_kv_as_lmdeploys(
+    tiny_llama: Path, by_way_of: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, found = prompts(6, LENGTHS), []
+    for takes in (DirectDecode.takes, lambda *_: False):
+        monkeypatch.setattr(DirectDecode, "takes", takes)
+        by_way_of.clear()
+        async with running_engine(tiny_llama, weights="int8", prefix_caching=False) as driver:
+            ends = await asyncio.gather(*(driver.run(p, 20, request={"hold_blocks": True}) for p in work))
+            blocks = [driver.engine.kv.regions().block(int(b)) for _, last in ends for b in held(last).block_ids]
+            found.append(([tokens for tokens, _ in ends], [bytes(block) for block in blocks]))
+            for _, last in ends:
+                driver.engine.kv.free(held(last))
+        assert set(by_way_of) == {"direct" if len(found) == 1 else "agent"}
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 1.0, "top_k": 5, "seed": 3},
+        {"repetition_penalty": 1.2},
+        {"num_logprobs": 2},
+        {"min_new_tokens": 12, "stop_token_ids": (7,), "ignore_eos": False},
+    ],
+)
+async def test_who_wants_more_than_the_likeliest_token_goes_lmdeploys_way(
+    tiny_llama: Path, by_way_of: list[str], sampling: dict[str, Any]
+) -> None:
+    [one, other] = prompts(8, (20, 30))
+    async with running_engine(tiny_llama, weights="int8") as driver:
+        alone, _ = await driver.run(one, 12)
+        assert set(by_way_of) == {"direct"}
+        by_way_of.clear()
+        beside, _ = await asyncio.gather(driver.run(one, 12), driver.run(other, 12, **sampling))
+        assert beside[0] == alone
+        assert "agent" in by_way_of
+
+
+async def test_a_direct_step_that_fails_ends_nobody_but_the_culprit(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = prompts(9, (9, 20, 31))
+    async with running_engine(tiny_llama, weights="int8", prefix_caching=False) as driver:
+        expected = [(await driver.run(p, 8))[0] for p in work]
+        step = DirectDecode.step
+
+        def broken(self: DirectDecode, ids: Any, batch: Any) -> Any:
+            if 24 in batch.kv_lens.tolist():  # of the second, in its fourth decode step
+                raise MemoryError("an injected fault")
+            return step(self, ids, batch)
+
+        monkeypatch.setattr(DirectDecode, "step", broken)
+        found = await asyncio.gather(*(driver.run(p, 8) for p in work))
+        assert [tokens for tokens, _ in found] == [expected[0], expected[1][:4], expected[2]]
+        assert isinstance(found[1][1].error, EngineFailed)
+        assert driver.engine.kv.get_utilization().balanced
+
+
+def held(output: SequenceOutput) -> Allocation:
+    assert output.held is not None
+    return output.held
 
 
 async def test_kv_of_other_weights_is_another_models_kv(tiny_llama: Path) -> None:

@@ -8,4 +8,5 @@
 | `build.py` | compiles `csrc/`: `python -m sagellm_common.engines.lmdeploy.kernels.build` |
 | `prefix_aware_attention.py` | the attention of LMDeploy's layers, over cached prefix and new tokens alike |
 | `model.py` | Llama and Qwen2 for LMDeploy with `engine.weights` int8 or int8x2 |
+| `direct.py` | their decode steps without LMDeploy's model agent, for greedy sequences |
 """

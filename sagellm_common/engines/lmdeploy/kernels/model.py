@@ -7,7 +7,7 @@ soon as their last tensor has arrived, so a checkpoint is never in memory as a w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.engines.lmdeploy.kernels.native import native_ops
-from sagellm_common.engines.lmdeploy.kernels.ops import CpuOps, Decoder, DecoderLayer, DecoderShape, Linear, Planes
+from sagellm_common.engines.lmdeploy.kernels.ops import (
+    Batch,
+    CpuOps,
+    Decoder,
+    DecoderLayer,
+    DecoderShape,
+    KvLayer,
+    LayerDone,
+    Linear,
+    Planes,
+)
 from sagellm_common.engines.lmdeploy.kernels.reference import ReferenceOps
 from sagellm_common.engines.lmdeploy.progress import listener
 
@@ -168,10 +178,22 @@ class QuantizedCausalLM(nn.Module, CudaGraphMixin):  # the mixin: what LMDeploy 
         **_: Any,
     ) -> Tensor:
         """input_ids [1, T] → hidden states [1, T, hidden] float32."""
+        follower = listener(past_key_values[0][0])
+        return self.hidden_states(input_ids[0], past_key_values, attn_metadata.batch, follower, inputs_embeds)
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        caches: Sequence[KvLayer],
+        batch: Batch,
+        layer_done: LayerDone | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """ids [T] → [1, T, hidden] float32; writes KV of these tokens to the caches."""
         assert self._decoder is not None and self._embedding is not None, "the weights were not loaded"
-        embedded = F.embedding(input_ids[0], self._embedding) if inputs_embeds is None else inputs_embeds[0]
+        embedded = F.embedding(ids, self._embedding) if inputs_embeds is None else inputs_embeds[0]
         hidden = embedded.to(torch.float32, copy=inputs_embeds is not None)
-        return self._decoder(hidden, past_key_values, attn_metadata.batch, listener(past_key_values[0][0]))[None]
+        return self._decoder(hidden, caches, batch, layer_done)[None]
 
     def get_logits(self, hidden_states: Tensor) -> Tensor:
         """[1, rows, hidden] → [1, rows, vocabulary] float32."""
