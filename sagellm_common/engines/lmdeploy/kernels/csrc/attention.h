@@ -1,7 +1,8 @@
 // Causal attention straight over block tables.
 //
 // A task is up to sixteen query rows of one KV head: neighbouring tokens times the query heads of a group. Many rows sit
-// in the sixteen lanes; of a few (one token that decodes) sixteen positions do. Both compute a row alike, bit by bit:
+// in the sixteen lanes; of a few (one token that decodes) sixteen positions do, and the task has all KV heads, for these
+// lie side by side: memory is read in long runs, once. Both compute a row alike, bit by bit:
 //   score    of a position, adds over head_dim in order
 //   weights  their sum is sixteen sums, of positions p, p + 16, …, added as a tree
 //   output   adds over positions in order
@@ -38,10 +39,17 @@ struct Pages {
   }
 };
 
-// Query rows to compute together: `rows` of them, counted over (token, head of the group) from `first` on.
+inline int64_t longest(const SageBatch& batch) {
+  return *std::max_element(batch.kv_lens, batch.kv_lens + batch.sequences);
+}
+
+// Query rows to compute together: `rows` of each of `heads` KV heads, counted over (token, head of the group) from
+// `first` on.
 struct AttentionTask {
-  int64_t sequence, kv_head, first, rows;
+  int64_t sequence, kv_head, heads, first, rows;
 };
+
+constexpr int kFew = 8;  // up to so many rows, lanes are better used for positions
 
 struct AttentionShape {
   int64_t heads, kv_heads, head_dim;
@@ -49,33 +57,42 @@ struct AttentionShape {
   int64_t group() const { return heads / kv_heads; }
 };
 
-inline std::vector<AttentionTask> attention_tasks(const SageBatch& batch, const AttentionShape& shape) {
+inline std::vector<AttentionTask> attention_tasks(const SageBatch& batch, const AttentionShape& shape, int threads) {
   std::vector<AttentionTask> tasks;
   for (int64_t s = 0; s < batch.sequences; ++s) {
-    const int64_t rows = (batch.q_starts[s + 1] - batch.q_starts[s]) * shape.group();
-    for (int64_t first = 0; first < rows; first += kLanes)
-      for (int64_t h = 0; h < shape.kv_heads; ++h)
-        tasks.push_back({s, h, first, std::min<int64_t>(kLanes, rows - first)});
+    const int64_t all = (batch.q_starts[s + 1] - batch.q_starts[s]) * shape.group();
+    for (int64_t first = 0; first < all; first += kLanes) {
+      const int64_t rows = std::min<int64_t>(kLanes, all - first);
+      const int64_t heads = rows <= kFew && batch.sequences >= threads ? shape.kv_heads : 1;
+      for (int64_t h = 0; h < shape.kv_heads; h += heads) tasks.push_back({s, h, heads, first, rows});
+    }
   }
   return tasks;
 }
 
-inline int64_t longest(const SageBatch& batch) {
-  return *std::max_element(batch.kv_lens, batch.kv_lens + batch.sequences);
-}
-
-// Where the weight of a row for a position is.
+// Where the weight of a row for a position is, and one over the sum of a row's.
 struct Weights {
   const float* base;
-  int64_t row_stride, position_stride;
+  int64_t head_stride, row_stride, position_stride;
+  const float* inverse;
+
+  Weights of_head(int64_t h) const { return {base + h * head_stride, head_stride, row_stride, position_stride, inverse}; }
 };
 
-// Per thread. `scores` is [positions][16], or [rows][positions] for a few rows; `query` [head_dim][16] or [rows][head_dim].
+// Per thread. `scores` is [positions][16], or [heads][rows][positions] for a few rows; `query` is [head_dim][16] or
+// [heads][rows][head_dim].
 struct AttentionScratch {
-  Buffer<float> scores;
-  alignas(64) float query[256 * kLanes];
-  alignas(64) float rows[64 * 256];          // keys or values of some positions
-  alignas(64) float total[kLanes * 256];     // [16][head_dim]
+  Buffer<float> scores, query, total, largest, inverse;
+  alignas(64) float rows[64 * 256];  // keys or values of some positions
+
+  void reserve(const SageBatch& batch, const AttentionShape& shape) {
+    const int64_t rows = std::max<int64_t>(kLanes, shape.kv_heads * kFew);
+    scores.reserve(static_cast<size_t>((longest(batch) + kLanes) * rows));
+    query.reserve(static_cast<size_t>(rows * shape.head_dim));
+    total.reserve(static_cast<size_t>(rows * shape.head_dim));
+    largest.reserve(static_cast<size_t>(rows * kLanes));
+    inverse.reserve(static_cast<size_t>(rows));
+  }
 };
 
 template <class Kv, int D>
@@ -83,10 +100,9 @@ class Attention {
   static_assert(D % kLanes == 0 && D <= 256, "the scratch is made for these");
   static constexpr int kAtOnce = kRegisters == 32 ? 16 : 4;  // positions whose scores are in registers
   static constexpr int64_t kChunk = 64;                      // positions whose values stay in the first-level cache
-  static constexpr int64_t kAhead = 16;                      // positions from a prefetch to its use
+  static constexpr int64_t kBring = 128;                     // positions whose keys or values stay in the second-level
   static constexpr int kVecs = D / kLanes;
   static constexpr int kRowsAtOnce = std::clamp((kRegisters - 8) / kVecs, 1, 8);
-  static constexpr int kFew = 8;  // up to so many rows, lanes are better used for positions
 
  public:
   // `query` and `out` point at the rows of the task's token 0 of its sequence and are `query_stride`, `out_stride`
@@ -103,6 +119,7 @@ class Attention {
     const auto* head_values = values + task.kv_head * D;
 
     const bool few = task.rows <= kFew;
+    const int64_t group_rows = task.rows <= kFew / 2 ? kFew / 2 : kFew;  // of a head, with few
     alignas(64) int32_t visible[kLanes];  // positions each row may see
     int64_t most = 0;
     for (int64_t r = 0; r < kLanes; ++r) {
@@ -111,28 +128,39 @@ class Attention {
       visible[r] = static_cast<int32_t>(cached + token + 1);
       most = std::max<int64_t>(most, visible[r]);
       const float* q = query + token * query_stride + head * D;
-      for (int d = 0; d < D; ++d) scratch.query[few ? r * D + d : d * kLanes + r] = q[d] * shape.scale;
+      for (int64_t h = 0; h < task.heads; ++h, q += group * D)
+        for (int d = 0; d < D; ++d)
+          if (!few) {
+            scratch.query.data()[d * kLanes + r] = q[d] * shape.scale;
+          } else if (r < group_rows) {
+            scratch.query.data()[(h * group_rows + r) * D + d] = q[d] * shape.scale;
+          }
     }
-    alignas(64) float inverse[kLanes];  // of the sum of a row's weights
-    const auto weigh = !few ? weigh_lanes : task.rows <= kFew / 2 ? weigh_positions<kFew / 2> : weigh_positions<kFew>;
-    const Weights weights = weigh(pages, head_keys, visible, most, scratch, inverse);
+    const auto weigh = !few ? weigh_lanes : group_rows < kFew ? weigh_positions<kFew / 2> : weigh_positions<kFew>;
+    const Weights weights = weigh(pages, head_keys, task.heads, visible, most, scratch);
 
-    std::fill_n(scratch.total, task.rows * D, 0.0f);
+    float* total = scratch.total.data();
+    std::fill_n(total, task.heads * task.rows * D, 0.0f);
     for (int64_t p = 0; p < most; p += kChunk) {
-      const float* rows[kChunk];
       const int64_t count = std::min(kChunk, most - p);
-      prefetch(pages, head_values, p + kChunk, kChunk, most);
-      fetch(pages, head_values, p, count, scratch, rows);
-      for (int64_t r = 0; r < task.rows; r += kRowsAtOnce)
-        some<kRowsAtOnce>(static_cast<int>(std::min<int64_t>(kRowsAtOnce, task.rows - r)), r, rows, weights, p, count,
-                          scratch.total);
+      if (few && p % kBring == 0) bring(pages, head_values, task.heads, p, most);
+      for (int64_t h = 0; h < task.heads; ++h) {
+        const float* rows[kChunk];
+        if (!few) prefetch(pages, head_values, p + kChunk, kChunk, most);
+        fetch(pages, head_values + h * D, p, count, scratch, rows);
+        for (int64_t r = 0; r < task.rows; r += kRowsAtOnce)
+          some<kRowsAtOnce>(static_cast<int>(std::min<int64_t>(kRowsAtOnce, task.rows - r)), r, rows,
+                            weights.of_head(h), p, count, total + h * task.rows * D);
+      }
     }
-    for (int64_t r = 0; r < task.rows; ++r) {
-      const int64_t row = task.first + r;
-      float* target = out + row / group * out_stride + (task.kv_head * group + row % group) * D;
-      for (int i = 0; i < kVecs; ++i)
-        store(target + i * kLanes, load(scratch.total + r * D + i * kLanes) * splat(inverse[r]));
-    }
+    for (int64_t h = 0; h < task.heads; ++h)
+      for (int64_t r = 0; r < task.rows; ++r) {
+        const int64_t row = task.first + r;
+        float* target = out + row / group * out_stride + ((task.kv_head + h) * group + row % group) * D;
+        const Vec inverse = splat(weights.inverse[h * group_rows + r]);
+        for (int i = 0; i < kVecs; ++i)
+          store(target + i * kLanes, load(total + (h * task.rows + r) * D + i * kLanes) * inverse);
+      }
   }
 
  private:
@@ -164,9 +192,28 @@ class Attention {
     });
   }
 
+  // Brings some positions of all heads of a task into the second-level cache: eight runs side by side, for memory answers
+  // one run after the other at half that rate, and prefetches that a core cannot remember hold up what comes after them.
+  static void bring(const Pages<Kv>& pages, const Type* base, int64_t heads, int64_t first, int64_t end) {
+    constexpr int64_t kRun = kBring / 8, kStep = 256;
+    if (pages.block_tokens % kRun != 0) return;  // such a run may lie in several blocks: read it where it is used
+    const char* runs[8];
+    int64_t count = 0;
+    for (int64_t p = first; p < std::min(first + kBring, end); p += kRun)
+      runs[count++] = reinterpret_cast<const char*>(base + pages.table[p / pages.block_tokens] * pages.block_stride +
+                                                    p % pages.block_tokens * pages.slot_stride);
+    const auto row = static_cast<int64_t>(heads * D * sizeof(Type));
+    const auto row_stride = static_cast<int64_t>(pages.slot_stride * sizeof(Type));
+    for (int64_t position = 0; position < kRun; ++position)
+      for (int64_t step = 0; step < row; step += kStep)
+        for (int64_t run = 0; run < count; ++run)
+          for (int64_t line = step; line < std::min(step + kStep, row); line += 64)
+            static_cast<void>(*static_cast<const volatile char*>(runs[run] + position * row_stride + line));
+  }
+
   // Softmax weights, not yet divided by their sum, of up to sixteen rows.
-  static Weights weigh_lanes(const Pages<Kv>& pages, const Type* keys, const int32_t* visible, int64_t most,
-                             AttentionScratch& scratch, float* inverse) {
+  static Weights weigh_lanes(const Pages<Kv>& pages, const Type* keys, int64_t, const int32_t* visible, int64_t most,
+                             AttentionScratch& scratch) {
     float* scores = scratch.scores.data();
     const Int limit = iload(visible);
     Vec largest = splat(-INFINITY);
@@ -187,56 +234,61 @@ class Attention {
     }
     for (int half = kLanes / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
-    store(inverse, splat(1.0f) / sums[0]);
-    return {scores, 1, kLanes};
+    store(scratch.inverse.data(), splat(1.0f) / sums[0]);
+    return {scores, 0, 1, kLanes, scratch.inverse.data()};
   }
 
-  // The same for R rows, by sixteen positions. Rows that are not there repeat the last, too.
+  // The same for R rows of each head, by sixteen positions. Rows that are not there repeat the last, too.
   template <int R>
-  static Weights weigh_positions(const Pages<Kv>& pages, const Type* keys, const int32_t* visible, int64_t most,
-                                 AttentionScratch& scratch, float* inverse) {
+  static Weights weigh_positions(const Pages<Kv>& pages, const Type* keys, int64_t heads, const int32_t* visible,
+                                 int64_t most, AttentionScratch& scratch) {
     float* scores = scratch.scores.data();
+    float* largest = scratch.largest.data();  // [heads][R][16]
     const int64_t row_stride = (most + kLanes - 1) / kLanes * kLanes;
     Int limit[R];  // less the lane's number, so that position p + lane is visible where p is below
-    Vec largest[R];
     for (int r = 0; r < R; ++r) {
       alignas(64) int32_t limits[kLanes];
       for (int i = 0; i < kLanes; ++i) limits[i] = visible[r] - i;
       limit[r] = iload(limits);
-      largest[r] = splat(-INFINITY);
     }
+    std::fill_n(largest, heads * R * kLanes, -INFINITY);
     for (int64_t p = 0; p < most; p += kLanes) {
-      prefetch(pages, keys, p + kAhead, kLanes, most);
       const int64_t count = std::min<int64_t>(kLanes, most - p);
       const Type* rows[kLanes];
       pages.each(keys, p, count, [&](int64_t i, const Type* row) { rows[i] = row; });
       for (int64_t i = count; i < kLanes; ++i) rows[i] = rows[0];  // nobody sees them
-      Vec sum[R];
-      for (int r = 0; r < R; ++r) sum[r] = splat(0);
-      for (int d = 0; d < D; d += kLanes) {
-        Vec part[kLanes];
-        for (int i = 0; i < kLanes; ++i) part[i] = Kv::load(rows[i] + d);
-        transpose(part);
-        for (int i = 0; i < kLanes; ++i)
-          for (int r = 0; r < R; ++r) sum[r] = fma(splat(scratch.query[r * D + d + i]), part[i], sum[r]);
-      }
-      for (int r = 0; r < R; ++r) {
-        store(scores + r * row_stride + p, sum[r]);
-        largest[r] = max(largest[r], where_below(static_cast<int32_t>(p), limit[r], sum[r], splat(-INFINITY)));
+      if (p % kBring == 0) bring(pages, keys, heads, p, most);
+      for (int64_t h = 0; h < heads; ++h) {
+        const float* query = scratch.query.data() + h * R * D;
+        Vec sum[R];
+        for (int r = 0; r < R; ++r) sum[r] = splat(0);
+        for (int d = 0; d < D; d += kLanes) {
+          Vec part[kLanes];
+          for (int i = 0; i < kLanes; ++i) part[i] = Kv::load(rows[i] + h * D + d);
+          transpose(part);
+          for (int i = 0; i < kLanes; ++i)
+            for (int r = 0; r < R; ++r) sum[r] = fma(splat(query[r * D + d + i]), part[i], sum[r]);
+        }
+        for (int64_t r = 0; r < R; ++r) {
+          float* most_so_far = largest + (h * R + r) * kLanes;
+          store(scores + (h * R + r) * row_stride + p, sum[r]);
+          const Vec seen = where_below(static_cast<int32_t>(p), limit[r], sum[r], splat(-INFINITY));
+          store(most_so_far, max(load(most_so_far), seen));
+        }
       }
     }
-    for (int r = 0; r < R; ++r) {
-      float* row = scores + r * row_stride;
-      const Vec top = splat(max_of(largest[r]));
+    for (int64_t i = 0; i < heads * R; ++i) {
+      float* row = scores + i * row_stride;
+      const Vec top = splat(max_of(load(largest + i * kLanes)));
       Vec sums = splat(0);
       for (int64_t p = 0; p < most; p += kLanes) {
-        const Vec weight = where_below(static_cast<int32_t>(p), limit[r], exp(load(row + p) - top), splat(0));
+        const Vec weight = where_below(static_cast<int32_t>(p), limit[i % R], exp(load(row + p) - top), splat(0));
         store(row + p, weight);
         sums = sums + weight;
       }
-      inverse[r] = 1.0f / sage::sum(sums);
+      scratch.inverse.data()[i] = 1.0f / sage::sum(sums);
     }
-    return {scores, row_stride, 1};
+    return {scores, R * row_stride, row_stride, 1, scratch.inverse.data()};
   }
 
   // Scores of P positions for all lanes; the largest visible ones so far come back.
@@ -248,7 +300,7 @@ class Attention {
     Vec sum[P];
     for (int i = 0; i < P; ++i) sum[i] = splat(0);
     for (int d = 0; d < D; ++d) {
-      const Vec q = load(scratch.query + d * kLanes);
+      const Vec q = load(scratch.query.data() + d * kLanes);
       for (int i = 0; i < P; ++i) sum[i] = fma(q, splat(scratch.rows[i * D + d]), sum[i]);
     }
     for (int i = 0; i < P; ++i) {

@@ -36,10 +36,10 @@ class Decoder {
     input_.shape(tokens, std::max({model_.hidden, attention_width(), model_.intermediate}),
                  static_cast<int>(model_.planes));
     while (scratch_.size() < static_cast<size_t>(threads)) scratch_.push_back(std::make_unique<AttentionScratch>());
-    for (int i = 0; i < threads; ++i) scratch_[i]->scores.reserve((longest(batch) + kLanes) * kLanes);
-    place(batch, tokens);
     const AttentionShape shape = attention_shape();
-    const std::vector<AttentionTask> tasks = attention_tasks(batch, shape);
+    for (int i = 0; i < threads; ++i) scratch_[i]->reserve(batch, shape);
+    place(batch, tokens);
+    const std::vector<AttentionTask> tasks = attention_tasks(batch, shape, threads);
     std::vector<std::atomic<int64_t>> next(static_cast<size_t>(model_.layers));
     Barrier barrier(threads);
 

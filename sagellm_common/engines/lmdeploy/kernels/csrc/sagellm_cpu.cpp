@@ -37,11 +37,11 @@ int sage_paged_attention(const float* query, int64_t query_stride, const float* 
                          int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, float* out, int64_t threads) {
   return guarded([&] {
     const AttentionShape shape{heads, kv_heads, head_dim, scale};
-    const std::vector<AttentionTask> tasks = attention_tasks(*batch, shape);
+    const std::vector<AttentionTask> tasks = attention_tasks(*batch, shape, static_cast<int>(threads));
     const auto count = static_cast<int64_t>(tasks.size());
     static thread_local std::vector<std::unique_ptr<AttentionScratch>> scratch;
     while (scratch.size() < static_cast<size_t>(threads)) scratch.push_back(std::make_unique<AttentionScratch>());
-    for (int64_t i = 0; i < threads; ++i) scratch[i]->scores.reserve((longest(*batch) + kLanes) * kLanes);
+    for (int64_t i = 0; i < threads; ++i) scratch[i]->reserve(*batch, shape);
     auto& scratch_of = scratch;  // a thread_local is not captured: the team's threads would see their own
     std::atomic<int64_t> next{0};
     dispatch(cache->type, head_dim, [&](auto kv, auto dim) {
