@@ -13,6 +13,7 @@ from sagellm_common.core.errors import ConfigError
 
 BENCHMARKS = {
     "index": "the prefix index: hashing and matching of long prompts against many workers' caches",
+    "chat": "a multi-turn chat on 2P2D with the KV stack on and off, tokens compared",
     "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
     "transfer": "KV between two processes over every byte path",
 }
