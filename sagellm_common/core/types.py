@@ -304,6 +304,21 @@ class GenerationSummary:
     kv_conversion: KvConversion | None = None
     prefill_engine_ms: float = 0.0
     decode_engine_ms: float = 0.0
+    decode_cached_tokens: int = 0
+
+    @property
+    def kv_origins(self) -> dict[str, int]:
+        """Where the worker that completed the prompt had the KV of its tokens from; each token once.
+
+        That worker is prefill, or decode where no prefill worker took part. What decode held before is
+        `decode_cached_tokens`, and did not have to be moved to it.
+        """
+        own = "prefill_cache" if self.prefill_worker_id else "decode_cache"
+        return {
+            "computed": self.prompt_tokens - self.cached_tokens,
+            own: self.cached_tokens - self.store_tokens,
+            "store": self.store_tokens,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,9 +197,9 @@ class HierarchyManager:
         with self._lock:
             return self._notes(hashes)
 
-    def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
+    def pin(self, hashes: Sequence[BlockHash], ttl_s: float, most_blocks: int | None = None) -> int:
         """See `HostKvPool.pin`."""
-        return self.pool.pin(hashes, ttl_s)
+        return self.pool.pin(hashes, ttl_s, most_blocks)
 
     def promote(self, hashes: Sequence[BlockHash], token_ids: TokenIds, timeout_s: float) -> None:
         """Copies leading blocks into the pool, as many as it has room for; waits for them, at most timeout_s.

@@ -37,7 +37,8 @@ from sagellm_common.core.types import (
     pack_int32,
     unpack_int32,
 )
-from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, plan_pb2, worker_pb2
+from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS, Extent
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, kv_pb2, plan_pb2, worker_pb2
 
 E = TypeVar("E")
 
@@ -131,6 +132,27 @@ def encode_tier(tier: Tier) -> common_pb2.KvTier:
 def decode_tier(number: int, field: str = "tier") -> Tier:
     """Unspecified is the device's."""
     return _known(_TIERS_BACK, number, field)
+
+
+def encode_extent(extent: Extent) -> kv_pb2.KvExtent:
+    return kv_pb2.KvExtent(key=extent.key, first_block=extent.offset, num_blocks=extent.num_blocks)
+
+
+def decode_extents(messages: Iterable[kv_pb2.KvExtent], num_hashes: int) -> list[Extent]:
+    """Counted from the beginning of each. Raises InvalidRequest when they are not what num_hashes hashes stand for."""
+    found = []
+    for message in messages:
+        stop = message.first_block + message.num_blocks
+        if len(message.key) != BLOCK_HASH_BYTES or not 0 <= message.first_block < stop <= EXTENT_BLOCKS:
+            raise InvalidRequest(
+                f"extents has blocks {message.first_block} to {stop} of a key of {len(message.key)} bytes, but an "
+                f"extent has {EXTENT_BLOCKS} blocks and a key of {BLOCK_HASH_BYTES} bytes"
+            )
+        found.append(Extent(message.key, message.first_block, stop))
+    total = sum(extent.num_blocks for extent in found)
+    if found and total != num_hashes:
+        raise InvalidRequest(f"extents has {total} blocks, but block_hashes has {num_hashes}")
+    return found
 
 
 def encode_finish_reason(reason: FinishReason | None) -> common_pb2.FinishReason:
@@ -469,6 +491,7 @@ def encode_summary(
         kv_conversion=encode_conversion(summary.kv_conversion) if summary.kv_conversion else None,
         prefill_engine_ms=summary.prefill_engine_ms,
         decode_engine_ms=summary.decode_engine_ms,
+        decode_cached_tokens=summary.decode_cached_tokens,
         plan=plan,
     )
 
@@ -498,6 +521,7 @@ def decode_summary(message: inference_pb2.GenerationSummary) -> GenerationSummar
         kv_conversion=decode_conversion(message.kv_conversion) if message.HasField("kv_conversion") else None,
         prefill_engine_ms=message.prefill_engine_ms,
         decode_engine_ms=message.decode_engine_ms,
+        decode_cached_tokens=message.decode_cached_tokens,
     )
 
 

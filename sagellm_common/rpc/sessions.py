@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -65,6 +65,15 @@ class TransferReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptKvReport:
+    """What the decode worker found of a prompt that it completes by itself; see the proto."""
+
+    cached_tokens: int
+    store_tokens: int
+    store_fetch_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeStep:
     """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
 
@@ -77,6 +86,7 @@ class DecodeStep:
     finish_reason: FinishReason | None
     transfer: TransferReport | None
     engine_ms: float = 0.0
+    prompt_kv: PromptKvReport | None = None
 
 
 class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker_pb2.PrefillResult]):
@@ -202,7 +212,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
                     yield step
                     continue
                 if step.token_ids:
-                    yield DecodeStep(step.index, step.token_ids, step.logprobs, None, step.transfer)
+                    yield replace(step, finish_reason=None)
                 raise (
                     from_status(reply.error)
                     if reply.HasField("error")
@@ -305,4 +315,9 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
         if transfer
         else None,
         engine_ms=response.engine_ms,
+        prompt_kv=_prompt_kv(response.prompt_kv) if response.HasField("prompt_kv") else None,
     )
+
+
+def _prompt_kv(message: worker_pb2.PromptKv) -> PromptKvReport:
+    return PromptKvReport(message.cached_tokens, message.store_tokens, message.store_fetch_ms)

@@ -66,6 +66,10 @@ class IRBuilder:
             how: dict[str, Any] = {"chunk_tokens": chunk_tokens, "priority": request.priority}
             then(PlanNodeKind.PREFILL, prefill, computed_from, prompt, **how)
             source = prefill
+        elif store and not source and in_store > on_decode and not num_emitted_tokens:
+            then(PlanNodeKind.LOOKUP, decode, on_decode, in_store)
+            then(PlanNodeKind.FETCH, decode, on_decode, in_store)
+            on_decode = in_store
         if source and on_decode < prompt:
             how = {"overlap": overlap, "segment_bytes": segment_bytes, "wire_dtype": wire_dtype}
             then(PlanNodeKind.TRANSFER, decode, on_decode, prompt, **how)

@@ -3,7 +3,8 @@
     Lookup ──► Fetch ──► Prefill ──► Transfer ──► Decode ──► Offload
     (prefill)  (prefill)  (prefill)   (decode)    (decode)   (decode)
 
-Nodes that have nothing to do are left out. The wire carries the plan, a trace shows it, `sagellm explain` prints it.
+Nodes that have nothing to do are left out; without a prefill, lookup and fetch are on decode. The wire carries the
+plan, a trace shows it, `sagellm explain` prints it.
 """
 
 from __future__ import annotations

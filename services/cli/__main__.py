@@ -71,6 +71,7 @@ Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
 def up(
     prefill: Annotated[int, typer.Option(min=1, help="prefill workers")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="decode workers")] = 1,
+    kv_store: Annotated[int | None, typer.Option(min=0, help="KV stores; as kv_store.stores")] = None,
     config: ConfigFile = None,
     set_: Set = [],  # noqa: B006 - typer copies it
     name: Name = "",
@@ -79,6 +80,8 @@ def up(
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Start a cluster on this machine; Ctrl-C stops it."""
+    if kv_store is not None:
+        set_ = [*set_, f"kv_store.stores={kv_store}"]
     resolved = run.resolve_config(config, set_, name)
     home = ClusterHome(resolved.cluster.name)
     if detach:

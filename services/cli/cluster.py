@@ -114,7 +114,7 @@ class Cluster:
             },
         )
         roles = {WorkerRole.PREFILL: self.num_prefill, WorkerRole.DECODE: self.num_decode}
-        roles[WorkerRole.KV_STORE] = int(self.config.kv_store.enabled)
+        roles[WorkerRole.KV_STORE] = self.config.kv_store.stores if self.config.kv_store.enabled else 0
         for role, count in roles.items():
             for _ in range(count):
                 self._add_worker(role)

@@ -241,11 +241,13 @@ SummaryRow = tuple[str, str]
 
 def summary_rows(summary: GenerationSummary) -> list[SummaryRow]:
     """What happened to one request, as label and value."""
-    own_cache = summary.cached_tokens - summary.store_tokens
+    computed, own_cache, stored = summary.kv_origins.values()
     rows = [
         ("prompt tokens", str(summary.prompt_tokens)),
-        ("  from prefill's cache", str(own_cache)),
-        ("  from the store", str(summary.store_tokens)),
+        ("  computed", str(computed)),
+        ("  in its own cache", str(own_cache)),
+        ("  from the store", str(stored)),
+        ("  on decode already", str(summary.decode_cached_tokens)),
         ("generated tokens", str(summary.completion_tokens)),
         ("prefill on", summary.prefill_worker_id or "–"),
         ("decode on", summary.decode_worker_id or "–"),

@@ -19,6 +19,7 @@ from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.server import Registrar
 from sagellm_common.rpc.store_client import StoreClient
+from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from services.decode.ahead import PullsAhead
@@ -83,13 +84,22 @@ async def compose(args: WorkerArgs) -> None:
             handoffs,
             channel.bytes_per_s,
         )
-        offload = None
+        offload = fetch = None
         if config.kv_store.enabled:
-            store = StoreClient(channels, topology, layout, channel.name, clock)
+            store = StoreClient(
+                channels,
+                topology,
+                layout,
+                channel.name,
+                clock,
+                replicas=config.kv_store.replicas,
+                worker_id=args.worker_id,
+            )
             offload = Offloader(store, leases, runtime, layout, background, engine.kv.regions().num_blocks)
+            fetch = StoreFetch(store, channel, releaser, engine.kv)
         aheads = PullsAhead(reservations, puller)
         stack.callback(aheads.close)
-        loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload)
+        loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload, fetch)
         servicer = DecodeServicer(ObservedDecode(loop, handoffs), config.router.request_timeout_s)
         service = Registrar("sagellm.v1.DecodeService", worker_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
         await runtime.run([service], loop.load)

@@ -33,7 +33,8 @@ class ReserveJob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeJob:
-    """One generation to go on with after `emitted`. `source` None: the prompt is computed here.
+    """One generation to go on with after `emitted`. `source` None: the prompt is computed here, as far as neither this
+    worker nor a kv_store has its KV.
 
     `sampling.max_new_tokens` counts the emitted tokens too. KV crosses in the plan's `wire_dtype`; "": as configured.
     """
@@ -104,6 +105,15 @@ class Transfer:
         return {**found, **conversion}
 
 
+@dataclass(frozen=True, slots=True)
+class PromptKv:
+    """What was there of the KV of a prompt that no other worker has computed; `store_tokens` are among the cached."""
+
+    cached_tokens: int
+    store_tokens: int = 0
+    store_fetch_ms: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class DecodeChunk:
     """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
@@ -116,6 +126,7 @@ class DecodeChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     transfer: Transfer | None = None
+    prompt_kv: PromptKv | None = None
     engine_ms: float = 0.0
 
 

@@ -1,5 +1,7 @@
 """The heart of the decode service: reserve → pull (ahead of the call, or in it) → commit → submit → stream → offload.
 
+Without a prefill worker to pull from: allocate → fetch what the kv_stores hold → submit, which computes the rest.
+
 Who owns the blocks on the way, and so who frees them when the request ends there:
 
     reserve ── the reservations ── claim ── this request ── submit ── the engine ── last output ── this request
@@ -19,28 +21,31 @@ import xxhash
 
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, Party
 from sagellm_common.core import failpoints
-from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, LeaseExpired
+from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, KvExhausted, LeaseExpired
 from sagellm_common.core.telemetry import span
 from sagellm_common.core.types import FinishReason, HandoffTicket, KvSource, TokenIds, pack_int32
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
+from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_service import Load, WorkerView
 from services.decode.ahead import PullsAhead
-from services.decode.jobs import DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob, Transfer
+from services.decode.jobs import DecodeChunk, DecodeJob, Emit, PromptKv, PullAheadJob, ReserveJob, Transfer
 from services.decode.offload import Offloader
 from services.decode.pull import KvPuller
 from services.decode.running import RunningRequests
 
 
 class _Tokens:
-    """Passes a sequence's new tokens on, numbered, and keeps them. The first chunk carries the transfer's report."""
+    """Passes a sequence's new tokens on, numbered, and keeps them. The first chunk says where the prompt's KV came
+    from."""
 
-    def __init__(self, num_emitted: int, transfer: Transfer | None, emit: Emit) -> None:
+    def __init__(self, num_emitted: int, found: Transfer | PromptKv | None, emit: Emit) -> None:
         self.new: list[int] = []
         self._num_emitted = num_emitted
-        self._transfer = transfer
+        self._transfer = found if isinstance(found, Transfer) else None
+        self._prompt_kv = found if isinstance(found, PromptKv) else None
         self._emit = emit
         self._engine_s = 0.0
 
@@ -51,14 +56,15 @@ class _Tokens:
             return
         index, reason = self._num_emitted + len(self.new), output.finish_reason if well else None
         engine_ms = self._engine_s * 1e3 if well else 0.0
-        self._emit(DecodeChunk(index, output.token_ids, output.logprobs, reason, self._transfer, engine_ms))
-        self._transfer = None
+        found = self._transfer, self._prompt_kv
+        self._emit(DecodeChunk(index, output.token_ids, output.logprobs, reason, *found, engine_ms))
+        self._transfer = self._prompt_kv = None
         self.new += output.token_ids
         failpoints.hit("decode.streaming")
 
 
 class DecodeLoop:
-    """Generates tokens. `on_step` is the engine's callback; `offload` None goes without a kv_store."""
+    """Generates tokens. `on_step` is the engine's callback; `offload` and `fetch` None go without a kv_store."""
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class DecodeLoop:
         puller: KvPuller,
         aheads: PullsAhead,
         offload: Offloader | None,
+        fetch: StoreFetch | None = None,
     ) -> None:
         self._engine = engine
         self._pool = engine.kv
@@ -78,6 +85,7 @@ class DecodeLoop:
         self._puller = puller
         self._aheads = aheads
         self._offload = offload
+        self._fetch = fetch
         self._running = RunningRequests()
         self._sequences = Sequences(engine)
 
@@ -137,17 +145,44 @@ class DecodeLoop:
 
     async def _decode(self, job: DecodeJob, emit: Emit) -> None:
         with OwnedBlocks(self._pool) as blocks:
-            transfer = None
+            found: Transfer | PromptKv | None
             with self._puller.lease(job.source) if job.source else nullcontext():
                 if job.source is None:
                     self._claim(job, blocks)
+                    found = await self._find(job, blocks)
                 else:
-                    transfer = await self._receive(job, job.source, blocks)
+                    found = await self._receive(job, job.source, blocks)
                     failpoints.hit("decode.pulled")
             failpoints.hit("decode.committed")
-            token_ids = await self._generate(job, blocks, transfer, emit)
+            token_ids = await self._generate(job, blocks, found, emit)
             if self._offload is not None and blocks.held:
-                self._offload.offer(job.request_id, job.attempt, token_ids, job.cache_salt, blocks)
+                self._offload.offer(job.request_id, job.attempt, token_ids, job.cache_salt, blocks, job.tenant)
+
+    async def _find(self, job: DecodeJob, blocks: OwnedBlocks) -> PromptKv | None:
+        """Has in `blocks` what this worker and the kv_stores hold of the known tokens; the engine computes the rest.
+
+        None, and no blocks, where there is no memory: then the engine waits for it.
+        """
+        known = _known_tokens(job)
+        if not blocks.held:
+            try:
+                blocks.take(self._pool.allocate(known, len(known), job.cache_salt, job.tenant))
+            except KvExhausted:
+                return None
+        allocation, began_s, gained = blocks.allocation, time.monotonic(), 0
+        if self._fetch is not None:
+            # Reserved blocks are the prompt's; those for emitted tokens come when it is submitted.
+            within = len(allocation.block_ids) * self._pool.layout.block_size_tokens
+            gained = await self._fetch.fetch(
+                job.request_id,
+                known[:within],
+                allocation,
+                timeout_s=job.timeout_s,
+                cache_salt=job.cache_salt,
+                priority=job.priority,
+            )
+        cached = min(allocation.num_cached_tokens, len(job.prompt))
+        return PromptKv(cached, min(gained, cached), (time.monotonic() - began_s) * 1e3 if gained else 0.0)
 
     async def _receive(self, job: DecodeJob, source: KvSource, blocks: OwnedBlocks) -> Transfer:
         """Has the prompt's KV in `blocks`: pulled ahead of this call, if that went well, or else by a pull now."""
@@ -185,9 +220,11 @@ class DecodeLoop:
                 raise
             self._worker.check_accepting()
 
-    async def _generate(self, job: DecodeJob, blocks: OwnedBlocks, transfer: Transfer | None, emit: Emit) -> TokenIds:
+    async def _generate(
+        self, job: DecodeJob, blocks: OwnedBlocks, found: Transfer | PromptKv | None, emit: Emit
+    ) -> TokenIds:
         """Streams the generation out of the engine; returns all tokens, and `blocks` has their KV if it is wanted."""
-        known, tokens = _known_tokens(job), _Tokens(len(job.emitted), transfer, emit)
+        known, tokens = _known_tokens(job), _Tokens(len(job.emitted), found, emit)
         request = EngineRequest(
             request_id=f"{job.request_id}/{job.attempt}",
             token_ids=known,

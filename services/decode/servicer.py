@@ -191,6 +191,10 @@ def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: Dec
     if chunk.finish_reason is not None:
         response.finish_reason = codec.encode_finish_reason(chunk.finish_reason)
         response.engine_ms = chunk.engine_ms
+    if chunk.prompt_kv is not None:
+        response.prompt_kv.cached_tokens = chunk.prompt_kv.cached_tokens
+        response.prompt_kv.store_tokens = chunk.prompt_kv.store_tokens
+        response.prompt_kv.store_fetch_ms = chunk.prompt_kv.store_fetch_ms
     if chunk.transfer is not None:
         response.transfer.bytes = chunk.transfer.bytes
         response.transfer.transfer_ms = chunk.transfer.transfer_ms

@@ -25,9 +25,12 @@ from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.server import Registrar
+from sagellm_common.rpc.store_client import StoreClient
 from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
+from services.kv_store.extents import ExtentTable
 from services.kv_store.loop import KvStore
+from services.kv_store.replication import Replicator
 from services.kv_store.servicer import KvStoreServicer
 from services.kv_store.telemetry import StoreCollector
 from services.kv_store.transcoded import TranscodedTier, kept_layout
@@ -36,8 +39,11 @@ from services.kv_store.transcoded import TranscodedTier, kept_layout
 async def compose(args: WorkerArgs) -> None:
     config, clock = args.config, SystemClock()
     disk = open_disk(config.kv_store, args.worker_id)
+    memory = HostKvPool(
+        config.kv_store.budget_bytes, clock, eviction=config.kv_store.eviction, tenants=config.kv.tenants
+    )
     pool = HierarchyManager(
-        HostKvPool(config.kv_store.budget_bytes, clock, eviction=config.kv_store.eviction),
+        memory,
         lambda layout: [open_tier(disk, layout, config.kv_store.disk.dtype)] if disk else [],
         write=config.kv_store.disk.write,
     )
@@ -73,7 +79,34 @@ async def compose(args: WorkerArgs) -> None:
             port=args.port,
             metrics_port=args.metrics_port,
         )
-        store = KvStore(pool, leases, channel, runtime, disk.layouts if disk else tuple)
+        extents = ExtentTable(pool.lookup)
+        replicator = Replicator(
+            memory,
+            extents,
+            leases,
+            runtime,
+            topology,
+            lambda layout: StoreClient(
+                channels,
+                topology,
+                layout,
+                channel.name,
+                clock,
+                replicas=config.kv_store.replicas,
+                worker_id=args.worker_id,
+            ),
+            config.kv_store.replication_bytes_per_s,
+        )
+        store = KvStore(
+            pool,
+            leases,
+            channel,
+            runtime,
+            extents,
+            disk.layouts if disk else tuple,
+            replicator=replicator,
+            pin_share=config.kv_store.pin_share,
+        )
         service = Registrar(
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
@@ -81,6 +114,7 @@ async def compose(args: WorkerArgs) -> None:
         )
         if disk:
             background.spawn(settle(store, pool, topology), "finding out whose blocks are on the disk")
+        background.spawn(replicator.run(), "replication")
         await runtime.run([service], store.load)
 
 

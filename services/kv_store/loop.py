@@ -8,6 +8,7 @@ get   leading hits from the disk into memory → references on those there → p
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -23,16 +24,20 @@ from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.comm_backend.transcode import check_bridgeable, obstacles
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import InvalidRequest
-from sagellm_common.core.types import BlockHash, KvLayout, KvSource, TokenIds, WorkerRecord
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvSource, TokenIds, WorkerRecord
 from sagellm_common.kv_runtime.backends.host import PendingPut
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
+from sagellm_common.prefix_reuse.sharding import Extent
 from sagellm_common.rpc.kv_transfer_service import check_backend
 from sagellm_common.rpc.worker_service import Load
+from services.kv_store.extents import ExtentTable
+from services.kv_store.replication import Replicator
 from services.kv_store.transcoded import conversion
 
 FIRST_EPOCH = 1
 PROMOTE_TIMEOUT_S = 0.25
 """What has not come up from the disk by then costs its hits: whoever asked computes meanwhile, or waits for us."""
+PIECE_BLOCKS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,16 @@ class KvStore:
         leases: HandoffSource,
         channel: PathsChannel,
         worker: Worker,
+        extents: ExtentTable,
         kept_layouts: Callable[[], Sequence[KvLayout]] = tuple,
+        *,
+        replicator: Replicator | None = None,
+        pin_share: float = 1.0,
     ) -> None:
         self._pool = pool
+        self._extents = extents
+        self._replicator = replicator
+        self._pin_share = pin_share
         self._kept_layouts = kept_layouts
         self._leases = leases
         self._channel = channel
@@ -76,7 +88,8 @@ class KvStore:
         return self._worker.record.incarnation
 
     def load(self) -> Load:
-        return Load(running_requests=self._running_puts, pinned_transfers=len(self._leases))
+        giving = self._replicator is not None and self._replicator.busy
+        return Load(running_requests=self._running_puts + giving, pinned_transfers=len(self._leases))
 
     async def settle(self, layout: KvLayout) -> None:
         """Goes on with what an earlier life left on the disk, where a worker with this layout can use it.
@@ -99,8 +112,20 @@ class KvStore:
         check_bridgeable(mine, layout, self._worker.record.worker_id, "the caller")
         return self._pool.lookup(hashes) if mine == layout else 0, mine
 
+    def lookup_extents(self, hashes: Sequence[BlockHash], extents: Sequence[Extent], layout: KvLayout) -> list[int]:
+        """How many leading blocks of each extent are stored; `hashes` are those of all of them, in order."""
+        if not self._pool.regions().num_blocks or self._pool.layout != layout:
+            return [0] * len(extents)
+        ends = list(itertools.accumulate(extent.num_blocks for extent in extents))
+        return [self._pool.lookup(hashes[end - e.num_blocks : end]) for e, end in zip(extents, ends, strict=True)]
+
     async def get(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, layout: KvLayout, backend: str
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        layout: KvLayout,
+        backend: str,
+        extents: Sequence[Extent] = (),
     ) -> KvSource | None:
         """The leading blocks stored for these tokens, pinned under a new lease; None for none.
 
@@ -122,6 +147,7 @@ class KvStore:
         except BaseException:
             self._pool.free(allocation)
             raise
+        self._extents.learn(hashes[: len(allocation.block_ids)], extents)
         failpoints.hit("store.getting")
         record = self._worker.record
         return KvSource(
@@ -149,8 +175,14 @@ class KvStore:
         source: KvSource,
         source_layout: KvLayout,
         timeout_s: float,
+        extents: Sequence[Extent] = (),
+        tenant: str = "",
     ) -> PutResult:
         """Pulls what is absent from `source`, whose lease the caller holds. Stores fewer when memory is short.
+
+        The work on hashes and tokens, some microseconds a block, is done an extent at a time (PIECE_BLOCKS where the
+        caller names none): calls of others get their turn in between. They find none of it before all of it is there.
+        It counts in the share of `tenant`.
 
         Hashes and tokens are those of blocks in `layout`, which the first put settles for all; those of the source,
         from the same token on, may be cut and kept in another way.
@@ -170,25 +202,35 @@ class KvStore:
             self._pool.check_layout(layout)
         else:
             await asyncio.to_thread(self._pool.adopt, layout)  # may open files
-        put = self._pool.begin_put(hashes, token_ids)
+        size, puts = layout.block_size_tokens, list[PendingPut]()
         self._running_puts += 1
         try:
-            num_bytes = await self._pull(put, source, source_layout, timeout_s)
+            starts = _starts(extents, len(hashes))
+            for at, end in itertools.pairwise(starts):
+                puts.append(self._pool.begin_put(hashes[at:end], token_ids[at * size : end * size], tenant))
+                await asyncio.sleep(0)
+            table, wanted = _joined(puts, starts)
+            num_bytes = await self._pull(table, wanted, source, source_layout, timeout_s)
             failpoints.hit("store.putting")
-            self._pool.commit_put(put)
+            # The beginning last: what was used last is evicted last, and the rest is of no use without it.
+            for put in reversed(puts):
+                self._pool.commit_put(put)
+                await asyncio.sleep(0)
+            self._extents.learn(hashes, extents)
         finally:
             # Whatever kept it from being committed: no one may find half-filled blocks.
-            self._pool.abort_put(put)
+            for put in puts:
+                self._pool.abort_put(put)
             self._running_puts -= 1
-        return PutResult(len(put.positions), put.num_present, num_bytes)
+        return PutResult(len(wanted), sum(put.num_present for put in puts), num_bytes)
 
-    async def _pull(self, put: PendingPut, source: KvSource, source_layout: KvLayout, timeout_s: float) -> int:
-        """Fills the put's blocks, run by run of what was absent; returns the bytes that crossed."""
+    async def _pull(
+        self, table: BlockIds, wanted: BlockIds, source: KvSource, source_layout: KvLayout, timeout_s: float
+    ) -> int:
+        """Fills block table[n] for each n in `wanted`, run by run; returns the bytes that crossed."""
         deadline_s, num_bytes, size = time.monotonic() + timeout_s, 0, self._pool.layout.block_size_tokens
         tokens = TokenPuller(self._channel, self._pool.regions(), self._pool.layout, buffers=self._buffers)
-        table = np.zeros(1 + put.positions.max(initial=-1), np.int32)
-        table[put.positions] = put.allocation.block_ids
-        for run in np.split(put.positions, np.flatnonzero(np.diff(put.positions) != 1) + 1):
+        for run in np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1):
             if len(run):
                 begin, end = int(run[0]) * size, (int(run[-1]) + 1) * size
                 left_s = deadline_s - time.monotonic()
@@ -197,5 +239,22 @@ class KvStore:
         return num_bytes
 
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
-        """Keeps blocks from eviction; returns how many."""
-        return self._pool.pin(hashes, ttl_s)
+        """Keeps blocks from eviction; returns how many: the first, where pins have used up their share."""
+        most = int(self._pin_share * self._pool.regions().num_blocks)
+        return self._pool.pin(hashes, ttl_s, most)
+
+
+def _starts(extents: Sequence[Extent], num_blocks: int) -> list[int]:
+    """Where the pieces of a put begin, and its end."""
+    if extents:
+        return [0, *itertools.accumulate(extent.num_blocks for extent in extents)]
+    return [*range(0, num_blocks, PIECE_BLOCKS), num_blocks]
+
+
+def _joined(puts: Sequence[PendingPut], starts: Sequence[int]) -> tuple[BlockIds, BlockIds]:
+    """Of the pieces of one put: block table, and the positions in it that are to be filled."""
+    positions = [put.positions + at for put, at in zip(puts, starts, strict=False)]
+    wanted = np.concatenate([np.zeros(0, np.int32), *positions])
+    table = np.zeros(1 + wanted.max(initial=-1), np.int32)
+    table[wanted] = np.concatenate([np.zeros(0, np.int32), *(put.allocation.block_ids for put in puts)])
+    return table, wanted

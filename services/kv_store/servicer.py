@@ -29,19 +29,26 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
     ) -> kv_pb2.KvLookupResponse:
         hashes, layout = codec.decode_hashes(request.block_hashes), codec.decode_layout(request.layout)
         await self._store.settle(layout)
+        wanted = codec.decode_extents(request.extents, len(hashes))
         num_blocks, stored = self._store.lookup(hashes, layout)
-        return kv_pb2.KvLookupResponse(num_blocks=num_blocks, layout=codec.encode_layout(stored) if stored else None)
+        return kv_pb2.KvLookupResponse(
+            num_blocks=num_blocks,
+            layout=codec.encode_layout(stored) if stored else None,
+            extent_blocks=self._store.lookup_extents(hashes, wanted, layout),
+        )
 
     async def Get(
         self,
         request: kv_pb2.KvGetRequest,
         context: grpc.aio.ServicerContext[kv_pb2.KvGetRequest, kv_pb2.KvGetResponse],
     ) -> kv_pb2.KvGetResponse:
+        hashes = codec.decode_hashes(request.block_hashes)
         source = await self._store.get(
-            codec.decode_hashes(request.block_hashes),
+            hashes,
             codec.decode_token_ids(request.token_ids),
             codec.decode_layout(request.layout),
             request.backend,
+            codec.decode_extents(request.extents, len(hashes)),
         )
         if source is None:
             return kv_pb2.KvGetResponse()
@@ -53,13 +60,16 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
         context: grpc.aio.ServicerContext[kv_pb2.KvPutRequest, kv_pb2.KvPutResponse],
     ) -> kv_pb2.KvPutResponse:
         layout = codec.decode_layout(request.layout)
+        hashes = codec.decode_hashes(request.block_hashes)
         result = await self._store.put(
-            codec.decode_hashes(request.block_hashes),
+            hashes,
             codec.decode_token_ids(request.token_ids),
             codec.decode_layout(request.stored_layout) if request.HasField("stored_layout") else layout,
             codec.decode_kv_source(request.source),
             layout,
             context.time_remaining() or DEFAULT_PUT_TIMEOUT_S,
+            codec.decode_extents(request.extents, len(hashes)),
+            request.tenant,
         )
         return kv_pb2.KvPutResponse(
             num_stored=result.num_stored, num_present=result.num_present, bytes_pulled=result.bytes_pulled

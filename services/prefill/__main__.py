@@ -19,12 +19,12 @@ from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.server import Registrar
 from sagellm_common.rpc.store_client import StoreClient
+from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from services.prefill.attempts import IdempotentPrefill
 from services.prefill.loop import PrefillLoop
 from services.prefill.servicer import PrefillServicer
-from services.prefill.store_fetch import StoreFetch
 from services.prefill.telemetry import ObservedPrefill
 
 
@@ -70,7 +70,15 @@ async def compose(args: WorkerArgs) -> None:
         )
         store = None
         if config.kv_store.enabled:
-            client = StoreClient(channels, topology, engine.kv.layout, channel.name, clock)
+            client = StoreClient(
+                channels,
+                topology,
+                engine.kv.layout,
+                channel.name,
+                clock,
+                replicas=config.kv_store.replicas,
+                worker_id=args.worker_id,
+            )
             store = StoreFetch(client, channel, LeaseReleaser(transfers, background), engine.kv)
         loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel))
         prefill = IdempotentPrefill(ObservedPrefill(loop), leases)

@@ -26,9 +26,9 @@ from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.kv_source import describe_source
+from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_service import Load, WorkerView
 from services.prefill.jobs import PrefillDone, PrefillJob
-from services.prefill.store_fetch import StoreFetch
 
 
 class PrefillLoop:
@@ -76,7 +76,7 @@ class PrefillLoop:
         allocation = self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt, job.tenant)
         with OwnedBlocks(self._pool, allocation) as blocks:
             allocated = self._clock.now()
-            store_tokens = await self._store.fetch(job, blocks.allocation) if self._store else 0
+            store_tokens = await self._fetch(job, blocks.allocation)
             fetched = self._clock.now()
             done = PrefillDone(
                 token_ids=(),
@@ -103,6 +103,19 @@ class PrefillLoop:
                     progress.complete()
             failpoints.hit("prefill.pinned")
             return done
+
+    async def _fetch(self, job: PrefillJob, allocation: Allocation) -> int:
+        """Fills blocks with what the kv_stores hold; the number of tokens gained."""
+        if self._store is None:
+            return 0
+        return await self._store.fetch(
+            job.request_id,
+            job.prompt,
+            allocation,
+            timeout_s=job.timeout_s,
+            cache_salt=job.cache_salt,
+            priority=job.priority,
+        )
 
     @contextmanager
     def _announced(self, job: PrefillJob, epoch: int, allocation: Allocation) -> Iterator[KvProgress | None]:

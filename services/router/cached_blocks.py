@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +18,7 @@ from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import IndexConfig
 from sagellm_common.core.types import BLOCK_HASH_BYTES
 from sagellm_common.prefix_reuse.index import PrefixReuseIndex
+from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS
 from sagellm_common.rpc.block_journal import BlockChanges
 from sagellm_common.rpc.worker_client import IndexedBlocks
 
@@ -120,6 +121,20 @@ class CachedBlocks:
                 found[known.worker_id] = depths[-1] * block_size_tokens
         self._matched_tokens += max(found.values(), default=0)
         return found
+
+    def sharded(self, hashes: bytes, block_size_tokens: int, worker_ids: Collection[str]) -> int:
+        """Leading tokens that these workers hold between them, where each keeps other extents of a sequence."""
+        num_blocks, step = 0, EXTENT_BLOCKS * BLOCK_HASH_BYTES
+        for at in range(0, len(hashes), step):
+            extent, most = hashes[at : at + step], 0
+            for name, depths in self._index.lookup(extent).items():
+                known = self._known[name]
+                if known.worker_id in worker_ids and self._credited(known):
+                    most = max(most, depths[-1])
+            num_blocks += most
+            if most * BLOCK_HASH_BYTES < len(extent):
+                break
+        return num_blocks * block_size_tokens
 
     def view(self, worker_id: str, incarnation: str) -> IndexedBlocks | None:
         """None for a worker that never told anything."""

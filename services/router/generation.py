@@ -16,7 +16,7 @@ from sagellm_common.core.types import (
     KvSource,
     TokenLogprob,
 )
-from sagellm_common.rpc.sessions import DecodeStep, PrefillOutcome, TransferReport
+from sagellm_common.rpc.sessions import DecodeStep, PrefillOutcome, PromptKvReport, TransferReport
 from services.router.explain import Explanation, PlanEvent
 from services.router.stages import Prefilled
 from services.router.workers import WorkerLink
@@ -46,6 +46,8 @@ class Generation:
         self._prefill: PrefillOutcome | None = None
         self._transfer: TransferReport | None = None
         self._decode_engine_ms = 0.0
+        self._prompt_kv: PromptKvReport | None = None
+        self._on_decode_tokens = 0
         self._prefill_worker_id = ""
         self._decode_worker_id = ""
 
@@ -87,6 +89,7 @@ class Generation:
         """The first token, or the end."""
         outcome = prefilled.outcome
         self._prefill, self._prefill_worker_id = outcome, prefilled.worker.worker_id
+        self._explain_kv(self._prefill_worker_id, outcome.cached_tokens, outcome.store_tokens)
         if outcome.source:
             self._pinned = prefilled
             self._pinned_until_s = self._clock.now() + outcome.source.lease_expires_in_ms / 1e3
@@ -97,7 +100,11 @@ class Generation:
         self._decode_worker_id = link.worker_id
         self._decode_engine_ms += step.engine_ms
         if step.transfer is not None:
-            self._take_transfer(step.transfer)
+            self._take_transfer(link, step.transfer)
+        if step.prompt_kv is not None and not self.emitted:
+            self._prompt_kv = step.prompt_kv
+            self._on_decode_tokens = step.prompt_kv.cached_tokens - step.prompt_kv.store_tokens
+            self._explain_kv(link.worker_id, step.prompt_kv.cached_tokens, step.prompt_kv.store_tokens)
         if step.token_ids:
             self.unpin()
             if step.index != len(self.emitted):
@@ -113,14 +120,16 @@ class Generation:
         return self._emit((), (), reason)
 
     def summary(self) -> GenerationSummary:
-        prefill, transfer = self._prefill, self._transfer
+        transfer, prefill = self._transfer, self._prefill
+        found = prefill or self._prompt_kv
         first_s = self._first_token_s if self._first_token_s is not None else self._last_token_s
         num_tokens = len(self.emitted)
         return GenerationSummary(
             prompt_tokens=len(self.request.prompt_token_ids),
             completion_tokens=num_tokens,
-            cached_tokens=prefill.cached_tokens if prefill else 0,
-            store_tokens=prefill.store_tokens if prefill else 0,
+            cached_tokens=found.cached_tokens if found else 0,
+            store_tokens=found.store_tokens if found else 0,
+            decode_cached_tokens=self._on_decode_tokens,
             prefill_worker_id=self._prefill_worker_id,
             decode_worker_id=self._decode_worker_id,
             kv_bytes_transferred=transfer.bytes if transfer else 0,
@@ -129,7 +138,7 @@ class Generation:
             reserve_ms=self._stage_ms.get("reserve", 0.0),
             prefill_ms=self._stage_ms.get("prefill", 0.0),
             prefill_compute_ms=prefill.compute_ms if prefill else 0.0,
-            store_fetch_ms=prefill.store_fetch_ms if prefill else 0.0,
+            store_fetch_ms=found.store_fetch_ms if found else 0.0,
             transfer_ms=transfer.transfer_ms if transfer else 0.0,
             kv_bytes_ahead=transfer.bytes_ahead if transfer else 0,
             transfer_exposed_ms=transfer.exposed_ms if transfer else 0.0,
@@ -159,9 +168,18 @@ class Generation:
             summary=self.summary() if finish_reason else None,
         )
 
-    def _take_transfer(self, transfer: TransferReport) -> None:
+    def _explain_kv(self, worker_id: str, cached_tokens: int, store_tokens: int) -> None:
+        """Where the worker that has completed the prompt had its KV from."""
+        computed, own = len(self.request.prompt_token_ids) - cached_tokens, cached_tokens - store_tokens
+        detail = f"{worker_id}: {computed} tokens computed, {own} in its cache, {store_tokens} from the kv_store"
+        self._record("prompt KV", self._clock.now(), 0.0, detail)
+
+    def _take_transfer(self, link: WorkerLink, transfer: TransferReport) -> None:
         """Pulled and committed: the source is unpinned. The span is entered afterwards, from the worker's report."""
         self._transfer = transfer
+        if link.record.model is not None:
+            reused = transfer.blocks_reused * link.record.model.kv_layout.block_size_tokens
+            self._on_decode_tokens = min(reused, len(self.request.prompt_token_ids))
         self.unpin()
         blocks = f"{transfer.blocks} blocks, {transfer.blocks_reused} reused"
         over = f"{transfer.backend} ({transfer.why})" if transfer.why else transfer.backend

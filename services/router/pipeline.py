@@ -154,13 +154,14 @@ class Pipeline:
 
     def _match(self, admitted: Admitted) -> Matched:
         """Hashes differ between layouts: each one's find the workers that have it."""
-        request, cached_tokens = admitted.request, dict[str, int]()
+        request, cached_tokens, stored_tokens = admitted.request, dict[str, int](), 0
         for layout in self._workers.layouts(admitted.model):
             size = layout.block_size_tokens
             hashes = packed_block_hashes(request.prompt_token_ids, size, root_hash(layout, request.cache_salt))
             for worker_id, tokens in self._workers.matched(hashes, size).items():
                 cached_tokens[worker_id] = max(cached_tokens.get(worker_id, 0), tokens)
-        return Matched(cached_tokens)
+            stored_tokens = max(stored_tokens, self._workers.stored(hashes, size))
+        return Matched(cached_tokens, stored_tokens)
 
     async def _route(
         self, admitted: Admitted, matched: Matched, generation: Generation, retry: Retry, slot: Slot

@@ -57,7 +57,7 @@ def place(
         num_emitted_tokens=len(generation.emitted),
         prefill_cached_tokens=matched.cached_tokens.get(prefill_id or "", 0),
         decode_cached_tokens=matched.cached_tokens.get(decode_id, 0),
-        store_cached_tokens=matched.cached_tokens.get(placement.kv_store_worker_id or "", 0),
+        store_cached_tokens=matched.stored_tokens,
         kv_source_worker_id=pinned.worker.worker_id if pinned else None,
         overlap=overlap.overlap if overlap else None,
         segment_bytes=overlap.segment_bytes if overlap else 0,
@@ -79,5 +79,7 @@ def _view(link: WorkerLink, matched: Matched) -> WorkerView:
         role=link.record.role,
         outstanding=link.load,
         assigned=link.assigned,
-        matched_tokens=matched.cached_tokens.get(link.worker_id, 0),
+        matched_tokens=matched.stored_tokens
+        if link.record.role is WorkerRole.KV_STORE
+        else matched.cached_tokens.get(link.worker_id, 0),
     )

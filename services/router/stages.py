@@ -43,9 +43,13 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """Leading prompt tokens whose KV each worker holds, by worker id; those with none are absent."""
+    """Leading prompt tokens whose KV each worker holds, by worker id; those with none are absent.
+
+    `stored_tokens`: that the kv_stores hold between them.
+    """
 
     cached_tokens: Mapping[str, int]
+    stored_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,11 @@ class Workers:
         """Leading tokens of the packed `hashes`' blocks that each worker holds; see `CachedBlocks`."""
         return self._cached.matched(hashes, block_size_tokens)
 
+    def stored(self, hashes: bytes, block_size_tokens: int) -> int:
+        """Leading tokens of the packed `hashes`' blocks that the kv_stores hold between them."""
+        stores = {link.worker_id for link in self._links.values() if link.record.role is WorkerRole.KV_STORE}
+        return self._cached.sharded(hashes, block_size_tokens, stores) if stores else 0
+
     def find(self, worker_id: str, incarnation: str) -> WorkerLink | None:
         return self._links.get((worker_id, incarnation))
 

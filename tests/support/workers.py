@@ -37,6 +37,7 @@ from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcome, PrefillSession
 from sagellm_common.rpc.store_client import StoreClient
+from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.topology_client import RemoteTopology
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from sagellm_common.rpc.worker_service import Load
@@ -49,7 +50,6 @@ from services.decode.telemetry import ObservedDecode
 from services.prefill.attempts import IdempotentPrefill
 from services.prefill.loop import PrefillLoop
 from services.prefill.servicer import PrefillServicer
-from services.prefill.store_fetch import StoreFetch
 from services.prefill.telemetry import ObservedPrefill
 from tests.support.simulated_engine import SimulatedEngine
 from tests.support.waiting import TIMEOUT_S, eventually
@@ -197,11 +197,19 @@ async def worker(
         )
         topology.runtime = runtime
         layout = engine.kv.layout
-        client = StoreClient(channels, topology, layout, channel.name, SystemClock())
+        client = StoreClient(
+            channels,
+            topology,
+            layout,
+            channel.name,
+            SystemClock(),
+            replicas=config.kv_store.replicas,
+            worker_id=worker_id or f"{role}-0",
+        )
         releaser = LeaseReleaser(transfers, background)
+        fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
         prefill = aheads = None
         if role is WorkerRole.PREFILL:
-            fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
             loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), OverlapRule(channel))
             prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
             stack.push_async_callback(prefill.close)
@@ -228,7 +236,7 @@ async def worker(
                 else None
             )
             stack.callback(aheads.close)
-            loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload)
+            loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload, fetch)
             service = Registrar(
                 "sagellm.v1.DecodeService",
                 worker_pb2_grpc.add_DecodeServiceServicer_to_server,

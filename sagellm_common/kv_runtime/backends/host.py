@@ -7,6 +7,7 @@ absent ──begin_put──► filling ──commit_put──► stored ──e
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,14 +195,18 @@ class HostKvPool(KVPool):
                 self._filling.difference_update(put.hashes)
                 self.free(put.allocation)
 
-    def pin(self, hashes: Iterable[BlockHash], ttl_s: float) -> int:
-        """Keeps stored blocks from eviction for ttl_s (0: no longer); returns how many are pinned now."""
+    def pin(self, hashes: Iterable[BlockHash], ttl_s: float, most_blocks: int | None = None) -> int:
+        """Keeps stored blocks from eviction for ttl_s (0: no longer); returns how many of these are pinned now: the
+        first, where more than `most_blocks` would be in all (None: any number)."""
         with self.lock:
             self._expire_pins()
             known = [key for key in dict.fromkeys(hashes) if key in self.cache]
             if ttl_s <= 0:
                 self._unpin([key for key in known if key in self._pins])
                 return 0
+            if most_blocks is not None:
+                places = itertools.count(most_blocks - len(self._pins), -1)
+                known = list(itertools.takewhile(lambda key: key in self._pins or next(places) > 0, known))
             self.blocks.hold(self.cache.blocks_of(key for key in known if key not in self._pins))
             self._pins.update(dict.fromkeys(known, self._clock.now() + ttl_s))
             return len(known)

@@ -27,8 +27,9 @@ from sagellm_common.core.types import (
     WorkerState,
     as_token_ids,
 )
+from sagellm_common.prefix_reuse.sharding import Extent
 from sagellm_common.rpc import codec
-from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, kv_pb2
 from tests.support.topology import LAYOUT, MODEL, make_record
 
 SOURCE = KvSource(
@@ -230,3 +231,21 @@ def broken(encode: Callable[[Any], Any], value: Any, **changes: Any) -> Any:
 def test_a_malformed_field_is_named(decode: Callable[[Any], Any], message: Any, field: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"^{field} "):
         decode(message)
+
+
+def test_extents_are_checked() -> None:
+    key = b"k" * 16
+    sent = [Extent(key, 64, 96), Extent(key, 101, 103)]
+    messages = [codec.encode_extent(extent) for extent in sent]
+    assert codec.decode_extents(messages, 34) == [Extent(key, 0, 32), Extent(key, 5, 7)]
+    assert codec.decode_extents([], 7) == []
+    with pytest.raises(InvalidRequest, match="extents has 34 blocks, but block_hashes has 33"):
+        codec.decode_extents(messages, 33)
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "num"), [(b"k", 0, 1), (b"k" * 16, -1, 2), (b"k" * 16, 0, 0), (b"k" * 16, 20, 13)]
+)
+def test_an_extent_that_is_none_is_refused(key: bytes, first: int, num: int) -> None:
+    with pytest.raises(InvalidRequest, match="an extent has 32 blocks and a key of 16 bytes"):
+        codec.decode_extents([kv_pb2.KvExtent(key=key, first_block=first, num_blocks=num)], num)

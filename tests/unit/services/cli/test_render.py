@@ -59,12 +59,16 @@ def test_explanation_lists_stages_in_order() -> None:
 
 
 def test_summaries_stand_side_by_side_and_tell_caches_apart() -> None:
-    one = GenerationSummary(prompt_tokens=40, cached_tokens=32, store_tokens=16, kv_bytes_transferred=2_500_000)
-    two = GenerationSummary(prompt_tokens=7, transport="tcp")
+    one = GenerationSummary(prompt_tokens=40, cached_tokens=30, store_tokens=16, decode_cached_tokens=8)
+    two = GenerationSummary(prompt_tokens=7, transport="tcp", prefill_worker_id="prefill-0")
     rows = {line[:25].strip(): line[25:].split() for line in printed(render.summaries_table([("a", one), ("b", two)]))}
     assert rows["prompt tokens"] == ["40", "7"]
-    assert rows["from prefill's cache"] == ["16", "0"]
+    assert rows["computed"] == ["10", "7"]
+    assert rows["in its own cache"] == ["14", "0"]
     assert rows["from the store"] == ["16", "0"]
+    assert rows["on decode already"] == ["8", "0"]
+    assert list(one.kv_origins) == ["computed", "decode_cache", "store"]
+    assert list(two.kv_origins) == ["computed", "prefill_cache", "store"]
     assert "attempts" not in rows
 
 

@@ -38,6 +38,7 @@ from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, kv_pb2, kv_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.kv_transfer_service import KvTransferServicer
 from sagellm_common.rpc.server import GrpcServer, Registrar
+from services.kv_store.extents import ExtentTable
 from services.kv_store.loop import KvStore
 from services.kv_store.servicer import KvStoreServicer
 from tests.support.kv_channels import HOST, Cluster, Side, a_layout, blocks_of
@@ -115,7 +116,10 @@ async def store() -> AsyncIterator[Running]:
         Registrar(
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
-            KvStoreServicer(KvStore(pool, leases, channel, worker), BlockJournal(pool, clock, 3, Tier.HOST)),
+            KvStoreServicer(
+                KvStore(pool, leases, channel, worker, ExtentTable(pool.lookup)),
+                BlockJournal(pool, clock, 3, Tier.HOST),
+            ),
         ),
         Registrar(
             "sagellm.v1.KvTransferService",

@@ -126,7 +126,7 @@ async def test_the_plan_is_in_the_summary_and_can_be_explained(router: RouterHar
     explained = await router.explain("explained")
     assert explained.plan == generated.plan
     stages = [event.stage for event in explained.events]
-    assert stages == ["admit", "match", "plan", "reserve", "prefill", "transfer", "decode", "release"]
+    assert stages == ["admit", "match", "plan", "reserve", "prefill", "prompt KV", "transfer", "decode", "release"]
 
 
 async def test_a_cached_prefix_draws_the_request_and_shortens_the_plan(router: RouterHarness) -> None:

@@ -1,7 +1,8 @@
 from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -92,33 +93,49 @@ class PullResponse(_message.Message):
     digests: bytes
     def __init__(self, digests: _Optional[bytes] = ...) -> None: ...
 
+class KvExtent(_message.Message):
+    __slots__ = ("key", "first_block", "num_blocks")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    first_block: int
+    num_blocks: int
+    def __init__(self, key: _Optional[bytes] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
 class KvLookupRequest(_message.Message):
-    __slots__ = ("block_hashes", "layout")
+    __slots__ = ("block_hashes", "layout", "extents")
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    EXTENTS_FIELD_NUMBER: _ClassVar[int]
     block_hashes: bytes
     layout: _common_pb2.KvLayout
-    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
+    extents: _containers.RepeatedCompositeFieldContainer[KvExtent]
+    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ...) -> None: ...
 
 class KvLookupResponse(_message.Message):
-    __slots__ = ("num_blocks", "layout")
+    __slots__ = ("num_blocks", "layout", "extent_blocks")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     layout: _common_pb2.KvLayout
-    def __init__(self, num_blocks: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
+    extent_blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_blocks: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., extent_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KvGetRequest(_message.Message):
-    __slots__ = ("block_hashes", "layout", "backend", "token_ids")
+    __slots__ = ("block_hashes", "layout", "backend", "token_ids", "extents")
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXTENTS_FIELD_NUMBER: _ClassVar[int]
     block_hashes: bytes
     layout: _common_pb2.KvLayout
     backend: str
     token_ids: bytes
-    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    extents: _containers.RepeatedCompositeFieldContainer[KvExtent]
+    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ...) -> None: ...
 
 class KvGetResponse(_message.Message):
     __slots__ = ("num_blocks", "source")
@@ -129,18 +146,22 @@ class KvGetResponse(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class KvPutRequest(_message.Message):
-    __slots__ = ("block_hashes", "source", "layout", "token_ids", "stored_layout")
+    __slots__ = ("block_hashes", "source", "layout", "token_ids", "stored_layout", "extents", "tenant")
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     STORED_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     block_hashes: bytes
     source: _common_pb2.KvSource
     layout: _common_pb2.KvLayout
     token_ids: bytes
     stored_layout: _common_pb2.KvLayout
-    def __init__(self, block_hashes: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., stored_layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
+    extents: _containers.RepeatedCompositeFieldContainer[KvExtent]
+    tenant: str
+    def __init__(self, block_hashes: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., stored_layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class KvPutResponse(_message.Message):
     __slots__ = ("num_stored", "num_present", "bytes_pulled")

@@ -295,7 +295,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., emitted_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("request_id", "attempt", "index", "token_ids", "logprobs", "finish_reason", "error", "transfer", "engine_ms")
+    __slots__ = ("request_id", "attempt", "index", "token_ids", "logprobs", "finish_reason", "error", "transfer", "engine_ms", "prompt_kv")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +305,7 @@ class DecodeResponse(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_KV_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     index: int
@@ -314,7 +315,18 @@ class DecodeResponse(_message.Message):
     error: _status_pb2.Status
     transfer: TransferReport
     engine_ms: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ...) -> None: ...
+    prompt_kv: PromptKv
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ..., prompt_kv: _Optional[_Union[PromptKv, _Mapping]] = ...) -> None: ...
+
+class PromptKv(_message.Message):
+    __slots__ = ("cached_tokens", "store_tokens", "store_fetch_ms")
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FETCH_MS_FIELD_NUMBER: _ClassVar[int]
+    cached_tokens: int
+    store_tokens: int
+    store_fetch_ms: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., store_fetch_ms: _Optional[float] = ...) -> None: ...
 
 class TransferReport(_message.Message):
     __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms", "why", "conversion")
