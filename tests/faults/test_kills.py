@@ -104,31 +104,46 @@ async def test_a_seeded_sample_resumes_as_itself(healthy: RunningCluster, arm: A
         assert (await client.complete(prompt, **sampling)).token_ids == undisturbed.token_ids
 
 
-@pytest.mark.parametrize("stage", ["store.putting", "store.getting"])
-async def test_the_loss_of_the_store_costs_hits_never_a_request(
+async def offloaded(healthy: RunningCluster, prompt: list[int], expected: list[int]) -> None:
+    """The prompt and its answer are in both stores, and in no prefill worker's cache."""
+
+    async def stored() -> dict[str, int]:
+        view = await asyncio.to_thread(healthy.status)
+        stores = {w.record.worker_id: w.kv for w in view.workers if w.record.role is WorkerRole.KV_STORE}
+        return {store_id: kv.total_blocks - kv.free_blocks for store_id, kv in stores.items() if kv is not None}
+
+    async def stored_after_another() -> dict[str, int]:
+        """A store that was lost a moment ago is left alone for a while: it is offered the blocks again."""
+        assert list((await complete(healthy, prompt)).token_ids) == expected
+        return await stored()
+
+    blocks = (len(prompt) + NEW_TOKENS - 1) // healthy.config.engine.block_size_tokens
+    before = await stored()
+    await eventually(
+        stored_after_another,
+        lambda now: len(now) == 2 and all(now[id] >= before.get(id, 0) + blocks for id in now),
+        DEADLINE_S,
+    )
+    for worker_id in ("prefill-0", "prefill-1"):  # their caches are gone, the stores' are not
+        await asyncio.to_thread(healthy.restart, worker_id)
+    await all_serving(healthy)  # until the router knows them, decode stands in for prefill
+
+
+@pytest.mark.parametrize("stage", ["store.putting", "store.getting", "source.sending"])
+async def test_the_loss_of_a_store_costs_no_request_and_with_a_replica_no_hit(
     healthy: RunningCluster, arm: Arm, tiny_llama: Path, stage: str
 ) -> None:
+    """At the offload, at the fetch, and in the middle of the pull that a fetch begins with."""
     prompt = fresh_prompt(100)
     expected = greedy(tiny_llama, prompt, NEW_TOKENS)
-    if stage == "store.getting":
-
-        async def stored() -> int:
-            view = await asyncio.to_thread(healthy.status)
-            stores = [w.kv for w in view.workers if w.record.role is WorkerRole.KV_STORE]
-            return sum(kv.total_blocks - kv.free_blocks for kv in stores if kv is not None)
-
-        async def stored_after_another() -> int:
-            """A store that was lost a moment ago is left alone for a while: it is offered the blocks again."""
-            assert list((await complete(healthy, prompt)).token_ids) == expected
-            return await stored()
-
-        wanted = await stored() + (len(prompt) + NEW_TOKENS - 1) // healthy.config.engine.block_size_tokens
-        await eventually(stored_after_another, lambda blocks: blocks >= wanted, DEADLINE_S)
-        for worker_id in ("prefill-0", "prefill-1"):  # their caches are gone, the store's is not
-            await asyncio.to_thread(healthy.restart, worker_id)
-        await all_serving(healthy)  # until the router knows them, decode stands in for prefill and asks no store
+    if stage != "store.putting":
+        await offloaded(healthy, prompt, expected)
     arm(stage)
-    assert list((await complete(healthy, prompt)).token_ids) == expected
+    done = await complete(healthy, prompt)
+    assert list(done.token_ids) == expected
+    assert done.summary.attempts == 1
+    if stage != "store.putting":
+        assert done.summary.store_tokens == 96
     assert list((await complete(healthy, prompt)).token_ids) == expected
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import BlockHash
-from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.prefix_reuse.sharding import extents, ranked
 from services.kv_store.extents import ExtentTable
@@ -33,7 +33,7 @@ class Stores:
     def __init__(self, stack: AsyncExitStack, router: str, replicas: int) -> None:
         self._stack, self._router, self._replicas = stack, router, replicas
         self._exits: dict[str, AsyncExitStack] = {}
-        self.pools: dict[str, HostKvPool] = {}
+        self.pools: dict[str, HierarchyManager] = {}
 
     async def start(self, *store_ids: str, drains: bool = False) -> None:
         for id in store_ids:

@@ -11,7 +11,7 @@ from sagellm_common.core.errors import KvExhausted
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import WorkerRole
-from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS, extents, ranked
 from tests.support.simulated_engine import SimulatedEngine, reference
@@ -93,7 +93,7 @@ async def test_a_prompt_is_kept_in_shards_and_comes_back_from_all_of_them(
             assert again.prefill.store_tokens == (len(PROMPT) - 1) // size * size
         else:
             assert again.prefill.store_tokens >= EXTENT_BLOCKS * SIZE // size * size
-        assert sum(pool.outcomes["hit"] for pool in pools.values()) >= again.prefill.store_tokens // SIZE
+        assert sum(pool.pool.outcomes["hit"] for pool in pools.values()) >= again.prefill.store_tokens // SIZE
         await prefill.idle()
         await decode.idle()
 
@@ -103,7 +103,7 @@ async def filled(router: str, replicas: int) -> AsyncIterator[tuple[dict[str, As
     """Three stores, each in a stack of its own, that hold PROMPT; the workers have forgotten it."""
     async with AsyncExitStack() as stack:
         stores: dict[str, AsyncExitStack] = {}
-        pools: list[HostKvPool] = []
+        pools: list[HierarchyManager] = []
         for id in STORES:
             stores[id] = await stack.enter_async_context(AsyncExitStack())
             pools.append(await stores[id].enter_async_context(kv_store(router, id)))
