@@ -259,10 +259,26 @@ class KvConversion:
     relative_rms_error: float = 0.0
     non_finite: int = 0
 
-    def __str__(self) -> str:
+    def beside(self, other: KvConversion | None) -> KvConversion:
+        """Of other values, too: a bound for all of them."""
+        if other is None or other == self:
+            return self
+        dtypes = {*self.wire_dtype.split(", "), *other.wire_dtype.split(", ")}
+        return KvConversion(
+            ", ".join(sorted(dtypes)),
+            max(self.max_abs_error, other.max_abs_error),
+            max(self.relative_rms_error, other.relative_rms_error),
+            self.non_finite + other.non_finite,
+        )
+
+    def said(self, how: str) -> str:
+        """For people; `how` KV was in `wire_dtype`."""
         error = f"off by {self.relative_rms_error:.2g} of its RMS and {self.max_abs_error:.2g} at most"
-        said = f"crossed as {self.wire_dtype}, {error if self.max_abs_error else 'nothing lost'}"
+        said = f"{how} as {self.wire_dtype}, {error if self.max_abs_error else 'nothing lost'}"
         return said + (f"; {self.non_finite} values are inf or NaN" if self.non_finite else "")
+
+    def __str__(self) -> str:
+        return self.said("crossed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +318,8 @@ class GenerationSummary:
     kv_bytes_ahead: int = 0
     transfer_exposed_ms: float = 0.0
     kv_conversion: KvConversion | None = None
+    store_conversion: KvConversion | None = None
+    """What the prompt's blocks had lost in the kv_store."""
     prefill_engine_ms: float = 0.0
     decode_engine_ms: float = 0.0
     decode_cached_tokens: int = 0

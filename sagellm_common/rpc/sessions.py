@@ -46,6 +46,7 @@ class PrefillOutcome:
     compute_ms: float
     store_fetch_ms: float
     engine_ms: float = 0.0
+    store_conversion: KvConversion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class PromptKvReport:
     cached_tokens: int
     store_tokens: int
     store_fetch_ms: float
+    store_conversion: KvConversion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +292,12 @@ def _decode_prefill(response: worker_pb2.PrefillResponse) -> PrefillOutcome:
         compute_ms=response.compute_ms,
         store_fetch_ms=response.store_fetch_ms,
         engine_ms=response.engine_ms,
+        store_conversion=_conversion(response),
     )
+
+
+def _conversion(message: worker_pb2.PrefillResponse | worker_pb2.PromptKv) -> KvConversion | None:
+    return codec.decode_conversion(message.store_conversion) if message.HasField("store_conversion") else None
 
 
 def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
@@ -320,4 +327,6 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
 
 
 def _prompt_kv(message: worker_pb2.PromptKv) -> PromptKvReport:
-    return PromptKvReport(message.cached_tokens, message.store_tokens, message.store_fetch_ms)
+    return PromptKvReport(
+        message.cached_tokens, message.store_tokens, message.store_fetch_ms, store_conversion=_conversion(message)
+    )

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from prometheus_client import Counter
@@ -21,7 +21,7 @@ from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
-from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvSource, TokenIds
+from sagellm_common.core.types import BlockHash, BlockIds, KvConversion, KvLayout, KvSource, TokenIds
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS, Extent, extents
@@ -65,6 +65,8 @@ class _Prompt:
     end_token: int
     deadline_s: float
     priority: int = 0
+    lost: list[KvConversion] = field(default_factory=list)
+    """What the stores say of blocks that they have not kept as they were."""
 
 
 class StoreFetch:
@@ -119,6 +121,8 @@ class StoreFetch:
         before = allocation.num_cached_tokens
         if reached > begin:
             allocation.num_cached_tokens = reached
+            for lost in prompt.lost:
+                allocation.conversion = lost.beside(allocation.conversion)
         return allocation.num_cached_tokens - before
 
     async def _located(self, prompt: _Prompt) -> list[_Run]:
@@ -207,6 +211,8 @@ class StoreFetch:
             committed = True
         finally:
             self._releaser.release(source, committed)
+        if source.conversion is not None:
+            prompt.lost.append(source.conversion)
         return len(source.block_table)
 
     async def _pull(self, prompt: _Prompt, source: KvSource, parts: Sequence[range], timeout_s: float) -> None:

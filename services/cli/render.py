@@ -260,6 +260,8 @@ def summary_rows(summary: GenerationSummary) -> list[SummaryRow]:
     ]
     if summary.kv_conversion:
         rows.append(("  converted", str(summary.kv_conversion)))
+    if summary.store_conversion:
+        rows.append(("  in the store", summary.store_conversion.said("kept")))
     if summary.attempts > 1:
         rows.append(("attempts", str(summary.attempts)))
     return rows

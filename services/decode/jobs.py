@@ -112,6 +112,7 @@ class PromptKv:
     cached_tokens: int
     store_tokens: int = 0
     store_fetch_ms: float = 0.0
+    store_conversion: KvConversion | None = None
 
 
 @dataclass(slots=True, eq=False)

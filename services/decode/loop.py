@@ -182,7 +182,8 @@ class DecodeLoop:
                 priority=job.priority,
             )
         cached = min(allocation.num_cached_tokens, len(job.prompt))
-        return PromptKv(cached, min(gained, cached), (time.monotonic() - began_s) * 1e3 if gained else 0.0)
+        fetch_ms = (time.monotonic() - began_s) * 1e3 if gained else 0.0
+        return PromptKv(cached, min(gained, cached), fetch_ms, allocation.conversion)
 
     async def _receive(self, job: DecodeJob, source: KvSource, blocks: OwnedBlocks) -> Transfer:
         """Has the prompt's KV in `blocks`: pulled ahead of this call, if that went well, or else by a pull now."""

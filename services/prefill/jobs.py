@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sagellm_common.comm_backend.handoff import Party
-from sagellm_common.core.types import FinishReason, KvSource, SamplingParams, TokenIds, TokenLogprob
+from sagellm_common.core.types import FinishReason, KvConversion, KvSource, SamplingParams, TokenIds, TokenLogprob
 
 Announce = Callable[[KvSource], None]
 """Takes where a prompt's KV can be pulled while it is computed; on the event loop, it must not wait."""
@@ -55,6 +55,7 @@ class PrefillDone:
     compute_ms: float = 0.0
     engine_ms: float = 0.0
     store_fetch_ms: float = 0.0
+    store_conversion: KvConversion | None = None
 
 
 class Prefill(Protocol):

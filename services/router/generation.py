@@ -89,7 +89,7 @@ class Generation:
         """The first token, or the end."""
         outcome = prefilled.outcome
         self._prefill, self._prefill_worker_id = outcome, prefilled.worker.worker_id
-        self._explain_kv(self._prefill_worker_id, outcome.cached_tokens, outcome.store_tokens)
+        self._explain_kv(self._prefill_worker_id, outcome)
         if outcome.source:
             self._pinned = prefilled
             self._pinned_until_s = self._clock.now() + outcome.source.lease_expires_in_ms / 1e3
@@ -104,7 +104,7 @@ class Generation:
         if step.prompt_kv is not None and not self.emitted:
             self._prompt_kv = step.prompt_kv
             self._on_decode_tokens = step.prompt_kv.cached_tokens - step.prompt_kv.store_tokens
-            self._explain_kv(link.worker_id, step.prompt_kv.cached_tokens, step.prompt_kv.store_tokens)
+            self._explain_kv(link.worker_id, step.prompt_kv)
         if step.token_ids:
             self.unpin()
             if step.index != len(self.emitted):
@@ -139,6 +139,7 @@ class Generation:
             prefill_ms=self._stage_ms.get("prefill", 0.0),
             prefill_compute_ms=prefill.compute_ms if prefill else 0.0,
             store_fetch_ms=found.store_fetch_ms if found else 0.0,
+            store_conversion=found.store_conversion if found else None,
             transfer_ms=transfer.transfer_ms if transfer else 0.0,
             kv_bytes_ahead=transfer.bytes_ahead if transfer else 0,
             transfer_exposed_ms=transfer.exposed_ms if transfer else 0.0,
@@ -168,10 +169,13 @@ class Generation:
             summary=self.summary() if finish_reason else None,
         )
 
-    def _explain_kv(self, worker_id: str, cached_tokens: int, store_tokens: int) -> None:
+    def _explain_kv(self, worker_id: str, found: PrefillOutcome | PromptKvReport) -> None:
         """Where the worker that has completed the prompt had its KV from."""
-        computed, own = len(self.request.prompt_token_ids) - cached_tokens, cached_tokens - store_tokens
-        detail = f"{worker_id}: {computed} tokens computed, {own} in its cache, {store_tokens} from the kv_store"
+        computed = len(self.request.prompt_token_ids) - found.cached_tokens
+        own = found.cached_tokens - found.store_tokens
+        detail = f"{worker_id}: {computed} tokens computed, {own} in its cache, {found.store_tokens} from the kv_store"
+        if found.store_conversion:
+            detail += f", {found.store_conversion.said('kept')}"
         self._record("prompt KV", self._clock.now(), 0.0, detail)
 
     def _take_transfer(self, link: WorkerLink, transfer: TransferReport) -> None:

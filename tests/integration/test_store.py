@@ -56,6 +56,30 @@ async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, t
         await assert_nothing_leaked(cluster)
 
 
+async def test_what_is_kept_in_fewer_bytes_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    """After the store was killed, all that it has is on its disk."""
+    rng = random.Random(4)
+    prompts = [[rng.randrange(3, 250) for _ in range(n)] for n in (65, 100)]
+    settings = (f"kv_store.disk.path={tmp_path}", "kv_store.disk.dtype=int8")
+    with RunningCluster(*settings, model=tiny_llama) as cluster:
+        done = await complete_all(cluster, prompts, 12)
+        assert [d.summary.store_conversion for d in done] == [None, None]
+        await assert_nothing_leaked(cluster)
+        await eventually(lambda: disk(cluster).used_blocks == memory(cluster).used_blocks > 0)
+        assert disk(cluster).used_bytes < memory(cluster).used_bytes / 2
+        cluster.kill("kv-store-0")
+        await asyncio.to_thread(cluster.restart, "kv-store-0")
+        await asyncio.to_thread(cluster.restart, "prefill-0")
+        await all_serving(cluster)
+        await eventually(lambda: tiers_of(cluster))
+        for answer in await complete_all(cluster, prompts, 12):
+            lost = answer.summary.store_conversion
+            assert lost is not None and lost.wire_dtype == "int8/float32"
+            assert 0 < lost.relative_rms_error < 0.02
+        assert disk(cluster).inexact_hit_blocks == disk(cluster).hit_blocks == 4 + 6
+        await assert_nothing_leaked(cluster)
+
+
 def memory(cluster: RunningCluster) -> KvTierStats:
     return tiers_of(cluster)[0]
 

@@ -119,7 +119,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms", "engine_ms")
+    __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms", "engine_ms", "store_conversion")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class PrefillResponse(_message.Message):
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     STORE_FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
+    STORE_CONVERSION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: bytes
@@ -144,7 +145,8 @@ class PrefillResponse(_message.Message):
     compute_ms: float
     store_fetch_ms: float
     engine_ms: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., store_fetch_ms: _Optional[float] = ..., engine_ms: _Optional[float] = ...) -> None: ...
+    store_conversion: _common_pb2.KvConversion
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., store_fetch_ms: _Optional[float] = ..., engine_ms: _Optional[float] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
 
 class PrefillSessionRequest(_message.Message):
     __slots__ = ("prefill", "cancel")
@@ -319,14 +321,16 @@ class DecodeResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ..., prompt_kv: _Optional[_Union[PromptKv, _Mapping]] = ...) -> None: ...
 
 class PromptKv(_message.Message):
-    __slots__ = ("cached_tokens", "store_tokens", "store_fetch_ms")
+    __slots__ = ("cached_tokens", "store_tokens", "store_fetch_ms", "store_conversion")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_FETCH_MS_FIELD_NUMBER: _ClassVar[int]
+    STORE_CONVERSION_FIELD_NUMBER: _ClassVar[int]
     cached_tokens: int
     store_tokens: int
     store_fetch_ms: float
-    def __init__(self, cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., store_fetch_ms: _Optional[float] = ...) -> None: ...
+    store_conversion: _common_pb2.KvConversion
+    def __init__(self, cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., store_fetch_ms: _Optional[float] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
 
 class TransferReport(_message.Message):
     __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms", "why", "conversion")
