@@ -91,14 +91,14 @@ class NativeTable:
         self._checked(self._library.sage_index_remove(self._index, TIERS * slot + tier, hashes, count))
 
     def match(self, hashes: bytes) -> dict[int, Depths]:
-        room = len(self._slots)
-        slots, depths = np.empty(room, np.uint32), np.empty((room, TIERS), np.int32)
-        found = self._checked(
-            self._library.sage_index_match(
-                self._index, hashes, _count(hashes), slots.ctypes.data, depths.ctypes.data, room
-            )
-        )
-        found = min(found, room)  # someone may have come meanwhile, too late to be asked for
+        count, found, room = _count(hashes), 1, 0
+        while found > room:  # again where a worker came between the two lines
+            room = len(self._slots)
+            slots, depths = np.empty(room, np.uint32), np.empty((room, TIERS), np.int32)
+            where = slots.ctypes.data, depths.ctypes.data, room
+            found = self._checked(self._library.sage_index_match(self._index, hashes, count, *where))
+            if not found:
+                return {}
         return dict(zip(slots[:found].tolist(), map(tuple, depths[:found].tolist()), strict=True))
 
     def held(self, slot: int, tier: Tier) -> int:

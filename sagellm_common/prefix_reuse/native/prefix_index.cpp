@@ -167,7 +167,8 @@ public:
         });
     }
 
-    // Workers that hold the first block, by slot, into `out`, `room` at most; their number.
+    // Writes the workers that hold the first block and how deep each reaches; returns their number. Where that is more
+    // than there is room for, nothing is written, nor was it a lookup.
     int64_t match(const uint8_t* keys, int64_t count, uint32_t* slots, int32_t* depths, int64_t room) {
         std::lock_guard<TurnLock> guard(lock_);
         alive_.clear();
@@ -188,16 +189,17 @@ public:
             }
         }
         narrow(kNoSet, static_cast<int32_t>(count));
+        const int64_t found_workers = static_cast<int64_t>(done_.size());
+        if (found_workers > room) return found_workers;
         for (size_t i = path_.size(); i-- > 0;) use(path_[i]);
         ++lookups_;
         queried_ += static_cast<uint64_t>(count);
         matched_ += path_.size();
-        const int64_t written = std::min(room, static_cast<int64_t>(done_.size()));
-        for (int64_t i = 0; i < written; ++i) {
+        for (int64_t i = 0; i < found_workers; ++i) {
             slots[i] = done_[i].slot;
             std::memcpy(depths + i * kTiers, done_[i].of_tier, sizeof done_[i].of_tier);
         }
-        return static_cast<int64_t>(done_.size());
+        return found_workers;
     }
 
     // The fields of `PrefixReuseMetrics`.

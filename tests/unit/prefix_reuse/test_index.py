@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,3 +234,21 @@ def test_threads_look_up_while_others_insert_and_leave(make_index: MakeIndex) ->
     assert not errors
     assert next(lookups) > 0
     assert (len(index), longest(index, steady)) == (300, {"steady": 300})
+
+
+def test_a_worker_that_comes_during_a_lookup_crowds_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = compiled(100)
+    late = table.open()
+    known, table._slots = table._slots, set()  # type: ignore[attr-defined]
+    table.insert(late, Tier.DEVICE, A)
+    asked = table._library.sage_index_match  # type: ignore[attr-defined]
+
+    def told_after_the_first(*args: object) -> int:
+        found = asked(*args)
+        table._slots = known  # type: ignore[attr-defined]
+        return int(found)
+
+    monkeypatch.setattr(table, "_library", SimpleNamespace(sage_index_match=told_after_the_first))
+    assert table.match(A) == {late: (1, 1, 1, 1)}
+    monkeypatch.undo()
+    assert table.metrics().lookups == 1
