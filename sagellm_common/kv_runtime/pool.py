@@ -126,10 +126,11 @@ class KVPool:
         """See `KVBackendProtocol.allocate`."""
         size = self.layout.block_size_tokens
         usable = max(0, len(token_ids) - 1) // size * size if self.cache.enabled else 0
-        hashes = block_hashes(token_ids[:usable], size, root_hash(self.layout, cache_salt))
+        root = root_hash(self.layout, cache_salt)
+        hashes = block_hashes(token_ids[:usable], size, root)
         with self.lock:
             account = self.quota.account_of(tenant)
-            shared = self.cache.find(hashes, token_ids)
+            shared = self.cache.find(hashes, token_ids, root)
             try:
                 fresh = self._obtain(self._num_blocks(num_tokens) - len(shared), account)
             except SageError:
@@ -271,10 +272,11 @@ class KVPool:
 
         The allocation keeps its references, and must not write its full blocks any more.
         """
-        hashes = block_hashes(token_ids, self.layout.block_size_tokens, root_hash(self.layout, cache_salt))
+        root = root_hash(self.layout, cache_salt)
+        hashes = block_hashes(token_ids, self.layout.block_size_tokens, root)
         with self.lock:
             held = self._held(allocation)
-            keys = keys_of(hashes, token_ids, self.layout.block_size_tokens)
+            keys = keys_of(hashes, token_ids, self.layout.block_size_tokens, before=root)
             count = min(len(keys), len(held.table))
             self.cache.insert(keys[:count], held.table[:count])
 

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm_common.core.kv import BlockEvent
-from sagellm_common.core.types import BlockHash, TokenIds, pack_int32
+from sagellm_common.core.types import BlockHash, TokenIds
 from sagellm_common.kv_policy.eviction import EvictionPolicy
 from sagellm_common.kv_runtime.block_manager import BlockArray, BlockManager
 from sagellm_common.kv_runtime.tiers import BlockKey
+from sagellm_common.prefix_reuse.matcher import PrefixMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +49,7 @@ class PrefixCache:
     ) -> None:
         self.book = blocks
         """Whose references it takes."""
-        self._token_bytes = 4 * block_size_tokens
+        self.matcher = PrefixMatcher(block_size_tokens)
         self.policy = policy
         self._entries: dict[BlockHash, CachedBlock] = {}
         self._hash_of: dict[int, BlockHash] = {}
@@ -82,18 +83,17 @@ class PrefixCache:
         """How many of the first hashes are here."""
         return next((n for n, block_hash in enumerate(hashes) if block_hash not in self._entries), len(hashes))
 
-    def find(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> BlockArray:
-        """A reference on each of the leading blocks that are here for exactly these tokens (a hash is no proof)."""
-        found: list[int] = []
-        packed, step = pack_int32(token_ids), self._token_bytes
-        for n, block_hash in enumerate(hashes if self.enabled else ()):
-            entry = self._entries.get(block_hash)
-            if entry is None or entry.key.token_bytes != packed[n * step : (n + 1) * step]:
-                break
-            found.append(entry.block)
-        blocks = np.array(found, np.int64)
+    def find(self, hashes: Sequence[BlockHash], token_ids: TokenIds, root: BlockHash = b"") -> BlockArray:
+        """A reference on each of the leading blocks that are here for exactly these tokens; see `PrefixMatcher`."""
+        found = self.matcher.verify(hashes, token_ids, self.key, root) if self.enabled else []
+        blocks = self.blocks_of(key.hash for key in found)
         self.book.hold(blocks)
         return blocks
+
+    def key(self, block_hash: BlockHash) -> BlockKey | None:
+        """Of the block that is here under this name."""
+        entry = self._entries.get(block_hash)
+        return entry.key if entry else None
 
     def insert(self, keys: Sequence[BlockKey], blocks: BlockArray) -> None:
         """blocks[i], which the caller holds, has the KV of keys[i]: it can be matched from now on.

@@ -8,12 +8,14 @@ nvme     `backends.file.FileTier`: blocks in files, there after a restart
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from sagellm_common.core.kv import BlockEvent, KvRegion, Tier
 from sagellm_common.core.types import BlockHash, BlockIds, KvTierStats, TokenIds, pack_int32
+from sagellm_common.prefix_reuse.matcher import contexts
 
 NOTE_BYTES = 24
 
@@ -23,13 +25,15 @@ class BlockKey:
     """By what a block is found, and what tells a collision from a hit.
 
     `parent` is the hash of the block before it, empty where it is the first or not known. `note` is for whoever keeps
-    something about a block beside it, at most NOTE_BYTES.
+    something about a block beside it, at most NOTE_BYTES. `context` tells all tokens up to it apart from others
+    (`prefix_reuse.matcher`); empty where they are not known.
     """
 
     hash: BlockHash
     token_bytes: bytes
     parent: BlockHash = b""
     note: bytes = b""
+    context: bytes = b""
 
 
 class TierBackend(Protocol):
@@ -85,12 +89,23 @@ class TierBackend(Protocol):
 
 
 def keys_of(
-    hashes: Sequence[BlockHash], token_ids: TokenIds, block_size_tokens: int, parent: BlockHash = b""
+    hashes: Sequence[BlockHash],
+    token_ids: TokenIds,
+    block_size_tokens: int,
+    parent: BlockHash = b"",
+    before: bytes = b"",
 ) -> list[BlockKey]:
-    """Keys of consecutive blocks; `parent` is that of the first, where it is known."""
-    packed, step = pack_int32(token_ids), 4 * block_size_tokens
-    parents = (parent, *hashes)
-    return [BlockKey(block_hash, packed[n * step : (n + 1) * step], parents[n]) for n, block_hash in enumerate(hashes)]
+    """Keys of consecutive blocks; `parent` is that of the first, where it is known, `before` its context, or the root.
+
+    Without `before` the blocks' contexts are not known.
+    """
+    step = 4 * block_size_tokens
+    packed, parents = pack_int32(token_ids[: len(hashes) * block_size_tokens]), (parent, *hashes)
+    context = contexts(before, packed, step) if before else itertools.repeat(b"")
+    return [
+        BlockKey(block_hash, packed[n * step : (n + 1) * step], parents[n], context=next(context))
+        for n, block_hash in enumerate(hashes)
+    ]
 
 
 def paths(keys: Sequence[BlockKey]) -> list[list[BlockHash]]:

@@ -98,12 +98,14 @@ class RouterHarness:
         model: str = MODEL.name,
         timeout_s: float | None = PATIENCE_S,
         metadata: Sequence[tuple[str, str]] = (),
+        cache_salt: str = "",
         **sampling: Any,
     ) -> Any:
         request = inference_pb2.GenerateRequest(
             request_id=request_id,
             model=model,
             prompt_token_ids=pack_int32(prompt),
+            cache_salt=cache_salt,
             sampling=codec.encode_sampling(SamplingParams(**({"max_new_tokens": 6} | sampling))),
         )
         return self.stub.Generate(request, timeout=timeout_s, metadata=tuple(metadata))

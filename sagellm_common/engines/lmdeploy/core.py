@@ -137,7 +137,7 @@ class EngineCore(LmdeployEngineBase):
             seq = session.add_sequence(request.token_ids.astype(np.int64), sampling)
             self.scheduler.add_sequence(seq)
             if allocation is not None:
-                prefix.hashes = list(allocation.hashes)
+                self.kv.cache.begin(prefix, list(allocation.hashes))
                 seq.logical_blocks.append(blocks)
                 seq.set_step(allocation.num_cached_tokens)
             self.steering.enter(

@@ -35,6 +35,12 @@ class SequencePrefix:
     root: BlockHash
     hashes: list[BlockHash] = field(default_factory=list)
     account: int = 0
+    context: bytes = b""
+    """That of the last of them, or the root; empty: not known."""
+
+    def __post_init__(self) -> None:
+        if not self.hashes:
+            self.context = self.root
 
     @property
     def parent(self) -> BlockHash:
@@ -56,8 +62,13 @@ class EnginePrefixCache(PrefixCache):
         """The longest cached prefix that leaves at least one token to compute. Takes a reference on each block."""
         usable = max(0, len(token_ids) - 1) // self._block_size * self._block_size
         hashes = block_hashes(token_ids[:usable], self._block_size, root) if self.enabled else []
-        blocks = self.find(hashes, token_ids)
+        blocks = self.find(hashes, token_ids, root)
         return hashes[: len(blocks)], blocks
+
+    def begin(self, prefix: SequencePrefix, hashes: list[BlockHash]) -> None:
+        """The sequence begins with these blocks, which it holds."""
+        last = self.key(hashes[-1]) if hashes else None
+        prefix.hashes, prefix.context = hashes, last.context if last else (b"" if hashes else prefix.root)
 
     def publish(self, prefix: SequencePrefix, token_ids: TokenIds, blocks: BlockArray, num_computed: int) -> None:
         """Makes a sequence's full blocks shareable, up to num_computed tokens. A block computed twice stays private.
@@ -68,8 +79,10 @@ class EnginePrefixCache(PrefixCache):
         if not self.enabled or full <= start:
             return
         fresh = token_ids[start * self._block_size : full * self._block_size].astype("<i4", copy=False)
-        keys = keys_of(block_hashes(fresh, self._block_size, prefix.parent), fresh, self._block_size, prefix.parent)
-        prefix.hashes += [key.hash for key in keys]
+        hashes = block_hashes(fresh, self._block_size, prefix.parent)
+        keys = keys_of(hashes, fresh, self._block_size, prefix.parent, prefix.context)
+        prefix.hashes += hashes
+        prefix.context = keys[-1].context
         findable, reachable = [], {prefix.root}
         for key, block in zip(keys, blocks[start:full].tolist(), strict=True):
             if key.hash in self or key.parent in reachable or key.parent in self:
@@ -85,7 +98,8 @@ class EnginePrefixCache(PrefixCache):
         prefix = self.prefixes[seq.session_id]
         if len(seq.logical_blocks):
             return
-        prefix.hashes, blocks = self.lookup(seq.all_ids.astype(np.int32), prefix.root)
+        hashes, blocks = self.lookup(seq.all_ids.astype(np.int32), prefix.root)
+        self.begin(prefix, hashes)
         if len(blocks):
             seq.logical_blocks.append(blocks)
             seq.set_step(len(blocks) * self._block_size)

@@ -24,6 +24,7 @@ from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvTierStats
 from sagellm_common.kv_policy.eviction import EvictionPolicy, make_eviction
 from sagellm_common.kv_runtime.backends.file_slots import PAGE_BYTES, Slot, SlotFiles
 from sagellm_common.kv_runtime.tiers import BlockKey, paths
+from sagellm_common.prefix_reuse.matcher import same_block
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ class FileTier:
         slots: list[Slot] = []
         for key in () if self._closed else keys:
             slot = self._stored.get(key.hash)
-            if slot is None or slot.key.token_bytes != key.token_bytes:
+            if slot is None or not same_block(slot.key, key):
                 break
             slots.append(slot)
         return slots

@@ -23,7 +23,7 @@ class Journal:
         self.journal = BlockJournal(self.pool, self.clock, history_blocks, home)
 
     def tell(self, **event: object) -> None:
-        self.pool.cache._tell(BlockEvent(**event))  # type: ignore[arg-type]
+        self.journal._on_event(BlockEvent(**event))  # type: ignore[arg-type]
 
     def after(self, seen: int) -> list[BlockChanges]:
         return list(self.journal.after(seen))
