@@ -12,8 +12,8 @@ from sagellm_common.core.kv import BlockEvent, Tier, TieredCache
 from sagellm_common.core.types import BlockHash
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 
-PART_BLOCKS = 1 << 15
-"""Told in one message: half a megabyte. The next watcher, and everything else, has its turn between two."""
+PART_BLOCKS = 1 << 13
+"""Told in one message: 128 KiB. The next watcher, and everything else, has its turn between two."""
 
 
 @dataclass(frozen=True, slots=True)
