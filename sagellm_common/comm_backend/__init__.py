@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sagellm_common.comm_backend import topology
 from sagellm_common.comm_backend.backends import MODULES, End, load
 from sagellm_common.comm_backend.bridge import Encoder
-from sagellm_common.comm_backend.config import KVTransportConfig
+from sagellm_common.comm_backend.config import KVTransportConfig, check_depth
 from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.hardware.host import Host, LocalHost
 from sagellm_common.comm_backend.links import LinkTable
@@ -76,6 +76,7 @@ def make_channel(
     `layout` is asked for that of the memory when a receiver wants it in another dtype; None: there is no way to know.
     Raises ConfigError where the byte path cannot work here.
     """
+    check_depth(cfg)
     settings, links = KVTransportConfig(cfg), LinkTable()
     encode = Encoder(memory if callable(memory) else lambda: memory, layout) if layout is not None else None
     end = End(cfg, memory, leases, host, port, pull_rpc, encode, MessagePlanner(settings, links))

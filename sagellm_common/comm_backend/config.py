@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from sagellm_common.core.config import TransportConfig
+from sagellm_common.core.config_loader import transport_presets
 from sagellm_common.core.errors import ConfigError
 
 AT_RUN_TIME = (
@@ -23,6 +24,10 @@ AT_RUN_TIME = (
     "segment_min_bytes",
 )
 """Keys that each transfer looks up anew. The others are part of what was agreed with peers, or of open sockets."""
+
+
+BUFFERED = ("gloo",)
+"""Byte paths that keep messages in buffers of their own; only they can have a `pipeline_depth` of them under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,8 @@ class KVTransportConfig:
         Raises ConfigError naming the key, the value and what is allowed.
         """
         problems = [problem for key in settings if (problem := _not_changeable(key))]
+        if "pipeline_depth" in settings and self.loaded.backend not in BUFFERED:
+            problems.append(_no_buffers(self.loaded.backend))
         if problems:
             raise ConfigError("; ".join(problems))
         try:
@@ -76,6 +83,20 @@ class KVTransportConfig:
     def in_force(self) -> dict[str, str]:
         """The keys that can be changed, and their values."""
         return {key: _text(getattr(self._now, key)) for key in AT_RUN_TIME}
+
+
+def check_depth(cfg: TransportConfig) -> None:
+    """Raises ConfigError where a depth is asked for, by itself and not by a preset, of a byte path that has none."""
+    unasked = {TransportConfig().pipeline_depth, transport_presets().get(cfg.preset, {}).get("pipeline_depth")}
+    if cfg.backend not in BUFFERED and cfg.pipeline_depth not in unasked:
+        raise ConfigError(_no_buffers(cfg.backend))
+
+
+def _no_buffers(backend: str) -> str:
+    return (
+        f"transport.pipeline_depth: over {backend!r} messages wait in no buffers whose number could be chosen (over "
+        f"{', '.join(BUFFERED)} they do); leave it out, and set chunk_bytes for how much is moved at a time"
+    )
 
 
 def _text(value: object) -> str:

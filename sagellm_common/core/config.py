@@ -129,10 +129,10 @@ class TransportConfig(Section):
         0,
         ge=0,
         le=64 << 20,
-        description="KV in one message at most; 0: as it suits the byte path (tcp: 2 MiB, gloo and shm: 4 MiB)",
+        description="KV in one message at most; 0: as it suits the byte path (4 MiB; tcp where KV is staged: 2 MiB)",
     )
     pipeline_depth: int = Field(
-        2, ge=1, le=16, description="messages under way at a time, where a byte path has buffers"
+        2, ge=1, le=16, description="messages under way at a time (gloo only: the others keep none in buffers)"
     )
     fusion: Literal["auto", "off"] = Field(
         "auto",

@@ -132,13 +132,13 @@ async def test_a_setting_changes_one_worker_and_shows(client: RouterClient, pref
     assert changed.error == ""
     assert changed.in_force["chunk_bytes"] == "4096"
     assert changed.changes == (("chunk_bytes", "0", "4096"), ("fusion", "auto", "off"))
-    await client.set_transport({"pipeline_depth": "3"})
+    await client.set_transport({"segment_min_bytes": "3"})
     channels = {w.runtime.record.worker_id: w.extras["channel"] for w in (prefill, decode)}
     now = {name: channel.settings.now for name, channel in channels.items()}  # type: ignore[attr-defined]
     assert (now["decode-0"].chunk_bytes, now["prefill-0"].chunk_bytes) == (4096, 0)
-    assert {settings.pipeline_depth for settings in now.values()} == {3}
+    assert {settings.segment_min_bytes for settings in now.values()} == {3}
     told = await client.set_transport({})
-    assert {w.worker_id: w.changes for w in told}["prefill-0"] == (("pipeline_depth", "2", "3"),)
+    assert {w.worker_id: w.changes for w in told}["prefill-0"] == (("segment_min_bytes", "262144", "3"),)
     assert await handoff(prefill, decode) == reference(PROMPT, request(PROMPT).sampling)[0]
 
 

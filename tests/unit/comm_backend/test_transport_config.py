@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sagellm_common.comm_backend.config import AT_RUN_TIME, Change, KVTransportConfig
+from sagellm_common.comm_backend.config import AT_RUN_TIME, Change, KVTransportConfig, check_depth
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
 
@@ -34,6 +34,18 @@ def test_a_wrong_one_is_named_and_nothing_changes(wrong: dict[str, str], complai
     with pytest.raises(ConfigError, match=complaint):
         settings.set(wrong)
     assert settings.now == TransportConfig()
+
+
+def test_only_a_byte_path_with_buffers_has_a_depth() -> None:
+    over_gloo = KVTransportConfig(TransportConfig(backend="gloo"))
+    assert over_gloo.set({"pipeline_depth": "3"}).pipeline_depth == 3
+    check_depth(TransportConfig(backend="gloo", pipeline_depth=3))
+    check_depth(TransportConfig(backend="tcp"))
+    check_depth(TransportConfig(backend="tcp", preset="high-bw", pipeline_depth=4))
+    with pytest.raises(ConfigError, match=r"pipeline_depth: over 'shm' .* set chunk_bytes"):
+        KVTransportConfig(TransportConfig(backend="shm")).set({"pipeline_depth": "3"})
+    with pytest.raises(ConfigError, match=r"pipeline_depth: over 'tcp'"):
+        check_depth(TransportConfig(backend="tcp", pipeline_depth=3))
 
 
 def test_each_key_exists() -> None:
