@@ -30,6 +30,7 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sagellm_common.comm_backend import meter
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import Draining, EpochFenced, LeaseExpired
 from sagellm_common.core.kv import Allocation
@@ -51,8 +52,8 @@ class LeaseObserver(Protocol):
 
     def entered(self, side: Side, key: str, epoch: int, allocation: Allocation, what: str) -> None: ...
 
-    def read(self, key: str, epoch: int, num_blocks: int, num_bytes: int, seconds: float) -> None:
-        """A source has sent without an error."""
+    def read(self, key: str, epoch: int, num_blocks: int, num_bytes: int, seconds: float, digest_s: float) -> None:
+        """A source has sent without an error; digests took digest_s of the seconds."""
 
     def ended(self, side: Side, key: str, epoch: int, outcome: str, by: Party) -> None: ...
 
@@ -317,13 +318,14 @@ class _Reading(AbstractContextManager[None]):
                 raise LeaseExpired(f"transfer {transfer_id!r} epoch {epoch} does not hold all of the blocks asked for")
             lease.users += 1
             self._began_s = self._table._clock.now()
+        meter.begin_sending()
         self._lease = lease
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         observer = self._table._observer
         if observer is not None and kind is None:
             seconds = self._table._clock.now() - self._began_s
-            observer.read(*self._of, len(self._block_ids), self._num_bytes, seconds)
+            observer.read(*self._of, len(self._block_ids), self._num_bytes, seconds, meter.digested_s())
         self._table._done_with(self._lease)
 
 

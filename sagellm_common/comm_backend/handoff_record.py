@@ -126,7 +126,7 @@ class HandoffLog:
                 record.blocks_reused = allocation.num_shared_blocks
             self._event(record, what)
 
-    def read(self, key: str, epoch: int, num_blocks: int, num_bytes: int, seconds: float) -> None:
+    def read(self, key: str, epoch: int, num_blocks: int, num_bytes: int, seconds: float, digest_s: float) -> None:
         """A source has sent, `seconds` long."""
         with self._lock:
             # The receiver may have all of it, and say so, before the sender has returned.
@@ -138,6 +138,7 @@ class HandoffLog:
                 self._event(record, "first segment sent")
             record.bytes += num_bytes
             record.transfer_ms += seconds * 1e3
+            record.digest_ms += digest_s * 1e3
             record.blocks_moved = max(record.blocks_moved, num_blocks)
 
     def ended(self, side: Side, key: str, epoch: int, outcome: str, by: Party) -> None:

@@ -3,11 +3,13 @@
     with metering() as meter:
         await channel.pull(...)      # within: `current()` on the event loop, handed to threads by the byte path
 
-A byte path that reports nothing is measured from outside, as one arrival.
+A byte path that reports nothing is measured from outside, as one arrival. What sources spend on digests is summed up by
+thread: `digested`.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +77,37 @@ class PullMeter:
         self.stalls += part.stalls
         self.longest_stall_s = max(self.longest_stall_s, part.longest_stall_s)
         self.digest_s += part.digest_s
+
+
+class _Sending(threading.local):
+    digest_s = 0.0
+
+
+_sending = _Sending()
+
+
+def digested(seconds: float) -> None:
+    """A source has taken digests, on the thread that holds the blocks under their lease."""
+    _sending.digest_s += seconds
+
+
+@contextmanager
+def source_digesting() -> Iterator[None]:
+    """A source takes digests for the time of the block."""
+    began_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        digested(time.perf_counter() - began_s)
+
+
+def digested_s() -> float:
+    """Since this thread began to hold the blocks that it sends."""
+    return _sending.digest_s
+
+
+def begin_sending() -> None:
+    _sending.digest_s = 0.0
 
 
 _current: ContextVar[PullMeter | None] = ContextVar("pull_meter", default=None)

@@ -9,7 +9,7 @@ from types import TracebackType
 from prometheus_client import Counter, Histogram
 
 from sagellm_common.comm_backend.handoff_record import HandoffRecord
-from sagellm_common.comm_backend.meter import PullMeter, metering
+from sagellm_common.comm_backend.meter import PullMeter, digested_s, metering
 from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, LeasedBlocks, Memory, TransferResult
 from sagellm_common.core.kv import Allocation, KvMemory
 from sagellm_common.core.kv_progress import KvProgress
@@ -46,6 +46,9 @@ FIRST_BYTE_SECONDS = Histogram(
 )
 STALLS = Counter("sagellm_comm_stalls_total", "Pieces of a pull that were waited for longer than 100 ms", ["backend"])
 DIGEST_SECONDS = Counter("sagellm_comm_digest_seconds_total", "Spent on checking what was pulled", ["backend"])
+SOURCE_DIGEST_SECONDS = Counter(
+    "sagellm_comm_source_digest_seconds_total", "Spent by sources on digests of what they sent", ["backend"]
+)
 FUSION_HITS = Counter("sagellm_comm_fusion_hits_total", "Messages saved by sending blocks together", ["backend"])
 RETRIES = Counter("sagellm_comm_retries_total", "Pulls of the same KV again", ["backend"])
 HANDOFFS = Counter(
@@ -167,14 +170,15 @@ class InstrumentedChannel:
 
 
 class _Counted(AbstractContextManager[None]):
-    def __init__(self, reading: AbstractContextManager[None], sent: Counter, num_bytes: int) -> None:
-        self._reading, self._sent, self._num_bytes = reading, sent, num_bytes
+    def __init__(self, reading: AbstractContextManager[None], sent: Counter, digest: Counter, num_bytes: int) -> None:
+        self._reading, self._sent, self._digest, self._num_bytes = reading, sent, digest, num_bytes
 
     def __enter__(self) -> None:
         self._reading.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         self._reading.__exit__(kind, err, tb)
+        self._digest.inc(digested_s())
         if kind is None:
             self._sent.inc(self._num_bytes)
 
@@ -185,13 +189,14 @@ class InstrumentedLeases:
     def __init__(self, inner: LeasedBlocks, backend: str, memory: Memory) -> None:
         self._inner = inner
         self._sent = TRANSFER_BYTES.labels(backend, "out")
+        self._digest = SOURCE_DIGEST_SECONDS.labels(backend)
         self._memory = memory
 
     def reading(
         self, transfer_id: str, epoch: int, block_ids: BlockIds, num_bytes: int | None = None
     ) -> AbstractContextManager[None]:
         size = len(block_ids) * self._memory().block_bytes if num_bytes is None else num_bytes
-        return _Counted(self._inner.reading(transfer_id, epoch, block_ids, size), self._sent, size)
+        return _Counted(self._inner.reading(transfer_id, epoch, block_ids, size), self._sent, self._digest, size)
 
     def progress(self, transfer_id: str, epoch: int) -> tuple[Allocation, KvProgress]:
         return self._inner.progress(transfer_id, epoch)

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
 
+from sagellm_common.comm_backend import meter
 from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.gloo_pair import MESSAGE_BYTES, RECEIVER, SOURCE, GlooPair, join
 from sagellm_common.comm_backend.backends.torch_group import TorchComm
@@ -160,7 +161,7 @@ class GlooChannel:
         sizes = self._message_sizes()
         peer = (source.data_address, source.incarnation, *sizes)
         pair_id, pair = self._idle[peer].pop() if self._idle.get(peer) else (uuid.uuid4().hex, None)
-        write = WriteGate()
+        write, metered = WriteGate(), meter.current()
 
         wait_s = min(timeout_s, self._silence_s)
 
@@ -168,7 +169,7 @@ class GlooChannel:
             joined = pair or join(
                 source.data_address, pair_id, RECEIVER, self._host, region.block_bytes, wait_s, *sizes
             )
-            joined.recv(region, target_blocks, wait_s, write)
+            joined.recv(region, target_blocks, wait_s, write, metered)
             return joined
 
         received = in_daemon_thread("kv-gloo-recv", receive)
@@ -188,7 +189,8 @@ class GlooChannel:
             await _cancelled(asked)
             received.add_done_callback(_retrieve)
         if self._digest:
-            verify_blocks(region, target_blocks, digests, source.transfer_id)
+            with metered.digesting():
+                verify_blocks(region, target_blocks, digests, source.transfer_id)
         self._keep(peer, pair_id, used)
 
     def _message_sizes(self) -> tuple[int, int]:
@@ -239,7 +241,8 @@ class GlooChannel:
             self.address, pair_id, SOURCE, self._host, region.block_bytes, self._silence_s, *self._message_sizes()
         )
         with self._leases.reading(transfer_id, epoch, block_ids):
-            digests = block_digests(region, block_ids)
+            with meter.source_digesting():
+                digests = block_digests(region, block_ids)
             try:
                 pair.send(region, block_ids, self._silence_s)
             except RuntimeError as err:

@@ -17,6 +17,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]  # not in __all__
 
 from sagellm_common.comm_backend.frames import groups
+from sagellm_common.comm_backend.meter import PullMeter
 from sagellm_common.comm_backend.wire import split_address
 from sagellm_common.comm_backend.write_gate import WriteGate
 from sagellm_common.core.errors import LayoutMismatch, PeerLost
@@ -56,7 +57,9 @@ class GlooPair:
         while in_flight:
             in_flight.popleft().wait(limit)
 
-    def recv(self, region: KvRegion, block_ids: BlockIds, timeout_s: float, write: WriteGate) -> None:
+    def recv(
+        self, region: KvRegion, block_ids: BlockIds, timeout_s: float, write: WriteGate, metered: PullMeter
+    ) -> None:
         """Receives what `send` sends into the blocks, as long as `write` is open; then only takes it off the wire."""
         if region.block_bytes != self._block_bytes:  # see `join`
             raise LayoutMismatch(f"blocks have {region.block_bytes} bytes here and {self._block_bytes} at the source")
@@ -68,6 +71,7 @@ class GlooPair:
             with write:
                 if write.open:
                     pool[ids] = self._rows[turn][: len(ids)]
+                    metered.arrived(len(ids) * self._block_bytes, len(ids))
             if n + self._depth < len(todo):
                 posted.append(self._post(*todo[n + self._depth]))
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends import End
 from sagellm_common.comm_backend.backends.mooncake_engine import (
     MAX_READS,
@@ -37,6 +37,7 @@ from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
+from sagellm_common.comm_backend.meter import PullMeter
 from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, Regions, TransferResult, as_they_are
 from sagellm_common.comm_backend.wire import split_address
 from sagellm_common.comm_backend.write_gate import WriteGate
@@ -172,11 +173,13 @@ class MooncakeChannel:
             rest = asyncio.ensure_future(_digests(reader, num_bytes))
             reading = _Reading(self._engine, peer, region, target_blocks, self._silence_s, deadline_s)
             loop = asyncio.get_running_loop()
+            metered = meter.current()
             job = in_daemon_thread(
                 "kv-mooncake",
                 lambda: reading.run(
                     _runs(address, source_blocks, region.block_bytes),
                     lambda: loop.call_soon_threadsafe(writer.write, GROUP_READ),
+                    metered,
                 ),
             )
             both: set[asyncio.Future[Any]] = {job, rest}
@@ -198,7 +201,8 @@ class MooncakeChannel:
             # Not awaited: the source may be gone.
             writer.transport.abort()
         if self._digest:
-            await asyncio.to_thread(verify_blocks, region, target_blocks, digests, source.transfer_id)
+            with metered.digesting():
+                await asyncio.to_thread(verify_blocks, region, target_blocks, digests, source.transfer_id)
 
 
 class _Reading:
@@ -220,7 +224,7 @@ class _Reading:
         self._stop.set()
         self._write.shut()
 
-    def run(self, reads: list[tuple[int, int]], on_group: Callable[[], object]) -> None:
+    def run(self, reads: list[tuple[int, int]], on_group: Callable[[], object], metered: PullMeter) -> None:
         """Group by group: one is copied to its blocks while the next is on its way. Raises as `Engine.reading`."""
         size = self._region.block_bytes
         groups = list(_groups(reads, size))
@@ -232,6 +236,8 @@ class _Reading:
                     self._copy(slots[(n + 1) % 2], here)
                 here = slice(end, end := end + sum(num_bytes for _, num_bytes in group) // size)
                 on_group()
+                if not self._stop.is_set():
+                    metered.arrived((here.stop - here.start) * size, here.stop - here.start)
             self._copy(slots[(len(groups) - 1) % 2], here)
 
     def _copy(self, slot: Slot, which: slice) -> None:

@@ -16,7 +16,7 @@ import contextlib
 import struct
 import threading
 
-from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends.mooncake_engine import Engine, address_of
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
 from sagellm_common.comm_backend.config import KVTransportConfig
@@ -88,7 +88,10 @@ class MooncakeSource(TcpSource):
             head = frames.encode_accepted() + READING.pack(len(session), address) + session
             for group in frames.groups(block_ids, header.group_blocks):
                 # The first of them before the receiver can read: what it reads is what was there then, or is noticed.
-                wire.send(head + (block_digests(region, group) if header.digest else b""))
+                if header.digest:
+                    with meter.source_digesting():
+                        head += block_digests(region, group)
+                wire.send(head)
                 head = b""
                 failpoints.hit("source.sending")
             while (said := bytes(wire.recv(1))) == GROUP_READ:

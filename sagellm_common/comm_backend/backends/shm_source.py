@@ -7,7 +7,7 @@ import socket
 import weakref
 from collections.abc import Callable
 
-from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends.shm_address import own_address
 from sagellm_common.comm_backend.backends.socket_source import SocketSource
 from sagellm_common.comm_backend.config import KVTransportConfig
@@ -73,7 +73,8 @@ class ShmSource(SocketSource):
             if wire.closed_by_peer():
                 raise ConnectionResetError("it closed the connection")
             if header.digest:
-                digests.append(block_digests(memory, group))
+                with meter.source_digesting():
+                    digests.append(block_digests(memory, group))
             failpoints.hit("source.sending")
         _expect_copied(wire, len(groups))
         wire.send(b"".join(digests) + frames.TRAILER)
@@ -81,7 +82,10 @@ class ShmSource(SocketSource):
     def _send_segment(self, wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
         header = frames.encode_segment(frames.SEGMENT_DATA, segment)
         wire.send(header + frames.encode_pieces(pieces.offsets, pieces.sizes))
-        taken = segment_digest(pieces) if digest else bytes(DIGEST_BYTES)
+        taken = bytes(DIGEST_BYTES)
+        if digest:
+            with meter.source_digesting():
+                taken = segment_digest(pieces)
         _expect_copied(wire, 1)
         wire.send(taken)
 

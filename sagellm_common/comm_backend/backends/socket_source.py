@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.bridge import Outgoing
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
@@ -215,7 +215,8 @@ class SocketSource(ABC):
                 last = n == len(groups)
                 tail = taken + frames.TRAILER + deviation_of(memory) if last else b""
                 into = memoryview(tail if last else taken)[done : done + len(ids) * DIGEST_BYTES]
-                wire.send(head, blocks(region, ids), tail, into if header.digest else None)
+                digest_s = wire.send(head, blocks(region, ids), tail, into if header.digest else None)
+            meter.digested(digest_s)
             head, done = b"", done + len(into)
 
     # ---- along the computation ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from sagellm_common.comm_backend import frames
+from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends.socket_source import SocketSource
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import PullHeader
@@ -54,4 +54,7 @@ class TcpSource(SocketSource):
 
     def _send_segment(self, wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
         head = frames.encode_segment(frames.SEGMENT_DATA, segment)
-        wire.send(head + (segment_digest(pieces) if digest else b""), pieces)
+        if digest:
+            with meter.source_digesting():
+                head += segment_digest(pieces)
+        wire.send(head, pieces)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sagellm_common.comm_backend import meter
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, Side
 from sagellm_common.comm_backend.handoff_reason import HandoffReason
 from sagellm_common.comm_backend.handoff_record import MAX_EVENTS, HandoffLog, State
@@ -41,14 +42,17 @@ def test_a_source_tells_when_what_was_read_and_who_ended_it(it: Fixture, by: str
     epoch = it.source.new_epoch(3)
     it.source.pin("r", epoch, blocks(), 8)
     it.clock.advance(0.5)
+    meter.digested(7.0)  # of something else, before
     with it.source.reading("r", epoch, TABLE, 64):
         it.clock.advance(0.25)
+        meter.digested(0.125)
     it.source.release("r", epoch, committed=by == "decode", by=by)  # type: ignore[arg-type]
     it.source.release("r", epoch, committed=False)
     it.clock.advance(1.0)
     (record,) = it.log.records()
     assert (record.attempt, record.epoch, record.side, record.bytes) == (3, epoch, Side.SOURCE, 64)
     assert (record.queued_ms, record.transfer_ms, record.total_ms, record.age_ms) == (500, 250, 750, 1750)
+    assert record.digest_ms == 125
     expected = (State.DONE, None) if by == "decode" else (State.CANCELLED, HandoffReason.CANCELLED_BY_ROUTER)
     assert (record.state, record.reason) == expected
     assert [event.at_ms for event in record.events] == [0, 750, 750]

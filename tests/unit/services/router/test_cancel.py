@@ -75,7 +75,8 @@ async def test_every_party_hears_of_the_end(router: RouterHarness, point: str, h
         await router.assert_nothing_held()
     await eventually(lambda: router.workers[1].released)  # type: ignore[attr-defined]
     assert_all_heard(router, point)
-    assert router.workers[1].ended_by_client == {how is not deadline_passes}  # type: ignore[attr-defined]
+    if how is not deadline_passes:  # there the router and its client give up in the same moment
+        assert router.workers[1].ended_by_client == {True}  # type: ignore[attr-defined]
     assert (await router.generate(request_id="next")).tokens == oracle(PROMPT, SamplingParams(max_new_tokens=6))
 
 
