@@ -27,8 +27,12 @@ def place(
     resumed = bool(generation.emitted)
     pinned = generation.pinned
     by_id = {link.worker_id: link for link in links if not (resumed and link.record.role is WorkerRole.PREFILL)}
+    num_tokens = len(admitted.request.prompt_token_ids)
     request = RequestView(
-        admitted.request.request_id, len(admitted.request.prompt_token_ids), admitted.request.priority
+        admitted.request.request_id,
+        num_tokens,
+        admitted.request.priority,
+        lambda prefill_id, decode_id: transfers.pull_seconds(by_id[prefill_id], decode_id, num_tokens),
     )
     placement = strategy.place(request, [_view(link, matched) for link in by_id.values()])
     if resumed:

@@ -38,6 +38,14 @@ class TransferPlanner:
         known = self._tokens_per_s.get(worker_id, speed)
         self._tokens_per_s[worker_id] = known + SMOOTHING * (speed - known)
 
+    def pull_seconds(self, source: WorkerLink, decode_id: str, num_tokens: int) -> float | None:
+        """How long the KV of so many tokens is on its way there; None: that was not measured."""
+        link, model = self._cost(source.worker_id, decode_id), source.record.model
+        if link is None or model is None:
+            return None
+        layout = model.kv_layout
+        return link.seconds(-(-num_tokens // layout.block_size_tokens) * layout.block_bytes)
+
     def wire_dtype(self, source: WorkerLink, decode: WorkerLink, move_tokens: int) -> str:
         """In which dtype the KV of so many tokens crosses, as `transport.wire_dtype` or the link's speed has it.
 

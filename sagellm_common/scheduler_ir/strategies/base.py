@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sagellm_common.core.registry import Registry
 from sagellm_common.core.types import WorkerRole
 
+PullSeconds = Callable[[str, str], float | None]
+"""(prefill worker's id, decode worker's id) → how long the request's KV is on its way between them; None: not known."""
+
+
+def _not_known(prefill_worker_id: str, decode_worker_id: str) -> float | None:
+    return None
+
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """What matters of a request for placing it."""
+    """What matters of a request for placing it. `pull_seconds` is the same for as long as the view is used."""
 
     request_id: str
     num_prompt_tokens: int
     priority: int = 0
+    pull_seconds: PullSeconds = field(default=_not_known, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""First come, first served: each request goes at once to the worker with the best prefix affinity − load."""
+"""First come, first served: each request goes at once to the worker with the best prefix affinity − load.
+
+Of decode workers that are equal in that, the one with the cheaper link from the prefill worker, as far as is known.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ class Fifo:
         if separation.disaggregate:
             prefillers = [worker for worker in workers if worker.prefills and worker.worker_id != decode.worker_id]
             prefill = pick(prefillers, lambda worker: affinity_minus_load(request, worker, prefillers))
+            decode = _nearest(request, prefill, decode, decoders)
         stores = [worker for worker in workers if worker.role is WorkerRole.KV_STORE]
         return Placement(
             decode_worker_id=decode.worker_id,
@@ -38,6 +42,28 @@ class Fifo:
                 [separation.reason, _why("decode", decode), *([_why("prefill", prefill)] if prefill else [])]
             ),
         )
+
+
+NOTICEABLY = 1.25
+"""Links whose costs differ by less are equal, for measurements do: workers behind them take turns."""
+
+
+def _nearest(
+    request: RequestView, prefill: WorkerView, chosen: WorkerView, decoders: Sequence[WorkerView]
+) -> WorkerView:
+    """Of the decode workers that are as good as the chosen one the one that KV comes to soonest."""
+    equals = [
+        (seconds, worker)
+        for worker in decoders
+        if (worker.matched_tokens, worker.outstanding) == (chosen.matched_tokens, chosen.outstanding)
+        and worker.worker_id != prefill.worker_id
+        and (seconds := request.pull_seconds(prefill.worker_id, worker.worker_id)) is not None
+    ]
+    known = {worker.worker_id: seconds for seconds, worker in equals}
+    soonest = min(known.values(), default=0.0)
+    if chosen.worker_id not in known or known[chosen.worker_id] <= NOTICEABLY * soonest:
+        return chosen
+    return pick([worker for seconds, worker in equals if seconds <= NOTICEABLY * soonest], lambda worker: 0.0)
 
 
 def _why(part: str, worker: WorkerView) -> str:

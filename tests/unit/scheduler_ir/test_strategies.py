@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,27 @@ def test_the_idlest_of_each_role() -> None:
 
 def test_equals_take_turns() -> None:
     assert place(worker("d0", WorkerRole.DECODE, assigned=1), worker("d1", WorkerRole.DECODE)).decode_worker_id == "d1"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"d0": 0.1, "d1": 0.01}, "d1"),
+        ({"d0": 0.1, "d1": 0.09}, "d0"),  # about as near: they take turns
+        ({"d0": 0.1}, "d0"),
+        ({"d1": 0.01}, "d0"),  # nobody knows how far d0 is
+        ({"d0": 0.1, "d1": 0.01, "busy": 0.0001}, "d1"),
+    ],
+)
+def test_of_equal_decode_workers_the_one_that_kv_comes_to_soonest(seconds: dict[str, float], chosen: str) -> None:
+    request = replace(REQUEST, pull_seconds=lambda source, target: seconds.get(target) if source == "p0" else None)
+    workers = [
+        worker("p0", WorkerRole.PREFILL),
+        worker("d0", WorkerRole.DECODE),
+        worker("d1", WorkerRole.DECODE, assigned=7),
+        worker("busy", WorkerRole.DECODE, outstanding=2),
+    ]
+    assert make_strategy("fifo").place(request, workers).decode_worker_id == chosen
 
 
 def test_a_cached_prefix_outweighs_load_until_the_load_is_high() -> None:
