@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +20,7 @@ from sagellm_common.core.errors import LayoutMismatch, PeerLost
 from sagellm_common.core.types import KvSource
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
-from tests.support.kv_channels import Cluster, Side, a_layout, blocks_of, missing, random_region
+from tests.support.kv_channels import HOST, Cluster, Side, a_layout, blocks_of, missing, random_region
 from tests.support.kv_source_process import BLOCK_BYTES, NUM_BLOCKS, SEED
 
 BACKENDS = ("tcp", "shm", "gloo", "mooncake")
@@ -55,15 +57,20 @@ class SourceProcess:
 
 
 @contextlib.asynccontextmanager
-async def source_process(backend: str, pause_at: int = -1) -> AsyncIterator[SourceProcess]:
+async def source_process(
+    backend: str, pause_at: int = -1, *, within: Sequence[str] = (), host: str = HOST
+) -> AsyncIterator[SourceProcess]:
+    """`within` is a command that runs the process somewhere else."""
     if why := missing(backend):
         pytest.skip(why)
     process = await asyncio.create_subprocess_exec(
+        *within,
         sys.executable,
         "-m",
         "tests.support.kv_source_process",
         backend,
         str(pause_at),
+        host,
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
@@ -156,6 +163,52 @@ async def test_a_stopped_source_is_lost_at_the_deadline(backend: str, pause_at: 
         peer.go_on()
         await asyncio.sleep(0.05)
         assert not any(side.region.view.tobytes()), "what it sent late was written"
+
+
+def run(command: str) -> None:
+    subprocess.run(command.split(), check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def network_of_its_own() -> Iterator[tuple[str, str, str]]:
+    """A network namespace joined with ours by a cable: (its name, our address, its address)."""
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("a black hole in the network needs root and the ip command: run as root with iproute2 installed")
+    name, number = f"sagellm{os.getpid()}", os.getpid() % 250
+    ours, theirs = f"10.199.{number}.1", f"10.199.{number}.2"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip()}; run with CAP_SYS_ADMIN")
+    try:
+        for command in (
+            f"ip link add {name}a type veth peer name {name}b netns {name}",
+            f"ip address add {ours}/30 dev {name}a",
+            f"ip link set {name}a up",
+            f"ip -n {name} address add {theirs}/30 dev {name}b",
+            f"ip -n {name} link set {name}b up",
+            f"ip -n {name} link set lo up",
+        ):
+            run(command)
+        yield name, ours, theirs
+    finally:
+        run(f"ip netns delete {name}")
+
+
+async def test_a_source_behind_a_black_hole_is_lost_at_the_deadline_and_found_again() -> None:
+    """Its packets vanish, and no connection ends."""
+    with network_of_its_own() as (name, ours, theirs):
+        within = ("ip", "netns", "exec", name)
+        async with source_process("tcp", within=within, host=theirs) as peer, receiver("tcp") as side:
+            await side.channel.pull(peer.source, ALL, ALL, timeout_s=30.0)
+            run(f"ip -n {name} route add blackhole {ours}/32")
+            async with asyncio.timeout(15):
+                with pytest.raises(PeerLost) as lost:
+                    await side.channel.pull(peer.source, ALL, ALL, timeout_s=0.5)
+            assert isinstance(lost.value.__cause__, TimeoutError)
+            await wiped_and_left_alone(side)
+            run(f"ip -n {name} route delete blackhole {ours}/32")
+            await side.channel.pull(peer.source, ALL, ALL, timeout_s=30.0)
+            assert blocks_of(side.region, ALL) == blocks_of(random_region(NUM_BLOCKS, BLOCK_BYTES, SEED), ALL)
 
 
 async def test_handshake_over_the_wire() -> None:

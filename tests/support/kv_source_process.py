@@ -1,6 +1,6 @@
 """A source of KV blocks as a process of its own, to be killed or stopped half-way through a pull.
 
-    python -m tests.support.kv_source_process BACKEND PAUSE_AT
+    python -m tests.support.kv_source_process BACKEND PAUSE_AT [HOST]
 
 Prints one JSON line when it serves, and `paused` when it has come to step PAUSE_AT of sending, where it stays.
 """
@@ -60,7 +60,7 @@ def pause(backend: str, at: int) -> None:
         GlooPair._message = pausing(GlooPair._message, at)  # type: ignore[method-assign]
 
 
-async def serve(backend: str) -> None:
+async def serve(backend: str, host: str) -> None:
     region = random_region(NUM_BLOCKS, BLOCK_BYTES, SEED, in_file=True)
     leases = HandoffSource(60.0, SystemClock(), lambda _: None)
     leases.pin("t", 1, Allocation(np.arange(NUM_BLOCKS, dtype=np.int32)), 0)
@@ -69,17 +69,17 @@ async def serve(backend: str) -> None:
         raise AssertionError("this process pulls nothing")
 
     config = TransportConfig(backend=backend, timeout_s=20.0)  # type: ignore[arg-type]
-    channel = make_channel(config, region, leases, HOST, 0, never)
+    channel = make_channel(config, region, leases, host, 0, never)
     data_address = await channel.start()
     servicer = KvTransferServicer(leases, channel, a_layout(BLOCK_BYTES), "source", "source-1")
     registrar = Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, servicer)
-    server = GrpcServer(f"{HOST}:0", [registrar])
+    server = GrpcServer(f"{host}:0", [registrar])
     port = await server.start()
-    print(json.dumps({"address": f"{HOST}:{port}", "data_address": data_address}), flush=True)
+    print(json.dumps({"address": f"{host}:{port}", "data_address": data_address}), flush=True)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
     if int(sys.argv[2]) >= 0:
         pause(sys.argv[1], int(sys.argv[2]))
-    asyncio.run(serve(sys.argv[1]))
+    asyncio.run(serve(sys.argv[1], sys.argv[3] if len(sys.argv) > 3 else HOST))
