@@ -246,6 +246,12 @@ class KvConfig(Section):
         "runs, or (live) between steps, too",
     )
     defrag_bytes: int = Field(4 << 20, ge=1, description="KV moved at a time, about once a second")
+    host_budget_bytes: int = Field(
+        0,
+        ge=0,
+        description="of host memory on each prefill and decode worker (lmdeploy) for blocks that its cache had to give "
+        "up: they come back on a prefix hit; 0: they are dropped",
+    )
     tenants: dict[str, TenantConfig] = Field(
         {}, description="shares of the KV pools by tenant; `default`: all that have none of their own, together"
     )

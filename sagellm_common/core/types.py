@@ -179,7 +179,7 @@ class KvTierStats:
 class KvStats:
     """Counted independently of each other: `total == free + used + cached` is the idle self-check.
 
-    `tiers` are those of a pool that has more than one, itself included, the fastest first.
+    `tiers` are those that a pool has beside or below it, the fastest first.
     """
 
     total_blocks: int

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,13 +30,13 @@ from sagellm_common.core.kv import (
     KvMemory,
     KvRegion,
 )
-from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TenantUsage, TokenIds
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, KvTierStats, TenantUsage, TokenIds
 from sagellm_common.kv_policy.eviction import make_eviction, swap_eviction
 from sagellm_common.kv_runtime import defrag
 from sagellm_common.kv_runtime.block_manager import BlockArray, BlockManager
 from sagellm_common.kv_runtime.prefix_cache import PrefixCache
 from sagellm_common.kv_runtime.quota import QuotaManager
-from sagellm_common.kv_runtime.tiers import keys_of
+from sagellm_common.kv_runtime.tiers import BlockKey, keys_of
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 
 
@@ -69,10 +69,22 @@ class Table:
     pinned: bool = True
 
 
+class Below(Protocol):
+    """Where a pool's evicted blocks go, and come back from: `host_cache.HostCache`."""
+
+    def keep(self, keys: Sequence[BlockKey], memory: KvMemory, slots: BlockIds) -> None:
+        """Copies of these blocks. The pool's lock is held."""
+
+    def bring_back(self, hashes: Sequence[BlockHash], token_ids: TokenIds, memory: KvMemory, slots: BlockIds) -> int:
+        """Fills slots[i] with the block of hashes[i], leading ones only; returns how many."""
+
+    def stats(self) -> KvTierStats: ...
+
+
 class KVPool:
     """A `KVBackendProtocol` over any memory, once that is given to `open`. Thread-safe; no method waits for compute.
 
-    `setting` is what makes it larger.
+    `setting` is what makes it larger. What it evicts is gone, unless `keep_below` says where it goes.
     """
 
     def __init__(
@@ -90,6 +102,7 @@ class KVPool:
         self._setting = setting
         self._layout: KvLayout | None = None
         self._live: set[PoolAllocation] = set()
+        self._below: Below | None = None
         self.moved_blocks = 0
         """By `migrate`; for telemetry."""
         self._memory: KvMemory = KvRegion(memoryview(b""), 0, 0)
@@ -105,6 +118,12 @@ class KVPool:
         cache.policy = policy
         cache.watchers += watchers
         self._keep_books(cache)
+
+    def keep_below(self, below: Below) -> None:
+        """What is evicted from now on goes there, and comes back when it is allocated again."""
+        with self.lock:
+            self._below = below
+            self.cache.evicting = lambda keys, blocks: below.keep(keys, self._memory, self._slots(blocks))
 
     def _keep_books(self, cache: PrefixCache) -> None:
         self.cache, self.blocks = cache, cache.book
@@ -137,7 +156,24 @@ class KVPool:
                 self.cache.release(shared, used=False)
                 raise
             table = np.concatenate([shared, fresh])
-            return self._hand_out(table, num_tokens, len(shared), hashes[: len(shared)], account)
+            allocation = self._hand_out(table, num_tokens, len(shared), hashes[: len(shared)], account)
+        self._bring_back(allocation, hashes[: len(table)], token_ids)
+        return allocation
+
+    def _bring_back(self, allocation: PoolAllocation, hashes: Sequence[BlockHash], token_ids: TokenIds) -> None:
+        """Fills fresh blocks with what was evicted. Without the lock: they are this allocation's alone."""
+        first, size = allocation.num_shared_blocks, self.layout.block_size_tokens
+        if self._below is None or first >= len(hashes):
+            return
+        try:
+            slots = allocation.block_ids[first : len(hashes)]
+            count = self._below.bring_back(
+                hashes[first:], token_ids[first * size : len(hashes) * size], self._memory, slots
+            )
+        except BaseException:
+            self.free(allocation)
+            raise
+        allocation.num_cached_tokens += count * size
 
     def share(self, allocation: Allocation) -> PoolAllocation:
         """See `KVBackendProtocol.share`."""
@@ -198,6 +234,7 @@ class KVPool:
                 free_blocks=self.blocks.num_free,
                 used_blocks=int(np.count_nonzero(used)),
                 cached_blocks=len(cached) - int(np.count_nonzero(used[cached])),
+                tiers=(self._below.stats(),) if self._below else (),
             )
 
     def get_block_info(self, block_ids: BlockIds) -> list[BlockInfo]:

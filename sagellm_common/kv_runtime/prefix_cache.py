@@ -55,6 +55,8 @@ class PrefixCache:
         self._hash_of: dict[int, BlockHash] = {}
         self._cached = np.zeros(blocks.num_blocks, np.bool_)
         self.watchers: list[Callable[[BlockEvent], None]] = []
+        self.evicting: Callable[[list[BlockKey], BlockArray], None] = lambda keys, blocks: None
+        """Called with what is evicted, before anybody else gets its blocks."""
         self.enabled = True
 
     def __len__(self) -> int:
@@ -133,6 +135,8 @@ class PrefixCache:
     def evict(self, count: int, account: int | None = None) -> int:
         """Lets go of up to `count` blocks that nobody else holds, of this account or of any; returns of how many."""
         gone = self.policy.evict(count, _Kept(self._entries, self.book, account)) if count > 0 else []
+        if gone:
+            self.evicting([self._entries[block_hash].key for block_hash in gone], self.blocks_of(gone))
         self._drop(gone)
         return len(gone)
 

@@ -24,6 +24,7 @@ from sagellm_common.engines.lmdeploy.overlay import LMDEPLOY_VERSION
 from sagellm_common.engines.thread import join_thread, start_thread
 from sagellm_common.engines.watchdog import StepWatch, stuck, where_is
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.kv_runtime.host_cache import HostCache
 from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, StepPlan
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class LmdeployEngine:
         self._config: EngineSection
         self._config, self._device = device.resolve(config.engine, config.transport)
         self._tenants = config.kv.tenants
+        self._host_budget_bytes = config.kv.host_budget_bytes
         self._path = Path(config.model.path)
         self._hf = read_model_config(self._path)
         check_divisible(self._hf, self._config.tensor_parallel)
@@ -284,6 +286,8 @@ class LmdeployEngine:
             eos_token_ids=eos_token_ids(self._path, self._hf),
             emit=emit,
         )
+        if self._host_budget_bytes:
+            core.kv.keep_below(HostCache(self._host_budget_bytes, layout, SystemClock(), cfg.eviction))
         log.info("KV can be pulled %s", "layer by layer" if core.tells_layers else "by whole chunks of a prompt only")
         self._model = ModelInfo(
             name=self._name,

@@ -79,6 +79,8 @@ class VllmEngine:
             )
         self._dtype = "float32" if self._config.dtype == "auto" else self._config.dtype
         self._tenants = config.kv.tenants
+        if config.kv.host_budget_bytes:
+            log.warning("kv.host_budget_bytes has no effect: with vllm the pool of a worker is host memory already")
         self._path = Path(config.model.path)
         self._hf = read_model_config(self._path)
         self._name = config.model.name or self._path.resolve().name

@@ -226,7 +226,7 @@ class HostKvPool(KVPool):
         num_blocks = self._budget_bytes // layout.block_bytes
         if num_blocks < 1:
             raise ConfigError(
-                f"kv_store.budget_bytes is {self._budget_bytes}, which holds no block of {layout.block_bytes} bytes"
+                f"{self._setting} is {self._budget_bytes}, which holds no block of {layout.block_bytes} bytes: raise it"
             )
         memory = shared_memory.allocate(num_blocks * layout.block_bytes)
         region = KvRegion(memoryview(memory.arena), layout.block_bytes, num_blocks, descriptor=memory.descriptor)
