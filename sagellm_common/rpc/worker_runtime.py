@@ -34,6 +34,7 @@ from sagellm_common.core.kv import Tier
 from sagellm_common.core.topology import Registration, TopologyStore
 from sagellm_common.core.types import KvHealth, KvStats, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.kv_runtime.integrity import SelfCheck
 from sagellm_common.kv_runtime.pool import KVPool
 from sagellm_common.rpc.background import Background
@@ -96,7 +97,8 @@ class WorkerRuntime:
         self._metrics = metrics
         self._handoffs = handoffs
         self._engine_ended = engine_ended or asyncio.Event()
-        self._self_check = SelfCheck(pool) if isinstance(pool, KVPool) else None
+        memory = pool.pool if isinstance(pool, HierarchyManager) else pool
+        self._self_check = SelfCheck(memory) if isinstance(memory, KVPool) else None
         home = Tier.HOST if role is WorkerRole.KV_STORE else Tier.DEVICE
         self.journal = BlockJournal(pool, SystemClock(), config.index.history_blocks, home)
         self._transport = TransportControl(channel, pool, source)
