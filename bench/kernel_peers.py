@@ -19,12 +19,16 @@ RUN_TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """One run. `engine_s`: CPU seconds of our engine's thread, `kernels_s` those of them within the kernels."""
+    """One run. `engine_s`: CPU seconds of our engine's thread, `kernels_s` those of them within the kernels.
+
+    `first`: the same until the first token, of one sequence alone, where an engine tells.
+    """
 
     wall_s: float
     cpu_s: float
     engine_s: float = 0.0
     kernels_s: float = 0.0
+    first: Took | None = None
 
 
 Run = Callable[[list[list[int]], int], Awaitable[Took]]
@@ -62,7 +66,8 @@ async def worker(stack: AsyncExitStack, needs: str, *command: str, env: Mapping[
         stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}).encode() + b"\n")
         found = await answer()
         assert found["tokens"] == [new_tokens] * len(prompts), found
-        return Took(found["wall_s"], found["cpu_s"])
+        first = Took(*found["first"]) if "first" in found else None
+        return Took(found["wall_s"], found["cpu_s"], first=first)
 
     await answer()
     return run

@@ -4,7 +4,8 @@
 
 SmolLM2-135M from its Q4_1 file: the engine computes with that file's values, llama.cpp with the file (with and without
 flash attention: the faster counts), vLLM with the same values in float32 and bfloat16 (the faster counts). All have as
-many threads. Prefill is the time to the first token of all sequences of a cell, decode the rest. With one thread
+many threads. Prefill is the time to the first token of all sequences of a cell, decode the rest: of one stream within
+one run where the engine tells when its first token came (vLLM does not), else less a run of one token. With one thread
 rates are per CPU second, which other load on the machine hardly moves; with more, per second on the wall, for threads
 that wait for each other spin: that wants a quiet machine. Accuracy is against transformers in float32.
 """
@@ -37,6 +38,7 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.types import SamplingParams, as_token_ids
 from sagellm_common.engines import make_engine
 from sagellm_common.engines.base import EngineRequest
+from sagellm_common.engines.checkpoint import read_model_config
 from sagellm_common.engines.lmdeploy import overlay
 from services.cli.models import prepare_smollm2
 
@@ -80,11 +82,14 @@ async def our_engine(stack: AsyncExitStack, model: Path, weights: str, threads: 
     )
     engine = make_engine(config)
     ended: dict[str, asyncio.Event] = {}
+    began: dict[str, np.ndarray] = {}
+    """Clocks at a sequence's first token."""
 
     def on_step(outputs: Any) -> None:
         for output in outputs:
             if output.error:
                 raise output.error
+            began.setdefault(output.request_id, clocks())
             if output.finish_reason:
                 ended[output.request_id].set()
 
@@ -109,7 +114,8 @@ async def our_engine(stack: AsyncExitStack, model: Path, weights: str, threads: 
         async with asyncio.timeout(RUN_TIMEOUT_S):
             for event in list(ended.values())[-len(prompts) :]:
                 await event.wait()
-        return Took(*(clocks() - start).tolist())
+        first = Took(*(began[request_id] - start).tolist()) if len(prompts) == 1 else None
+        return Took(*(clocks() - start).tolist(), first=first)
 
     return run
 
@@ -137,8 +143,8 @@ async def speed(args: argparse.Namespace, model: Path, threads: int) -> dict[str
                 bandwidth.append(read_bandwidth(threads))
                 for name, run in runs.items():
                     prompts = rng.integers(100, 40_000, (batch, length)).tolist()
-                    first = await run(prompts, 1)
                     whole = await run(prompts, args.new_tokens)
+                    first = whole.first or await run(prompts, 1)
                     steps = args.new_tokens - 1
                     for clock in ("wall", "cpu"):
                         prefill_s, whole_s = getattr(first, f"{clock}_s"), getattr(whole, f"{clock}_s")
@@ -232,14 +238,23 @@ def over_peers(found: dict[str, Any], threads: int, cells: list[Cell]) -> list[l
     return rows
 
 
-def of_memory_bound(found: dict[str, Any], threads: int, cells: list[Cell], quality: dict[str, Any]) -> list[list[str]]:
-    """One stream: the bytes of the weights that a token needs, at its rate, over what memory gives."""
+def kv_bytes_per_token(model: Path) -> int:
+    """Keys and values of one token in all layers, in float32."""
+    shape = read_model_config(model)
+    head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    return int(2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * 4)
+
+
+def of_memory_bound(
+    found: dict[str, Any], threads: int, args: argparse.Namespace, quality: dict[str, Any], kv_bytes: int
+) -> list[list[str]]:
+    """One stream: the bytes of weights and cached KV that a token needs, at its rate, over what memory gives."""
     rows = [["weights", "cell", "MB per token", "bound, tokens/s", "tokens/s", "of the bound", "target"]]
     for name in TARGETS:
-        for batch, length in cells:
+        for batch, length in args.cells:
             if batch > 1:
                 continue
-            token_bytes = quality[name]["weight_bytes"]
+            token_bytes = quality[name]["weight_bytes"] + (length + args.new_tokens // 2) * kv_bytes
             bound = found["read_gb_per_s"] * 1e9 / token_bytes
             rate = found[f"{clock_of(threads)} decode"][name][label(batch, length)]
             share = rate / bound
@@ -279,7 +294,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rows += [[name, *(f"{rates[name][cell]:.1f}" for cell in cells)] for name in rates]
             print(f"\n{table(rows)}")
         found["over_peers"] = over_peers(found, threads, args.cells)
-        found["memory_bound"] = of_memory_bound(found, threads, args.cells, quality)
+        found["memory_bound"] = of_memory_bound(found, threads, args, quality, kv_bytes_per_token(model))
         print(f"\n{table(found['over_peers'])}")
         print(f"\nmemory reads {found['read_gb_per_s']:.1f} GB/s\n{table(found['memory_bound'])}")
         if threads == 1:  # with more, the others' waiting is not told from their work
