@@ -25,6 +25,7 @@ from sagellm_common.comm_backend.pieces import FEW, Pieces, Vectors, address_of,
 
 Buffer = bytes | bytearray
 IOV_MAX = 1024
+FEW_BYTES = 128 << 10
 _TIMEVAL = struct.Struct("@ll")
 WATCH_S = 0.01
 _STAT_FLAGS, _PF_EXITING = 6, 0x4
@@ -117,7 +118,7 @@ class Wire:
         if pieces is None:
             self._send_bytes(head + tail)
             return 0.0
-        if len(pieces.sizes) < FEW:
+        if _few(pieces):
             digest_s = _take(taken, pieces)
             self._send_views([part for part in (head, *pieces.views(), tail) if part])
             return digest_s
@@ -133,7 +134,7 @@ class Wire:
     ) -> float:
         """Fills all of them, in this order. Raises TimeoutError, EOFError when the peer closed before the first byte,
         else OSError. `taken` and what is returned are as in `send`."""
-        if len(pieces.sizes) < FEW:
+        if _few(pieces):
             self._recv_views([part for part in (head, *pieces.views(), tail) if part])
             return _take(taken, pieces)
         streamed_s = self._stream(False, head, pieces, b"" if tail is None else tail, taken)
@@ -173,6 +174,8 @@ class Wire:
 
     def recv_descriptors(self, size: int) -> tuple[bytearray, list[int]]:
         """`size` bytes and the open files that came with the first of them: the caller closes them."""
+        if self.peer_pid:
+            self._watch()
         self._arm(socket.SO_RCVTIMEO)
         try:
             first, descriptors, *_ = socket.recv_fds(self._sock, size, 4, socket.MSG_CMSG_CLOEXEC)
@@ -263,7 +266,7 @@ class Wire:
             except BlockingIOError:
                 raise TimeoutError("the peer takes no bytes") from None
 
-    # Of few pieces: sooner done by Python than told to the library.
+    # Of few pieces.
 
     def _send_views(self, views: list[Buffer | memoryview]) -> None:
         while views:
@@ -355,6 +358,11 @@ class Wire:
         # Zero would mean to wait forever.
         whole, micros = divmod(max(1, int(wait_s * 1e6)), 1_000_000)
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, micros))
+
+
+def _few(pieces: Pieces) -> bool:
+    """Whether they are sooner done by Python's own calls than told to the library."""
+    return len(pieces.sizes) < FEW and bool((pieces.sizes <= FEW_BYTES).all())
 
 
 def _left(views: list[Any], done: int) -> list[Any]:
