@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from sagellm_common.core.types import as_token_ids
+import random
+
+import numpy as np
+import pytest
+import xxhash
+
+from sagellm_common.core.types import BlockHash, TokenIds, as_token_ids
 from sagellm_common.engines.lmdeploy.kv_manager import EnginePrefixCache, SequencePrefix
 from sagellm_common.kv_runtime.block_manager import BlockManager
+from sagellm_common.prefix_reuse import hashing
 
 ROOT = b"root"
 
@@ -34,3 +41,37 @@ def test_a_parent_evicted_under_a_running_sequence_leaves_nothing_that_cannot_be
     assert cache.hashes() == []
     assert blocks.num_free == 8
     assert not blocks.ref_counts.any()
+
+
+def test_blocks_of_one_name_are_told_apart_by_all_that_comes_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences are published block by block, as they are generated; four names for all blocks there are."""
+
+    def weak(token_ids: TokenIds, block_size_tokens: int, root: BlockHash) -> bytes:
+        names, parent = b"", root
+        for start in range(0, len(token_ids) - block_size_tokens + 1, block_size_tokens):
+            block = token_ids[start : start + block_size_tokens].tobytes()
+            parent = bytes([xxhash.xxh3_64_digest(parent + block)[0] % 4]) * 16
+            names += parent
+        return names
+
+    monkeypatch.setattr(hashing, "packed_block_hashes", weak)
+    rng, computed_for = random.Random(2), dict[int, list[int]]()
+    blocks = BlockManager(64)
+    cache = EnginePrefixCache(blocks, block_size_tokens=2)
+    reused = 0
+    for _ in range(200):
+        tokens = [rng.randrange(2) for _ in range(9)]
+        hashes, found = cache.lookup(as_token_ids(tokens), ROOT)
+        for n, block in enumerate(found.tolist()):
+            assert computed_for[block] == tokens[: 2 * (n + 1)]
+        reused += len(found)
+        prefix = SequencePrefix(ROOT)
+        cache.begin(prefix, hashes)
+        table = np.concatenate([found, blocks.allocate(4 - len(found))])
+        computed_for |= {int(table[n]): tokens[: 2 * (n + 1)] for n in range(len(found), 4)}
+        for num_computed in range(2 * len(found), 9):
+            cache.publish(prefix, as_token_ids(tokens), table, num_computed)
+        cache.release(table)
+        cache.evict(rng.randrange(3))
+    assert reused > 0
+    assert cache.matcher.rejected > 0
