@@ -115,6 +115,8 @@ class SelfCheck:
 
     def run(self) -> IntegrityReport:
         """Any thread, one at a time. What is wrong is logged: a pool that has lost its count needs a restart."""
+        if not self.pool.regions().num_blocks:
+            return IntegrityReport()  # it has no memory yet
         if not self._left:
             with self.pool.lock:
                 self._left = self.pool.cache.hashes()

@@ -262,7 +262,6 @@ class KVPool:
             sources, destinations = plan.sources[possible], plan.destinations[possible]
             copy_blocks(self._memory, sources, destinations)
             self.blocks.move(sources, destinations)
-            self.blocks.order_free()
             self.moved_blocks += len(sources)
             return len(sources)
 
@@ -295,9 +294,12 @@ class KVPool:
         return self._memory.block_bytes
 
     def defragment(self, max_bytes: int) -> int:
-        """Moves blocks of at most max_bytes towards one free run; returns how many. Under the lock: keep it small."""
+        """Moves blocks of at most max_bytes towards one free run; returns how many. Free blocks are allocated by rising
+        place from then on, also when none was moved. Under the lock: keep it small."""
         with self.lock:
-            return defrag.defragment(self, max_bytes)
+            moved = defrag.defragment(self, max_bytes)
+            self.blocks.order_free()
+            return moved
 
     def tenant_usage(self) -> list[TenantUsage]:
         """Empty where kv.tenants names none."""

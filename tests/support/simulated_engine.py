@@ -9,12 +9,13 @@ half of a slot is in the block's keys, half in its values.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
 
+from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.errors import ContextTooLong, EngineFailed, InvalidRequest, KvExhausted, SageError
 from sagellm_common.core.kv import Allocation, LayerPart
 from sagellm_common.core.types import (
@@ -70,8 +71,8 @@ def _layer_parts(layout: KvLayout) -> tuple[LayerPart, ...]:
 class SimulatedPool(MockKvPool):
     """The pool whose blocks hold what `_slot` makes of tokens."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int) -> None:
-        super().__init__(layout, num_blocks, layer_parts=_layer_parts(layout))
+    def __init__(self, layout: KvLayout, num_blocks: int, tenants: Mapping[str, TenantConfig] | None = None) -> None:
+        super().__init__(layout, num_blocks, layer_parts=_layer_parts(layout), tenants=tenants)
         self._share_bytes = HALF_BYTES // layout.num_layers
 
     def forget(self) -> None:
@@ -128,12 +129,13 @@ class SimulatedEngine:
         max_prefill_tokens: int = 8,
         model: str = "simulated",
         num_layers: int = 2,
+        tenants: Mapping[str, TenantConfig] | None = None,
     ) -> None:
         dim = HALF_BYTES // 4 // num_layers
         layout = KvLayout(model, "float32", block_size_tokens, num_layers, 1, dim, block_size_tokens * SLOT_BYTES)
         self.model = ModelInfo(model, f"/models/{model}", context_length_tokens, VOCAB_SIZE, layout)
         self.description = "simulated"
-        self.kv = SimulatedPool(layout, num_blocks)
+        self.kv = SimulatedPool(layout, num_blocks, tenants)
         self.failure: SageError | None = None
         """Set, the next step ends every sequence with it."""
         self._max_prefill_tokens = max_prefill_tokens

@@ -61,7 +61,8 @@ class VllmEngine:
     """Engine over vLLM. See `engines/base.py` for the contract.
 
     `kv` is a pool of ours beside vLLM's pages: `engine.num_blocks` is its size, and its statistics are of what is held
-    for a handoff, for reuse or for its caller. What vLLM has in its pages for running sequences is not in them.
+    for a handoff, for reuse or for its caller. What vLLM has in its pages for running sequences is not in them, nor is
+    it moved: vLLM's interface tells of its pages to nobody but its connector.
     """
 
     def __init__(self, config: Config) -> None:

@@ -5,8 +5,10 @@ import logging
 import numpy as np
 import pytest
 
+from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.types import TokenIds
+from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.kv_runtime.backends.mock import MockKvPool
 from sagellm_common.kv_runtime.integrity import SelfCheck, check
 from tests.support.kv_channels import a_layout
@@ -72,6 +74,12 @@ def test_a_cached_block_that_has_changed_is_dropped_and_told(caplog: pytest.LogC
     health = self_check.health()
     assert (health.checks, health.failed_checks, health.sampled_blocks, health.corrupt_blocks) == (4, 1, 6, 1)
     assert [usage.tenant for usage in health.tenants] == ["default", "acme"]
+
+
+def test_a_pool_without_memory_has_nothing_to_check() -> None:
+    self_check = SelfCheck(HostKvPool(1 << 20, ManualClock()))
+    assert self_check.run().problems == ()
+    assert self_check.health().checks == 0
 
 
 def test_reading_a_sample_is_no_use_of_it() -> None:
