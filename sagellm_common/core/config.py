@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sagellm_common.core.types import WorkerRole
 
-Eviction = Literal["cost-aware", "arc", "s3-fifo", "gdsf", "lfu", "lru"]
+Eviction = Literal["adaptive", "cost-aware", "arc", "s3-fifo", "gdsf", "lfu", "lru"]
 """See kv_policy/eviction."""
 
 
@@ -51,14 +51,7 @@ class EngineConfig(Section):
     max_prefill_tokens: int = Field(512, ge=16, description="tokens of one prefill chunk")
     context_length_tokens: int = Field(0, ge=0, description="0: the model's")
     prefix_caching: bool = True
-    budget_bytes: int = Field(512 << 20, ge=1 << 20, description="of each store")
-    stores: int = Field(1, ge=0, le=64, description="that `sagellm up` starts; prompts are sharded over all there are")
-    replicas: int = Field(1, ge=1, le=8, description="stores that keep each block: one less may die without a hit lost")
-    replication_bytes_per_s: float = Field(
-        100e6, gt=0, description="that a store spends on giving blocks to others when stores come and go"
-    )
-    pin_share: float = Field(0.5, ge=0, le=1, description="of a store's blocks that may be pinned at a time")
-    eviction: Eviction = Field("cost-aware", description="which cached blocks go first; `sagellm kv policy` changes it")
+    eviction: Eviction = Field("adaptive", description="which cached blocks go first; `sagellm kv policy` changes it")
     policy: Literal["fifo", "priority", "deadline"] = Field(
         "priority", description="who starts first and loses memory last; deadline: the earlier of equal priority"
     )
@@ -298,7 +291,7 @@ class KvStoreConfig(Section):
         100e6, gt=0, description="that a store spends on giving blocks to others when stores come and go"
     )
     pin_share: float = Field(0.5, ge=0, le=1, description="of a store's blocks that may be pinned at a time")
-    eviction: Eviction = Field("cost-aware", description="which blocks go first; `sagellm kv policy` changes it")
+    eviction: Eviction = Field("adaptive", description="which blocks go first; `sagellm kv policy` changes it")
     disk: KvDiskConfig = KvDiskConfig()
 
 

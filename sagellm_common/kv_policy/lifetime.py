@@ -10,27 +10,49 @@ from numpy.typing import NDArray
 BlockClass = tuple[int, ...]
 """What tells blocks apart, the most telling first. A class rarely seen leans on the one without its last part."""
 
-NUM_AGES = 32
-_EDGES = np.concatenate([[0.0], 2.0 ** np.arange(NUM_AGES)])
-_WIDTHS = np.diff(_EDGES)
+OCTAVES = 32
+PER_OCTAVE = 2
+NUM_AGES = PER_OCTAVE * OCTAVES
 
 _Floats = NDArray[np.float64]
 
 
 def age_bin(age: int) -> int:
-    """Ages double from bin to bin: 0, 1, 2–3, 4–7, …"""
-    return min(age.bit_length(), NUM_AGES - 1)
+    """Ages double every PER_OCTAVE bins: 0, 1, 2, 3, 4–5, 6–7, 8–11, 12–15, …"""
+    if age < 2:
+        return age
+    octave = age.bit_length()
+    return min(2 * octave - 2 + (age >> (octave - 2) & 1), NUM_AGES - 1)
+
+
+def _edges() -> _Floats:
+    starts = [0, 1]
+    for octave in range(2, OCTAVES + 2):
+        starts += [1 << (octave - 1), 3 << (octave - 2)]
+    return np.array(starts[: NUM_AGES + 1], dtype=float)
+
+
+_EDGES = _edges()
+_WIDTHS = np.diff(_EDGES)
+_STARTS: list[float] = _EDGES.tolist()
+_PER_WIDTH: list[float] = (1.0 / _WIDTHS).tolist()
+
+
+RATIO_PRIOR = 20.0
+"""Uses that are taken for granted, so that the first few blocks of a class do not settle how it compares."""
+MAX_HAZARD = 0.9
 
 
 class LifetimePredictor:
     """Counts how many blocks of a class were used again at which age, and how many lived to see it.
 
     Ages are in block accesses of the pool, so that a busy hour and a quiet one teach the same. The estimate of the
-    chance of a use at an age (hazard) is the actuarial one: uses / blocks exposed, with `prior` blocks of the class
-    above added. Counts are halved each `memory` observations, so that a change of the workload is learned.
+    chance of a use at an age (hazard) is the actuarial one: uses / blocks exposed, with `prior` blocks added that have
+    the hazards of the class above, times the ratio of its uses to those that these foretell. Counts are halved each
+    `memory` observations, so that a change of the workload is learned.
     """
 
-    def __init__(self, prior: float = 20.0, memory: int = 1 << 18) -> None:
+    def __init__(self, prior: float = 100.0, memory: int = 1 << 18) -> None:
         self._prior = prior
         self._memory = memory
         self._observed = 0
@@ -75,18 +97,24 @@ class LifetimePredictor:
             hits = np.array(self._used.get(block_class, _NONE))
             misses = np.array(self._lost.get(block_class, _NONE)) + np.array(waiting.get(block_class, _NONE))
             for level in range(len(block_class) + 1):
-                above = block_class[:level]
-                used[above] = used.get(above, 0.0) + hits
-                ended[above] = ended.get(above, 0.0) + misses
+                name = block_class[:level]
+                used[name] = used.get(name, 0.0) + hits
+                ended[name] = ended.get(name, 0.0) + misses
         hazards: dict[BlockClass, _Floats] = {(): np.zeros(NUM_AGES)}
         for block_class in sorted(used, key=len):
             hits, misses = used[block_class], ended[block_class]
             # Those that end within a bin without a use saw half of it, on average.
             exposed = (hits + misses)[::-1].cumsum()[::-1] - misses / 2
-            prior = self._prior if block_class else 1.0
-            hazard = (hits + prior * hazards[block_class[:-1]]) / (exposed + prior)
-            hazards[block_class] = hazard
-            self._values[block_class], self._ever[block_class] = _values(hazard)
+            if not block_class:
+                hazards[()] = hits / (exposed + 1.0)
+                continue
+            inherited = hazards[block_class[:-1]]
+            ratio = (hits.sum() + RATIO_PRIOR) / (exposed @ inherited + RATIO_PRIOR)
+            foretold = self._prior * np.minimum(ratio * inherited, MAX_HAZARD)
+            hazards[block_class] = (hits + foretold) / (exposed + self._prior)
+        values, ever = _values(np.array([hazards[block_class] for block_class in used]))
+        self._values.update(zip(used, values.tolist(), strict=True))
+        self._ever.update(zip(used, ever.tolist(), strict=True))
 
     def value(self, block_class: BlockClass, age: int) -> float:
         """Uses per access that a block held from this age on will earn, if given up at the best time."""
@@ -95,21 +123,26 @@ class LifetimePredictor:
             if not block_class:
                 return 1.0 / (1 + age)  # nothing is known: the younger, the better
             return self.value(block_class[:-1], age)
-        return values[age_bin(age)]
+        at = age_bin(age)
+        way = min(1.0, (age - _STARTS[at]) * _PER_WIDTH[at])
+        return values[at] + way * (values[at + 1] - values[at])
 
 
 _NONE = (0.0,) * NUM_AGES
 
 
-def _values(hazard: _Floats) -> tuple[list[float], float]:
-    """From each age on, the best of all ages to stop at: uses expected ÷ accesses for which the block is held (Gittins'
-    index, as for multi-armed bandits); and the chance that a block is ever used.
+def _values(hazards: _Floats) -> tuple[_Floats, _Floats]:
+    """Of classes' hazards (a row each), from each age on, the best of all ages to stop at: uses expected ÷ accesses for
+    which the block is held (Gittins' index, as for multi-armed bandits); and the chance that a block is ever used.
     """
-    alive = np.concatenate([[1.0], np.cumprod(1.0 - hazard)])
-    uses = np.concatenate([[0.0], np.cumsum(alive[:-1] - alive[1:])])
-    held = np.concatenate([[0.0], np.cumsum(_WIDTHS * (alive[:-1] + alive[1:]) / 2)])
-    values = [
-        float(np.max((uses[at + 1 :] - uses[at]) / np.maximum(held[at + 1 :] - held[at], 1e-12)))
-        for at in range(NUM_AGES)
-    ]
-    return values, float(1.0 - alive[-1])
+    rows = len(hazards)
+    alive = np.concatenate([np.ones((rows, 1)), np.cumprod(1.0 - hazards, axis=1)], axis=1)
+    uses = 1.0 - alive
+    spans = _WIDTHS * (alive[:, :-1] + alive[:, 1:]) / 2
+    held = np.concatenate([np.zeros((rows, 1)), np.cumsum(spans, axis=1)], axis=1)
+    values = np.zeros((rows, NUM_AGES + 1))
+    for at in range(NUM_AGES):
+        earned, spent = uses[:, at + 1 :] - uses[:, at, None], held[:, at + 1 :] - held[:, at, None]
+        values[:, at] = np.max(earned / np.maximum(spent, 1e-12), axis=1)
+    values[:, -1] = values[:, -2]
+    return values, uses[:, -1]

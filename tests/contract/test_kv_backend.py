@@ -323,7 +323,7 @@ def test_another_eviction_policy_loses_no_block_and_can_give_up_all(pool: Pool) 
         backend.set_eviction(name)
         assert backend.eviction == name
         assert set(backend.cached_hashes()) == before
-    with pytest.raises(ConfigError, match="unknown eviction policy 'oldest'; known: arc,"):
+    with pytest.raises(ConfigError, match="unknown eviction policy 'oldest'; known: adaptive,"):
         backend.set_eviction("oldest")
     assert backend.eviction == name
     everything = backend.allocate(tokens(NUM_BLOCKS * BLOCK_TOKENS, start=1000), NUM_BLOCKS * BLOCK_TOKENS)

@@ -150,6 +150,6 @@ def test_the_eviction_policy_of_a_running_worker(sagellm: Sagellm) -> None:
     sagellm("kv", "policy", "set", "s3-fifo", "--worker=decode-0")
     policies = {worker["worker_id"]: worker["policy"] for worker in sagellm.json("kv", "policy", "show")["workers"]}
     store = next(name for name in policies if "store" in name)
-    assert policies == {"prefill-0": "cost-aware", "decode-0": "s3-fifo", "decode-1": "cost-aware", store: "cost-aware"}
+    assert policies == {"prefill-0": "adaptive", "decode-0": "s3-fifo", "decode-1": "adaptive", store: "adaptive"}
     assert "unknown eviction policy 'oldest'" in sagellm("kv", "policy", "set", "oldest", code=1).stderr
     assert sagellm("generate", "The", "--max-tokens=4").stdout

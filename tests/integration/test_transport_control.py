@@ -158,7 +158,7 @@ async def test_another_eviction_policy_for_one_worker_or_all(client: RouterClien
     told = {worker.worker_id: worker.policy for worker in await client.set_eviction("")}
     assert told == {"prefill-0": "arc", "decode-0": "lru"}
     refused = await client.set_eviction("oldest")
-    assert all("unknown eviction policy 'oldest'; known: arc" in worker.error for worker in refused)
+    assert all("unknown eviction policy 'oldest'; known: adaptive" in worker.error for worker in refused)
     assert prefill.engine.kv.eviction == "arc"
     with pytest.raises(InvalidRequest, match="no worker decode-9"):
         await client.set_eviction("lru", ["decode-9"])

@@ -56,7 +56,7 @@ def test_what_is_held_is_what_was_used_and_not_given_up(name: str, steps: list[t
         assert set(policy) == held
 
 
-@pytest.mark.parametrize("name", ["cost-aware", "lru"])
+@pytest.mark.parametrize("name", ["adaptive", "cost-aware", "lru"])
 @given(paths=st.lists(PATHS, max_size=20), capacity=st.integers(1, 8))
 def test_no_block_is_left_without_its_parents(name: str, paths: list[Path], capacity: int) -> None:
     policy = make_eviction(name, capacity)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sagellm_common.core.registry import Registry
+from sagellm_common.kv_policy.eviction.adaptive import Adaptive
 from sagellm_common.kv_policy.eviction.arc import Arc
 from sagellm_common.kv_policy.eviction.base import EvictionPolicy
 from sagellm_common.kv_policy.eviction.cost_aware import CostAware
@@ -14,6 +15,7 @@ from sagellm_common.kv_policy.eviction.lru import Lru
 from sagellm_common.kv_policy.eviction.s3fifo import S3Fifo
 
 EVICTION: Registry[Callable[[int], EvictionPolicy[Any]]] = Registry("eviction policy")
+EVICTION.register("adaptive")(Adaptive)
 EVICTION.register("arc")(Arc)
 EVICTION.register("cost-aware")(CostAware)
 EVICTION.register("gdsf")(Gdsf)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic
 
@@ -16,26 +16,32 @@ GHOSTS_PER_BLOCK = 8
 MIN_GHOSTS = 1 << 14
 """Blocks given up are remembered, so that a small pool, too, learns when its blocks would have been used."""
 MIN_LESSON = 512
-WORTH_LASTS = 64
-"""One in so many of the pool's blocks may be accessed before what the queues are worth is looked at again."""
-
-_Queue = tuple[BlockClass, int]
-"""Class, and power of two of the cost."""
+MAX_USES, MAX_FROM_END = 3, 3
+"""Beyond these blocks are of one class. The fewer classes, the sooner there is something to be known of each."""
 
 
-@dataclass(slots=True, eq=False)
-class _Block(Generic[K]):
-    key: K
-    cost: float
-    block_class: BlockClass = ()
-    used_at: int = 0
-    parent: _Block[K] | None = None
-    children: int = 0
-    """Held ones: while there are some the block stays, for without it they are of no use."""
+class _Queue(OrderedDict[K, "Block[K]"]):
+    """Least recently used first. `entry` numbers its entry in the heap; older ones are void."""
 
-    @property
-    def queue(self) -> _Queue:
-        return self.block_class, math.frexp(self.cost)[1]
+    entry = 0
+
+
+class Block(Generic[K]):
+    """As a policy sees it."""
+
+    __slots__ = ("block_class", "children", "cost", "key", "parent", "queue", "used_at", "uses")
+
+    def __init__(self, key: K, cost: float) -> None:
+        self.key = key
+        self.cost = cost
+        self.block_class: BlockClass = ()
+        self.used_at = 0
+        self.uses = 1
+        self.parent: Block[K] | None = None
+        self.children = 0
+        """Held ones: while there are some the block stays, for without it they are of no use."""
+        self.queue: _Queue[K] | None = None
+        """The one it stands in, or is to come back to."""
 
 
 class CostAware(Queueing[K, Any]):
@@ -54,33 +60,31 @@ class CostAware(Queueing[K, Any]):
         self._now = 0
         """In block accesses."""
         self._next_lesson = MIN_LESSON
-        self._blocks: dict[K, _Block[K]] = {}
-        self._queues: dict[_Queue, OrderedDict[K, _Block[K]]] = {}
+        self._blocks: dict[K, Block[K]] = {}
+        self._ghosts: OrderedDict[K, tuple[BlockClass, int, int]] = OrderedDict()
+        self._heads: Heads[K] = Heads(self._learned)
         """All blocks but those aside and those that wait."""
-        self._waiting: dict[K, _Block[K]] = {}
+        self._waiting: dict[K, Block[K]] = {}
         """They were to go and had children: they go after them."""
-        self._worth: dict[_Queue, float] = {}
-        """Of the queues' heads."""
-        self._worth_until = 0
-        self._ghosts: OrderedDict[K, tuple[BlockClass, int]] = OrderedDict()
 
     def access(self, path: Sequence[K]) -> None:
         self._return(path)
-        blocks: list[_Block[K]] = []
-        parent: _Block[K] | None = None
+        blocks: list[Block[K]] = []
+        parent: Block[K] | None = None
         for depth, key in enumerate(path):
             block = self._blocks.get(key)
             if block is None:
-                block = self._blocks[key] = _Block(key, self._cost(depth))
+                block = self._blocks[key] = Block(key, self._cost(depth))
             if parent is not None and block.parent is not parent:
                 self._leave_parent(block)
                 block.parent = parent
                 parent.children += 1
             blocks.append(block)
             parent = block
+        length = len(path).bit_length()
         for from_end, block in enumerate(reversed(blocks), start=1):
             self._now += 1
-            self._use(block, from_end)
+            self._use(block, min(from_end, MAX_FROM_END), length)
         if self._now >= self._next_lesson:
             self._learn()
 
@@ -97,90 +101,133 @@ class CostAware(Queueing[K, Any]):
     def __iter__(self) -> Iterator[K]:
         return iter(sorted(self._blocks, key=lambda key: self._blocks[key].used_at))
 
-    def _victim(self) -> tuple[K, _Block[K]] | None:
-        if self._now >= self._worth_until:
-            self._worth = {name: self._worth_of(queue) for name, queue in self._queues.items() if queue}
-            self._worth_until = self._now + 1 + len(self._blocks) // WORTH_LASTS
-        while self._worth:
-            worst = min(self._worth, key=self._worth.__getitem__)
-            queue = self._queues[worst]
-            block = queue.popitem(last=False)[1] if queue else None
-            if queue:
-                self._worth[worst] = self._worth_of(queue)
-            else:
-                del self._worth[worst]
-            if block is not None and block.children:
-                self._waiting[block.key] = block
-            elif block is not None:
+    def _learned(self, block: Block[K]) -> float:
+        return self.lifetimes.value(block.block_class, self._now - block.used_at) * block.cost
+
+    def _victim(self) -> tuple[K, Block[K]] | None:
+        self._heads.refresh(self._now, len(self._blocks))
+        while block := self._heads.pop():
+            if not block.children:
                 return block.key, block
+            self._waiting[block.key] = block
         # Their children are in use: they are not, and who asks needs room.
         return self._waiting.popitem() if self._waiting else None
 
-    def _put_back(self, key: K, place: _Block[K]) -> None:
+    def _put_back(self, key: K, place: Block[K]) -> None:
         self._now += 1
         place.used_at = self._now
-        self._enqueue(place)
+        self._heads.add(place)
 
-    def _give_up(self, key: K, place: _Block[K]) -> None:
+    def _give_up(self, key: K, place: Block[K]) -> None:
         del self._blocks[key]
-        self._ghosts[key] = (place.block_class, place.used_at)
+        self._ghosts[key] = (place.block_class, place.used_at, place.uses)
         self._leave_parent(place)
 
     def _forget(self) -> None:
         while len(self._ghosts) > self._max_ghosts:
-            _, (block_class, used_at) = self._ghosts.popitem(last=False)
+            _, (block_class, used_at, _) = self._ghosts.popitem(last=False)
             self.lifetimes.observe(block_class, self._now - used_at, used=False)
 
-    def _use(self, block: _Block[K], from_end: int) -> None:
-        idle = 0
+    def _use(self, block: Block[K], from_end: int, length: int) -> None:
         if block.used_at:
-            idle = self._now - block.used_at
-            self.lifetimes.observe(block.block_class, idle, used=True)
+            self.lifetimes.observe(block.block_class, self._now - block.used_at, used=True)
+            block.uses += 1
             self._take_out(block)
         elif ghost := self._ghosts.pop(block.key, None):
-            block_class, used_at = ghost
-            idle = self._now - used_at
-            self.lifetimes.observe(block_class, idle, used=True)
+            block_class, used_at, block.uses = ghost
+            self.lifetimes.observe(block_class, self._now - used_at, used=True)
+            block.uses += 1
         block.used_at = self._now
-        block.block_class = _class_of(idle, from_end)
-        self._enqueue(block)
+        # What a sequence ends with seldom begins another one, and long prompts are asked about more often than once.
+        block.block_class = (min(block.uses, MAX_USES), from_end, length)
+        self._heads.add(block)
 
-    def _enqueue(self, block: _Block[K], *, first: bool = False) -> None:
-        name = block.queue
-        queue = self._queues.get(name)
-        if queue is None:
-            queue = self._queues[name] = OrderedDict()
-        queue[block.key] = block
-        if first:
-            queue.move_to_end(block.key, last=False)
-        if first or name not in self._worth:
-            self._worth[name] = self._worth_of(queue)
-
-    def _take_out(self, block: _Block[K]) -> None:
+    def _take_out(self, block: Block[K]) -> None:
         """Of where it stands: in its queue, aside, or waiting for its children."""
-        if self._waiting.pop(block.key, None) is None:
-            self._queues[block.queue].pop(block.key, None)
+        self._heads.take_out(block)
+        self._waiting.pop(block.key, None)
 
-    def _leave_parent(self, block: _Block[K]) -> None:
+    def _leave_parent(self, block: Block[K]) -> None:
         parent, block.parent = block.parent, None
         if parent is not None:
             parent.children -= 1
             if not parent.children and parent.key in self._waiting:
                 del self._waiting[parent.key]
-                self._enqueue(parent, first=True)
+                self._heads.add(parent, first=True)
 
-    def _worth_of(self, queue: OrderedDict[K, _Block[K]]) -> float:
-        block = next(iter(queue.values()))
-        return self.lifetimes.value(block.block_class, self._now - block.used_at) * block.cost
+    def _queue_anew(self, heads: Heads[K]) -> None:
+        """What stands in queues stands in those of `heads` from now on. O(blocks · log blocks)."""
+        queued = [block for block in self._blocks.values() if block.queue and block.key in block.queue]
+        for block in sorted(queued, key=lambda block: block.used_at):
+            heads.add(block)
+        self._heads = heads
 
     def _learn(self) -> None:
         self._next_lesson = self._now + max(MIN_LESSON, (len(self._blocks) + len(self._ghosts)) // 4)
         held = ((block.block_class, self._now - block.used_at) for block in self._blocks.values())
-        given_up = ((block_class, self._now - used_at) for block_class, used_at in self._ghosts.values())
+        given_up = ((block_class, self._now - used_at) for block_class, used_at, _ in self._ghosts.values())
         self.lifetimes.refresh(chain(held, given_up))
 
 
-def _class_of(idle: int, from_end: int) -> BlockClass:
-    """How long the block lay idle before this use (0: its first), and whether it ends its path: what a sequence ends
-    with seldom begins another one."""
-    return (idle.bit_length() // 2, min(from_end, 3))
+class Heads(Generic[K]):
+    """Queues of blocks by class and power of two of the cost; the head worth least goes. O(log queues).
+
+    `by_uses`: and by power of two of the uses, for a worth that tells these apart.
+
+    Worth changes with age, slowly: it is looked at again when a block becomes the head, and for all of them after one
+    access for every REFRESH_SHARE blocks, at least after MIN_REFRESH.
+    """
+
+    REFRESH_SHARE, MIN_REFRESH = 64, 32
+
+    def __init__(self, worth: Callable[[Block[K]], float], *, by_uses: bool = False) -> None:
+        self._worth = worth
+        self._by_uses = by_uses
+        self._queues: dict[tuple[BlockClass, int, int], _Queue[K]] = {}
+        self._heap: list[tuple[float, int, _Queue[K]]] = []
+        self._pushed = 0
+        self._fresh_until = 0
+
+    def add(self, block: Block[K], *, first: bool = False) -> None:
+        """As the most recently used of its queue; `first`: as the next to go."""
+        uses = block.uses.bit_length() if self._by_uses else 0
+        name = block.block_class, uses, math.frexp(block.cost)[1]
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = _Queue()
+        is_head = first or not queue
+        queue[block.key] = block
+        block.queue = queue
+        if first:
+            queue.move_to_end(block.key, last=False)
+        if is_head:
+            self._push(queue)
+
+    def take_out(self, block: Block[K]) -> None:
+        """A no-op for one that is out."""
+        if block.queue is not None:
+            block.queue.pop(block.key, None)
+
+    def pop(self) -> Block[K] | None:
+        """Takes out the head that is worth least; None when there is none."""
+        while self._heap:
+            _, entry, queue = heapq.heappop(self._heap)
+            if queue and entry == queue.entry:
+                block = queue.popitem(last=False)[1]
+                if queue:
+                    self._push(queue)
+                return block
+        return None
+
+    def refresh(self, now: int, num_blocks: int) -> None:
+        if now >= self._fresh_until:
+            self._fresh_until = now + max(self.MIN_REFRESH, num_blocks // self.REFRESH_SHARE)
+            self._heap = []
+            for queue in self._queues.values():
+                if queue:
+                    self._push(queue)
+
+    def _push(self, queue: _Queue[K]) -> None:
+        self._pushed += 1
+        queue.entry = self._pushed
+        heapq.heappush(self._heap, (self._worth(next(iter(queue.values()))), self._pushed, queue))

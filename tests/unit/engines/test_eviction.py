@@ -21,7 +21,7 @@ async def test_tokens_are_those_of_a_roomy_pool(tiny_llama: Path) -> None:
     events: list[BlockEvent] = []
     async with running_engine(tiny_llama, num_blocks=NUM_BLOCKS, block_size_tokens=BLOCK_TOKENS) as driver:
         pool = driver.engine.kv
-        assert pool.eviction == "cost-aware"
+        assert pool.eviction == "adaptive"
         pool.watch(events.append)
         for name in EVICTION:
             evicted = sum(len(event.removed) for event in events)

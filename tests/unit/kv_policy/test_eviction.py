@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 
 from bench.benchmarks.kv.replay import ceiling, replay
+from sagellm_common.core.config import Eviction
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.kv_policy.eviction import EVICTION, make_eviction
 from sagellm_common.kv_policy.eviction.cost_aware import CostAware
@@ -125,5 +127,9 @@ def test_blocks_in_use_for_long_cost_nothing_per_eviction(name: str) -> None:
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown eviction policy 'mru'; known: arc, cost-aware, gdsf, lfu, lru"):
+    with pytest.raises(ConfigError, match=r"unknown eviction policy 'mru'; known: adaptive, arc, cost-aware, gdsf"):
         make_eviction("mru", 4)
+
+
+def test_the_configuration_knows_all_policies() -> None:
+    assert set(get_args(Eviction)) == set(EVICTION)
