@@ -22,7 +22,9 @@ def age_bin(age: int) -> int:
     if age < 2:
         return age
     octave = age.bit_length()
-    return min(2 * octave - 2 + (age >> (octave - 2) & 1), NUM_AGES - 1)
+    if octave > OCTAVES:
+        return NUM_AGES - 1
+    return 2 * octave - 2 + (age >> (octave - 2) & 1)
 
 
 def _edges() -> _Floats:

@@ -10,14 +10,24 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from bench.benchmarks.kv.oracles import KnowsUses, KnowsWindow
 from bench.benchmarks.kv.replay import Trace, belady, ceiling, load_mooncake, replay
 from bench.plots import lines
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.kv_policy.eviction import EVICTION, make_eviction
 
 SIZES = "1%,2%,5%,10%,20%,30%,50%,75%,100%"
-OURS = "cost-aware"
-BELADY = "belady"
+OURS = "adaptive"
+BELADY, INFINITE = "belady", "infinite"
+KNOWS_USES, KNOWS_WINDOW = "oracle-uses", "oracle-window"
+REFERENCES = {
+    INFINITE: "a cache that forgets nothing",
+    BELADY: "knows all of the future (an upper bound: it need not keep a block's parents, and turns out to)",
+    KNOWS_USES: "knows how often each block is used again, not when; of those that are, the least recent goes",
+    KNOWS_WINDOW: "knows the next accesses, as many as the cache has blocks, and nothing beyond",
+}
+TARGET_SHARE, TELLING_RATE = 0.95, 0.10
+"""Of Belady's hits, wherever these are at least so many."""
 
 Rows = list[dict[str, object]]
 
@@ -27,7 +37,8 @@ def sizes(text: str, unique_blocks: int) -> list[int]:
     found = set()
     for part in text.split(","):
         try:
-            size = int(unique_blocks * float(part[:-1]) / 100) if part.endswith("%") else int(part)
+            share = float(part[:-1]) / 100 if part.endswith("%") else 0.0
+            size = max(1, int(unique_blocks * share)) if share > 0 else int(part)
         except ValueError:
             size = 0
         if size < 1:
@@ -40,21 +51,22 @@ def sizes(text: str, unique_blocks: int) -> list[int]:
 
 def measure(trace: Trace, capacities: list[int], progress: Progress) -> Rows:
     rows: Rows = []
-    task = progress.add_task("replaying", total=len(capacities) * (1 + len(list(EVICTION))))
-    for capacity in capacities:
-        rows.append({"policy": BELADY, "capacity_blocks": capacity, "hit_rate": belady(trace, capacity)})
+    task = progress.add_task("replaying", total=len(capacities) * (len(REFERENCES) + len(list(EVICTION))))
+
+    def add(policy: str, capacity: int, hit_rate: float, decision_us: float = 0.0) -> None:
+        row = {"policy": policy, "capacity_blocks": capacity, "hit_rate": hit_rate, "decision_us": decision_us}
+        rows.append(row)
         progress.advance(task)
+
+    best = ceiling(trace)
+    for capacity in capacities:
+        add(INFINITE, capacity, best)
+        add(BELADY, capacity, belady(trace, capacity))
+        add(KNOWS_USES, capacity, replay(trace, capacity, KnowsUses(trace)).hit_rate)
+        add(KNOWS_WINDOW, capacity, replay(trace, capacity, KnowsWindow(trace, capacity)).hit_rate)
         for name in EVICTION:
             found = replay(trace, capacity, make_eviction(name, capacity))
-            rows.append(
-                {
-                    "policy": name,
-                    "capacity_blocks": capacity,
-                    "hit_rate": found.hit_rate,
-                    "decision_us": found.decision_us,
-                }
-            )
-            progress.advance(task)
+            add(name, capacity, found.hit_rate, found.decision_us)
     return rows
 
 
@@ -72,16 +84,42 @@ def markdown(rows: Rows, title: str) -> str:
         name: max(float(str(row["decision_us"])) for row in rows if row["policy"] == name) for name in sorted(EVICTION)
     }
     head = ["policy", *(f"{capacity:,}" for capacity in capacities), "µs per block, slowest"]
-    body = [[BELADY, *(f"{rates[BELADY][c]:.1%}" for c in capacities), ""]]
-    for name in sorted(EVICTION, key=lambda name: -sum(rates[name].values())):
-        cells = (f"{rates[name][c]:.1%} ({_share(rates[name][c], rates[BELADY][c])})" for c in capacities)
-        body.append([name, *cells, f"{slowest[name]:.1f}"])
+    body = [[name, *(_cell(rates, name, c) for c in capacities), ""] for name in REFERENCES]
+    body += [
+        [name, *(_cell(rates, name, c) for c in capacities), f"{slowest[name]:.1f}"]
+        for name in sorted(EVICTION, key=lambda name: -sum(rates[name].values()))
+    ]
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     table = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [head, *body]
     ]
     table.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join([f"{title}; hit rate of blocks by cache size in blocks (share of Belady's)", "", *table])
+    told = [f"- {name}: {what}" for name, what in REFERENCES.items()]
+    first = f"{title}; hit rate of blocks by cache size in blocks (share of Belady's)"
+    return "\n".join([first, "", *table, "", *told, "", *verdict(rates)])
+
+
+def verdict(rates: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Where ours reaches its share of Belady's, who beats it, and which knowledge the rest would need."""
+    telling = [c for c, rate in rates[BELADY].items() if rate >= TELLING_RATE]
+    short = [c for c in telling if rates[OURS][c] < TARGET_SHARE * rates[BELADY][c]]
+    others = [name for name in EVICTION if name != OURS]
+    behind = [f"{name} at {c:,} blocks" for c in telling for name in others if rates[name][c] > rates[OURS][c]]
+    lines = [
+        f"{OURS} has at least {TARGET_SHARE:.0%} of Belady's hits at {len(telling) - len(short)} of {len(telling)} "
+        f"sizes (those where Belady hits {TELLING_RATE:.0%} or more); ahead of it: {', '.join(behind) or 'none'}."
+    ]
+    for c in short:
+        uses, window, best, ours = (rates[name][c] for name in (KNOWS_USES, KNOWS_WINDOW, BELADY, OURS))
+        lines.append(
+            f"- {c:,} blocks: {best - ours:.1%} short of Belady's; whoever knew which blocks are used again would hit "
+            f"{uses:.1%}, whoever knew the next {c:,} accesses {window:.1%}; the rest needs both, further ahead."
+        )
+    return lines
+
+
+def _cell(rates: Mapping[str, Mapping[int, float]], name: str, capacity: int) -> str:
+    return f"{rates[name][capacity]:.1%} ({_share(rates[name][capacity], rates[BELADY][capacity])})"
 
 
 def _share(rate: float, best: float) -> str:
@@ -113,7 +151,6 @@ def main() -> int:
         args.json.with_suffix(".md").write_text(markdown(rows, title) + "\n")
         rates = by_policy(rows)
         curves = {name: {c / unique: rate for c, rate in found.items()} for name, found in rates.items()}
-        curves["nothing forgotten"] = dict.fromkeys(curves[BELADY], best)
         panel = "hit rate by cache size, as a share of all blocks"
         lines({panel: curves}, title.replace(": ", "\n").replace(", at", ",\nat"), args.json.with_suffix(".png"))
     return 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.kv_policy.eviction import EvictionPolicy
@@ -45,7 +46,7 @@ def _hash_ids(line: str, where: str) -> list[int]:
         ids = json.loads(line)["hash_ids"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{where}: not a JSON object with hash_ids, as the mooncake format has them") from None
-    if not isinstance(ids, list) or not all(isinstance(block, int) for block in ids):
+    if not isinstance(ids, list) or not all(type(block) is int for block in ids):
         raise ConfigError(f"{where}: hash_ids are {ids!r}; a list of integers is needed")
     return ids
 
@@ -59,7 +60,7 @@ def ceiling(trace: Trace) -> float:
 def replay(
     trace: Trace,
     capacity_blocks: int,
-    policy: EvictionPolicy[Hashable],
+    policy: EvictionPolicy[Any],
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Replayed:
     """Each prompt hits its longest cached prefix; then all of it is cached, and the policy makes room."""
@@ -82,8 +83,9 @@ def replay(
 
 def belady(trace: Trace, capacity_blocks: int) -> float:
     """Hit rate of the best that can be with all of the future known: of the blocks at hand, the one that is used again
-    last is not kept (Belady 1966; a block may be passed over at once). A parent is used no later than its children, so
-    what is kept is always whole prefixes.
+    last is not kept (Belady 1966; a block may be passed over at once). Each hit counts, also of a block whose parents
+    are not kept, so no policy can do better. Where blocks form prefixes it is no looser for that: a parent is used
+    whenever its children are, and so no later, and what is kept is whole prefixes.
     """
     accesses = list(chain.from_iterable(trace))
     never = len(accesses)

@@ -46,7 +46,7 @@ class Adaptive(CostAware[K]):
             "uses": lambda block: block.used_at + block.uses.bit_length() * _ABOVE,
         }
         shadow_blocks = max(1, round(rate * capacity_blocks))
-        self._shadows = {name: Shadow(shadow_blocks, self._heads_of(name)) for name in self._orders}
+        self._shadows = {name: Shadow(shadow_blocks, capacity_blocks, self._heads_of(name)) for name in self._orders}
         self.order = HOME
 
     def access(self, path: Sequence[K]) -> None:
@@ -72,17 +72,18 @@ class Adaptive(CostAware[K]):
             self._queue_anew(self._heads_of(best))
 
     def _heads_of(self, order: str) -> Heads[K]:
-        return Heads(self._orders[order], by_uses=order == "uses")
+        return Heads(self._orders[order], by_uses=order == "uses", ages=order == HOME)
 
 
 class Shadow(Generic[K]):
-    """Counts, at what they cost, the hits of a cache of `capacity_blocks` that gives up the least worthy."""
+    """Counts, at what they cost, the hits of a cache of `capacity_blocks` that gives up the least worthy. It stands for
+    one of `full_blocks`."""
 
-    def __init__(self, capacity_blocks: int, heads: Heads[K]) -> None:
+    def __init__(self, capacity_blocks: int, full_blocks: int, heads: Heads[K]) -> None:
         self.hits = 0.0
         self.lead = self.spread = 0.0
         """Over the order at home: the sum of past lessons, and of their squares."""
-        self._capacity = capacity_blocks
+        self._capacity, self._full = capacity_blocks, full_blocks
         self._held: dict[K, Block[K]] = {}
         self._heads = heads
 
@@ -99,7 +100,7 @@ class Shadow(Generic[K]):
             self._heads.take_out(mine)
             mine.block_class, mine.used_at, mine.uses = block.block_class, block.used_at, block.uses
             self._heads.add(mine)
-        self._heads.refresh(path[0].used_at, len(self._held))
+        self._heads.refresh(path[0].used_at, self._full)
         while len(self._held) > self._capacity:
             victim = self._heads.pop()
             assert victim is not None

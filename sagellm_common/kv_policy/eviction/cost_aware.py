@@ -174,14 +174,15 @@ class Heads(Generic[K]):
 
     `by_uses`: and by power of two of the uses, for a worth that tells these apart.
 
-    Worth changes with age, slowly: it is looked at again when a block becomes the head, and for all of them after one
+    Worth that `ages` changes slowly: it is looked at again when a block becomes the head, and for all of them after one
     access for every REFRESH_SHARE blocks, at least after MIN_REFRESH.
     """
 
     REFRESH_SHARE, MIN_REFRESH = 64, 32
 
-    def __init__(self, worth: Callable[[Block[K]], float], *, by_uses: bool = False) -> None:
+    def __init__(self, worth: Callable[[Block[K]], float], *, by_uses: bool = False, ages: bool = True) -> None:
         self._worth = worth
+        self._ages = ages
         self._by_uses = by_uses
         self._queues: dict[tuple[BlockClass, int, int], _Queue[K]] = {}
         self._heap: list[tuple[float, int, _Queue[K]]] = []
@@ -220,7 +221,7 @@ class Heads(Generic[K]):
         return None
 
     def refresh(self, now: int, num_blocks: int) -> None:
-        if now >= self._fresh_until:
+        if self._ages and now >= self._fresh_until:
             self._fresh_until = now + max(self.MIN_REFRESH, num_blocks // self.REFRESH_SHARE)
             self._heap = []
             for queue in self._queues.values():
