@@ -318,11 +318,11 @@ class GenerationSummary:
     kv_bytes_ahead: int = 0
     transfer_exposed_ms: float = 0.0
     kv_conversion: KvConversion | None = None
-    store_conversion: KvConversion | None = None
-    """What the prompt's blocks had lost in the kv_store."""
     prefill_engine_ms: float = 0.0
     decode_engine_ms: float = 0.0
     decode_cached_tokens: int = 0
+    store_conversion: KvConversion | None = None
+    """What the prompt's blocks had lost in the kv_store."""
 
     @property
     def kv_origins(self) -> dict[str, int]:

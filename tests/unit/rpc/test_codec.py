@@ -65,9 +65,10 @@ SUMMARY = GenerationSummary(
     **{
         f.name: f"s{i}" if f.type == "str" else (i + 0.5 if f.type == "float" else i)
         for i, f in enumerate(dataclasses.fields(GenerationSummary), start=1)
-        if f.name != "kv_conversion"
+        if not f.name.endswith("_conversion")
     },
     kv_conversion=KvConversion("int8/float32", 0.5, 0.25, 3),
+    store_conversion=KvConversion("int4/float32", 1.5, 0.75, 0),
 )
 LOGPROBS = (TokenLogprob(-0.5, (3, 4), (-0.5, -1.5)), TokenLogprob(-0.25))
 
