@@ -19,9 +19,11 @@ from sagellm_common.core.types import (
     GenerationSummary,
     HandoffTicket,
     KvConversion,
+    KvHealth,
     KvSource,
     KvStats,
     SamplingParams,
+    TenantUsage,
     TokenLogprob,
     WorkerRole,
     WorkerState,
@@ -250,3 +252,9 @@ def test_extents_are_checked() -> None:
 def test_an_extent_that_is_none_is_refused(key: bytes, first: int, num: int) -> None:
     with pytest.raises(InvalidRequest, match="an extent has 32 blocks and a key of 16 bytes"):
         codec.decode_extents([kv_pb2.KvExtent(key=key, first_block=first, num_blocks=num)], num)
+
+
+def test_what_a_worker_finds_of_its_pool_survives() -> None:
+    health = KvHealth(5, 2, ("a block is free twice",), 7, 1, 0.25, 0.5, 9, (TenantUsage("acme", 6, 2, 4, 8, 3),))
+    assert codec.decode_kv_health(codec.encode_kv_health(health)) == health
+    assert codec.decode_kv_health(codec.encode_kv_health(KvHealth())) == KvHealth()
