@@ -50,7 +50,12 @@ async def worker(stack: AsyncExitStack, needs: str, *command: str, env: Mapping[
         stderr=asyncio.subprocess.DEVNULL,
         env={**os.environ, **(env or {})},
     )
-    stack.callback(process.kill)
+
+    async def end() -> None:
+        process.kill()
+        await process.wait()  # while there is a loop that its pipes can be closed on
+
+    stack.push_async_callback(end)
     assert process.stdin is not None and process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 
