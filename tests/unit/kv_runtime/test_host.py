@@ -167,6 +167,18 @@ def test_pins_keep_blocks_for_their_time() -> None:
     assert len(store(pool, 4, start=200).positions) == 4
 
 
+def test_pins_have_their_bound() -> None:
+    pool, _ = make(4)
+    store(pool, 4)
+    hashes, _ = chain(4)
+    assert pool.pin(hashes[2:], ttl_s=10, most_blocks=1) == 1
+    assert pool.pin(hashes, ttl_s=10, most_blocks=3) == 3, "the first of them, and the one that was pinned before"
+    assert counts(pool) == (3, 0, 1)
+    assert pool.pin(hashes, ttl_s=0, most_blocks=3) == 0
+    assert pool.pin(hashes, ttl_s=10, most_blocks=0) == 0
+    assert counts(pool) == (0, 0, 4)
+
+
 def test_unpinning() -> None:
     pool, _ = make()
     store(pool, 2)

@@ -118,3 +118,12 @@ def test_every_prompt_token_is_computed_fetched_or_cached(
     transfer = plan.node(PlanNodeKind.TRANSFER)
     if transfer:
         assert transfer.start_token <= on_decode and transfer.end_token == prompt == decode.start_token
+
+
+def test_without_a_prefill_worker_decode_fetches() -> None:
+    plan = build(Placement("d", None, "s"), decode_cached_tokens=4, store_cached_tokens=8)
+    assert shape(plan) == [("lookup", "d", 4, 8), ("fetch", "d", 4, 8), ("decode", "d", 8, 16), ("offload", "d", 0, 16)]
+    assert [kind for kind, *_ in shape(build(Placement("d", None, "s"), store_cached_tokens=3))] == [
+        "decode",
+        "offload",
+    ]

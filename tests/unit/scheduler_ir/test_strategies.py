@@ -105,3 +105,17 @@ views = st.builds(
 def test_scores_are_within_0_and_1_and_the_choice_is_deterministic(workers: list[WorkerView]) -> None:
     assert all(0.0 <= affinity_minus_load(REQUEST, one, workers) <= 1.0 for one in workers)
     assert place(*workers) == place(*reversed(workers))
+
+
+@pytest.mark.parametrize(
+    ("stored", "on_decode", "local"), [(80, 0, True), (68, 64, True), (67, 0, False), (80, 80, False), (0, 0, False)]
+)
+def test_what_the_stores_hold_nearly_all_of_needs_no_prefill_worker(stored: int, on_decode: int, local: bool) -> None:
+    """32 of 100 prompt tokens may be left to compute, and decode must hold less itself."""
+    placement = place(
+        worker("p0", WorkerRole.PREFILL),
+        worker("d0", WorkerRole.DECODE, matched_tokens=on_decode),
+        worker("s0", WorkerRole.KV_STORE, matched_tokens=stored),
+    )
+    assert (placement.prefill_worker_id is None) == local
+    assert (f"the kv_store holds all but {100 - stored} prompt tokens" in placement.reason) == local

@@ -117,7 +117,7 @@ async def store() -> AsyncIterator[Running]:
             "sagellm.v1.KvStoreService",
             kv_pb2_grpc.add_KvStoreServiceServicer_to_server,
             KvStoreServicer(
-                KvStore(pool, leases, channel, worker, ExtentTable(pool.lookup)),
+                KvStore(pool, leases, channel, worker, ExtentTable(pool.lookup), pin_share=0.5),
                 BlockJournal(pool, clock, 3, Tier.HOST),
             ),
         ),
@@ -337,3 +337,54 @@ async def test_watchers_follow_from_where_they_were(store: Running) -> None:
     await store.put(5)
     async with watch(from_revision=2) as messages:  # the history is three blocks long
         assert await next_of(messages) == (0, 6, True, hashes)
+
+
+async def test_pins_cannot_fill_the_store(store: Running) -> None:
+    """Half of it here, over the wire; what is beyond is not pinned, and with its time a pin ends."""
+    await store.put(6)
+    hashes, _ = chain(6)
+    request = kv_pb2.KvPinRequest(block_hashes=codec.encode_hashes(hashes), ttl_ms=10_000)
+    assert (await call(store.stub.Pin, request, timeout_s=10.0)).num_pinned == BUDGET_BLOCKS // 2
+    assert store.counts() == (4, 2, 2)
+    store.clock.advance(10)
+    assert store.counts() == (0, 2, 6)
+
+
+@pytest.mark.parametrize("extents", [True, False])
+async def test_a_long_put_is_worked_off_in_pieces(
+    store: Running, monkeypatch: pytest.MonkeyPatch, extents: bool
+) -> None:
+    """Found as a whole when it is there; other calls get their turn in between."""
+    from services.kv_store import loop
+
+    monkeypatch.setattr(loop, "PIECE_BLOCKS", 3)
+    hashes, token_ids = chain(7)
+    pieces: list[int] = []
+    begin_put = store.pool.begin_put
+
+    def counted(hashes: list[BlockHash], *rest: Any) -> Any:
+        pieces.append(len(hashes))
+        return begin_put(hashes, *rest)
+
+    monkeypatch.setattr(store.pool, "begin_put", counted)
+    pinned = store.source.pin("offload:r", np.arange(7, dtype=np.int32))
+    sizes = [2, 1, 4] if extents else []
+    request = kv_pb2.KvPutRequest(
+        block_hashes=codec.encode_hashes(hashes),
+        source=codec.encode_kv_source(pinned),
+        layout=codec.encode_layout(LAYOUT),
+        token_ids=pack_int32(token_ids),
+        extents=[kv_pb2.KvExtent(key=b"%016d" % n, num_blocks=size) for n, size in enumerate(sizes)],
+    )
+    answer = await call(store.stub.Put, request, timeout_s=10.0)
+    assert (answer.num_stored, answer.bytes_pulled) == (7, 7 * 64)
+    assert pieces == (sizes or [3, 3, 1])
+    got = codec.decode_kv_source((await store.get(7)).source)
+    await store.transfers.handshake(got, worker_id="prefill-0", incarnation="p", layout=LAYOUT)
+    targets = np.arange(8, 15, dtype=np.int32)
+    await store.source.channel.pull(got, got.block_table, targets, timeout_s=10.0)
+    assert blocks_of(store.source.region, targets) == blocks_of(store.source.region, np.arange(7))
+    lookup = kv_pb2.KvLookupRequest(
+        block_hashes=codec.encode_hashes(hashes), layout=request.layout, extents=request.extents
+    )
+    assert list((await call(store.stub.Lookup, lookup, timeout_s=10.0)).extent_blocks) == sizes
