@@ -415,6 +415,14 @@ def bench_(context: typer.Context, name: Annotated[str, typer.Argument(metavar="
     raise typer.Exit(benchmarks.run(name, context.args))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def simulate(context: typer.Context) -> None:
+    """Replay a trace through the scheduler on simulated engines: `sagellm simulate --help`."""
+    raise typer.Exit(benchmarks.run_module("bench.sim", "simulate", context.args))
+
+
 # ---- helpers ----
 
 

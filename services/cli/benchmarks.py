@@ -15,6 +15,7 @@ BENCHMARKS = {
     "index": "the prefix index: hashing and matching of long prompts against many workers' caches",
     "chat": "a multi-turn chat on 2P2D with the KV stack on and off, tokens compared",
     "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
+    "strategies": "placement strategies and other routers' rules, on a trace, in simulation",
     "transfer": "KV between two processes over every byte path",
 }
 
@@ -24,12 +25,17 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if name not in BENCHMARKS:
         known = ", ".join(f"{known} ({what})" for known, what in BENCHMARKS.items())
         raise ConfigError(f"bench {name!r}: unknown benchmark; known: {known}")
+    return run_module(f"bench.benchmarks.{name}", f"bench {name}", arguments)
+
+
+def run_module(module: str, command_name: str, arguments: Sequence[str]) -> int:
+    """Exit code of a package of `bench/`, in a process of its own. Raises ConfigError where there is no checkout."""
     root = Path(next(iter(services.__path__))).parent
-    if not (root / "bench" / "benchmarks" / name / "__main__.py").exists():
+    if not root.joinpath(*module.split("."), "__main__.py").exists():
         raise ConfigError(
-            f"bench {name}: benchmarks are not installed in {root}; run `sagellm` from a checkout of the repository "
+            f"{command_name}: benchmarks are not installed in {root}; run `sagellm` from a checkout of the repository "
             "(`make setup` there)"
         )
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", f"bench.benchmarks.{name}", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode

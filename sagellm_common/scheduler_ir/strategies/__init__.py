@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.strategies import fifo as _fifo  # noqa: F401  registers itself
+from sagellm_common.scheduler_ir.strategies import hybrid as _hybrid  # noqa: F401  registers itself
 from sagellm_common.scheduler_ir.strategies.base import STRATEGIES, Placement, RequestView, Strategy, WorkerView
 
 
-def make_strategy(name: str) -> Strategy:
-    """Raises ConfigError listing the known names."""
-    return STRATEGIES.get(name)()
+def make_strategy(name: str, costs: CostModel | None = None) -> Strategy:
+    """`costs` is what it decides by, learned elsewhere while it works. Raises ConfigError listing the known names."""
+    return STRATEGIES.get(name)(costs)
 
 
 __all__ = ["STRATEGIES", "Placement", "RequestView", "Strategy", "WorkerView", "make_strategy"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from sagellm_common.core.registry import Registry
 from sagellm_common.core.types import WorkerRole
+from sagellm_common.scheduler_ir.cost_model import CostModel
+from sagellm_common.scheduler_ir.engine_policy import Order
 
 PullSeconds = Callable[[str, str], float | None]
 """(prefill worker's id, decode worker's id) → how long the request's KV is on its way between them; None: not known."""
@@ -19,12 +22,18 @@ def _not_known(prefill_worker_id: str, decode_worker_id: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """What matters of a request for placing it. `pull_seconds` is the same for as long as the view is used."""
+    """What matters of a request for placing it. `waited_s` since it arrived; targets are infinite where it has none.
+
+    `pull_seconds` is the same for as long as the view is used.
+    """
 
     request_id: str
     num_prompt_tokens: int
     priority: int = 0
     pull_seconds: PullSeconds = field(default=_not_known, compare=False)
+    waited_s: float = 0.0
+    ttft_target_s: float = math.inf
+    tpot_target_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +41,9 @@ class WorkerView:
     """What matters of a worker for placing one request. A value: the caller takes a fresh one per decision.
 
     `outstanding` are requests sent there and not finished, `assigned` all ever sent (breaks ties, so that equal
-    workers take turns), `matched_tokens` the leading prompt tokens whose KV it holds.
+    workers take turns), `matched_tokens` the leading prompt tokens whose KV it holds. `queued_tokens` are prompt tokens
+    it was sent and has not computed, with `queued_squares` the Σ (end² − start²) of them; `sequences` decode there on
+    `context_tokens` of KV.
     """
 
     worker_id: str
@@ -40,6 +51,10 @@ class WorkerView:
     outstanding: int = 0
     assigned: int = 0
     matched_tokens: int = 0
+    queued_tokens: int = 0
+    queued_squares: int = 0
+    sequences: int = 0
+    context_tokens: int = 0
 
     @property
     def prefills(self) -> bool:
@@ -52,22 +67,30 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Who does what. No `prefill_worker_id`: the decode worker computes the prompt itself."""
+    """Who does what. No `prefill_worker_id`: the decode worker computes the prompt itself.
+
+    `late`: its first token cannot come within the target, wherever; those that still can go first.
+    """
 
     decode_worker_id: str
     prefill_worker_id: str | None = None
     kv_store_worker_id: str | None = None
     strategy: str = ""
     reason: str = ""
+    late: bool = False
 
 
 class Strategy(Protocol):
-    """Places one request. Pure: the same views give the same answer."""
+    """Places one request. Pure: the same views, and the same costs learned, give the same answer.
+
+    `order` is that of the waiting inside the engines.
+    """
 
     name: str
+    order: Order
 
     def place(self, request: RequestView, workers: Sequence[WorkerView]) -> Placement:
         """Raises NoWorker when nobody among `workers` can decode."""
 
 
-STRATEGIES: Registry[type[Strategy]] = Registry("strategy")
+STRATEGIES: Registry[Callable[[CostModel | None], Strategy]] = Registry("strategy")

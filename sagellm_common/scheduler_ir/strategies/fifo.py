@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from sagellm_common.core.errors import NoWorker
 from sagellm_common.core.types import WorkerRole
+from sagellm_common.scheduler_ir.cost_model import CostModel
+from sagellm_common.scheduler_ir.engine_policy import Order
 from sagellm_common.scheduler_ir.pd_separation import PDSeparator
 from sagellm_common.scheduler_ir.strategies.base import STRATEGIES, Placement, RequestView, WorkerView
 from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load, pick
@@ -17,8 +19,9 @@ from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load, 
 @STRATEGIES.register("fifo")
 class Fifo:
     name = "fifo"
+    order: Order = "fifo"
 
-    def __init__(self) -> None:
+    def __init__(self, costs: CostModel | None = None) -> None:
         self._separator = PDSeparator()
 
     def place(self, request: RequestView, workers: Sequence[WorkerView]) -> Placement:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from itertools import permutations
+
 import pytest
 
 from sagellm_common.scheduler_ir.engine_policy import (
@@ -67,3 +71,30 @@ def test_a_plan_goes_first_and_leaves_the_rest_to_the_policy() -> None:
     assert [planned(prefill=choice).prefill_next(load) for choice in (True, False, None)] == [True, False, True]
     with pytest.raises(ValueError, match=r"StepPlan\.start names a request twice"):
         StepPlan(start=("a", "a"))
+
+
+def _urgent(name: str, deadline_s: float, needed_s: float) -> SequenceView:
+    return SequenceView(name, int(name[1:]), deadline_s=deadline_s, needed_s=needed_s)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_on_time_first_leaves_as_few_late_as_any_order(seed: int) -> None:
+    rng = random.Random(seed)
+    views = [_urgent(f"s{i}", rng.uniform(0, 10), rng.uniform(0.1, 4)) for i in range(6)]
+
+    def in_time(order: Sequence[SequenceView]) -> int:
+        end_s, count = 1.0, 0
+        for view in order:
+            end_s += view.needed_s
+            count += end_s <= view.deadline_s
+        return count
+
+    ordered = RankedPolicy(order="on_time").order_waiting(views, now_s=1.0)
+    assert sorted(view.request_id for view in ordered) == sorted(view.request_id for view in views)
+    assert in_time(ordered) == max(in_time(order) for order in permutations(views))
+
+
+def test_who_is_late_anyway_waits_the_quickest_first() -> None:
+    views = [_urgent("s0", 1.0, 9.0), _urgent("s1", 1.0, 5.0), _urgent("s2", 30.0, 2.0)]
+    ordered = RankedPolicy(order="on_time").order_waiting(views, now_s=0.0)
+    assert [view.request_id for view in ordered] == ["s2", "s1", "s0"]

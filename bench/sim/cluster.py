@@ -1,0 +1,258 @@
+"""The life of a request (match → place → reserve → prefill → transfer → decode) on the virtual clock.
+
+Placement strategies, prefix index, eviction policies, engine order and cost model are the production objects; engines,
+links and time are simulated. What the cost model knows it learned here, from the simulated steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+
+from bench.sim.clock import VirtualClock
+from bench.sim.kv import SimKv
+from bench.sim.network import Network
+from bench.sim.profile import Profile
+from bench.sim.traces import SimRequest
+from bench.sim.workers import DecodeSim, Job, PrefillSim, step_seconds
+from sagellm_common.core.types import WorkerRole
+from sagellm_common.prefix_reuse.index import PrefixReuseIndex
+from sagellm_common.scheduler_ir.cost_model import CostModel
+from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, SequenceView
+from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, WorkerView
+
+W = TypeVar("W", PrefillSim, DecodeSim)
+
+LEARN_EVERY = 32
+SHORTLIST = 16
+"""Of more workers than this, a strategy sees those with the longest prefixes and the least load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    jobs: list[Job] = field(default_factory=list)
+    end_s: float = 0.0
+    transferred_bytes: float = 0.0
+    busy_s: float = 0.0
+
+
+class SimCluster:
+    """`max_waiting` requests at most wait for memory on decode workers; who comes then is rejected."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        num_prefill: int,
+        num_decode: int,
+        make: Callable[[CostModel], Strategy],
+        slo: Slo,
+        *,
+        block_tokens: int = 512,
+        eviction: str = "cost-aware",
+        max_waiting: int = 10_000,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.costs = CostModel()
+        self._strategy = make(self.costs)
+        self._profile = profile
+        self._slo = slo
+        self._max_waiting = max_waiting
+        self._network = Network(self.clock, profile.link_bytes_per_s, profile.link_latency_s)
+        self._index = PrefixReuseIndex(max_blocks=1 << 24)
+        policy = RankedPolicy(order=self._strategy.order)
+        in_order = self._strategy.order == "fifo"
+
+        def kv() -> SimKv:
+            return SimKv(profile.kv_tokens // block_tokens, block_tokens, eviction)
+
+        self._prefill = {
+            name: PrefillSim(name, self.clock, profile, kv(), policy, self._learn_prefill, in_order=in_order)
+            for name in (f"prefill-{i}" for i in range(num_prefill))
+        }
+        self._decode = {
+            name: DecodeSim(name, self.clock, profile, kv()) for name in (f"decode-{i}" for i in range(num_decode))
+        }
+        self._prefill_list, self._decode_list = list(self._prefill.values()), list(self._decode.values())
+        self._waiting: deque[Job] = deque()
+        self._steps = 0
+        self._outcome = Outcome()
+
+    def run(self, requests: Sequence[SimRequest], progress: Callable[[], None] = lambda: None) -> Outcome:
+        """All of them, to the end. `progress` is called for each that arrives."""
+        arrivals = iter(requests)
+
+        def arrive(request: SimRequest) -> None:
+            progress()
+            self._arrive(request)
+            plan_next()
+
+        def plan_next() -> None:
+            if (request := next(arrivals, None)) is not None:
+                self.clock.at(request.arrival_s, lambda: arrive(request))
+
+        plan_next()
+        self.clock.run()
+        self._outcome.end_s = self.clock.now_s
+        self._outcome.transferred_bytes = self._network.bytes
+        self._outcome.busy_s = sum(w.busy_s for w in self._prefill_list) + sum(w.busy_s for w in self._decode_list)
+        return self._outcome
+
+    # ---- one request ----
+
+    def _arrive(self, request: SimRequest) -> None:
+        number = len(self._outcome.jobs)
+        view = SequenceView(str(number), number, request.priority, request.arrival_s + self._slo.ttft_s)
+        job = Job(request, view)
+        self._outcome.jobs.append(job)
+        if request.prompt_tokens + request.output_tokens > self._profile.kv_tokens:
+            job.rejected = "CONTEXT_TOO_LONG"
+        elif len(self._waiting) >= self._max_waiting:
+            job.rejected = "QUEUE_FULL"
+        elif self._waiting or not self._start(job):
+            self._waiting.append(job)
+
+    def _start(self, job: Job) -> bool:
+        """Places it and takes memory where it decodes; False when there is none."""
+        request, now_s = job.request, self.clock.now_s
+        depths = self._index.lookup(_hashes(request.blocks)) if request.blocks else {}
+        placement = self._strategy.place(
+            RequestView(
+                job.view.request_id,
+                request.prompt_tokens,
+                request.priority,
+                waited_s=now_s - request.arrival_s,
+                ttft_target_s=self._slo.ttft_s,
+                tpot_target_s=self._slo.tpot_s,
+            ),
+            self._views({worker: max(by_tier) for worker, by_tier in depths.items()}),
+        )
+        decode = self._decode[placement.decode_worker_id]
+        blocks = decode.kv.blocks_of(request.prompt_tokens + request.output_tokens)
+        if blocks * decode.kv.block_tokens > decode.kv.free_tokens:
+            return False
+        job.decode_worker, job.reserved_blocks = decode.name, blocks
+        job.decode_hit_tokens = decode.kv.hit_tokens(request.blocks, request.prompt_tokens)
+        self._evicted(decode.name, decode.kv.take(blocks))
+        decode.outstanding += 1
+        decode.assigned += 1
+        job.late = placement.late
+        if placement.prefill_worker_id is None:
+            self._prefill_locally(job, decode)
+            return True
+        prefill = self._prefill[placement.prefill_worker_id]
+        job.prefill_worker = prefill.name
+        job.prefill_hit_tokens = job.computed_tokens = prefill.kv.hit_tokens(request.blocks, request.prompt_tokens)
+        needed_s = self.costs.prefill_s([(job.computed_tokens, request.prompt_tokens)]).seconds
+        job.view = replace(job.view, needed_s=needed_s)
+        prefill.submit(job, lambda step_s: self._prefilled(job, prefill, decode, step_s))
+        return True
+
+    def _prefill_locally(self, job: Job, decode: DecodeSim) -> None:
+        """The decode worker computes the prompt itself: all that decode there wait."""
+        request = job.request
+        job.prefill_hit_tokens = job.decode_hit_tokens
+        a, b, c = self._profile.prefill
+        start, end = job.decode_hit_tokens, request.prompt_tokens
+        seconds = a + b * (end - start) + c * (end * end - start * start)
+        self._learn_prefill([(start, end)], seconds)
+        ready_s = decode.stall(seconds)
+        self.clock.at(ready_s, lambda: self._decoding(job, decode, ready_s))
+
+    def _prefilled(self, job: Job, prefill: PrefillSim, decode: DecodeSim, step_s: float) -> None:
+        request, now_s = job.request, self.clock.now_s
+        job.first_token_s = now_s
+        self._computed(prefill.name, prefill.kv, job)
+        num_bytes = (request.prompt_tokens - job.decode_hit_tokens) * self._profile.kv_bytes_per_token
+        # Layers are pulled while later ones are computed: the last one is left, and what the link did not manage.
+        ahead = min(num_bytes * (1 - 1 / self._profile.num_layers), step_s * self._profile.link_bytes_per_s)
+        self._network.send(
+            prefill.name, decode.name, num_bytes - ahead, lambda: self._decoding(job, decode, job.first_token_s)
+        )
+
+    def _decoding(self, job: Job, decode: DecodeSim, first_token_s: float) -> None:
+        job.first_token_s = first_token_s
+        self._computed(decode.name, decode.kv, job)
+        if self._sampled(self.costs.decode.samples):
+            context = decode.context_tokens + job.request.prompt_tokens
+            seconds = step_seconds(self._profile, decode.sequences + 1, context)
+            self.costs.observe_decode(decode.sequences + 1, context, seconds)
+        decode.submit(job, lambda: self._finished(job, decode))
+
+    def _finished(self, job: Job, decode: DecodeSim) -> None:
+        job.end_s = self.clock.now_s
+        decode.outstanding -= 1
+        decode.kv.give_back(job.reserved_blocks)
+        while self._waiting and self._start(self._waiting[0]):
+            self._waiting.popleft()
+
+    # ---- what the router knows ----
+
+    def _learn_prefill(self, chunks: list[tuple[int, int]], seconds: float) -> None:
+        if self._sampled(self.costs.prefill.samples):
+            self.costs.observe_prefill(chunks, seconds)
+
+    def _sampled(self, known: int) -> bool:
+        """All of the first samples, then one of LEARN_EVERY: simulated steps have no noise to average out."""
+        self._steps += 1
+        return known < LEARN_EVERY or self._steps % LEARN_EVERY == 0
+
+    def _views(self, matched: dict[str, int]) -> list[WorkerView]:
+        def matched_tokens(worker: PrefillSim | DecodeSim) -> int:
+            return matched.get(worker.name, 0) * worker.kv.block_tokens
+
+        prefillers = [
+            WorkerView(
+                *(w.name, WorkerRole.PREFILL, w.outstanding, w.assigned, matched_tokens(w)),
+                queued_tokens=w.queued_tokens,
+                queued_squares=w.queued_squares,
+            )
+            for w in _shortlist(self._prefill_list, matched, lambda w: w.queued_tokens)
+        ]
+        decoders = [
+            WorkerView(
+                *(w.name, WorkerRole.DECODE, w.outstanding, w.assigned, matched_tokens(w)),
+                sequences=w.sequences,
+                context_tokens=w.context_tokens,
+            )
+            for w in _shortlist(self._decode_list, matched, lambda w: w.context_tokens)
+        ]
+        return prefillers + decoders
+
+    def _computed(self, name: str, kv: SimKv, job: Job) -> None:
+        full = job.request.blocks[: job.request.prompt_tokens // kv.block_tokens]
+        if full:
+            gone = kv.cache(full)
+            self._index.insert(name, _hashes(full))
+            self._evicted(name, gone)
+
+    def _evicted(self, name: str, blocks: Sequence[int]) -> None:
+        if blocks:
+            self._index.evict(name, _hashes(blocks))
+
+
+def _shortlist(workers: list[W], matched: dict[str, int], load: Callable[[W], int]) -> list[W]:
+    if len(workers) <= 2 * SHORTLIST:
+        return workers
+    idle = sorted(workers, key=lambda worker: (load(worker), worker.assigned))[:SHORTLIST]
+    holders = sorted((w for w in workers if w.name in matched), key=lambda w: -matched[w.name])[:SHORTLIST]
+    return list(dict.fromkeys([*idle, *holders]))
+
+
+def _hashes(blocks: Sequence[int]) -> bytes:
+    """Packed, as the index takes them: a trace's numbers, spread over 128 bits."""
+    numbers = np.array(blocks, np.int64).view(np.uint64)[:, None]
+    return (numbers * _SPREAD).tobytes()
+
+
+_SPREAD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
+"""Odd, so that no two numbers become one."""

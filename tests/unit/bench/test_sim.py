@@ -1,0 +1,220 @@
+"""The simulator against what can be computed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bench.sim.__main__ import main, strategy_maker
+from bench.sim.clock import VirtualClock
+from bench.sim.cluster import SimCluster, Slo
+from bench.sim.kv import SimKv
+from bench.sim.network import Network
+from bench.sim.peers import PEERS
+from bench.sim.profile import PROFILES, Profile
+from bench.sim.report import attainment, goodput, meets, summary
+from bench.sim.traces import SimRequest, generated, load_trace
+from bench.sim.workers import DecodeSim, Job
+from sagellm_common.core.errors import ConfigError
+from sagellm_common.scheduler_ir.engine_policy import SequenceView
+from sagellm_common.scheduler_ir.strategies import STRATEGIES
+
+PROFILE = Profile(
+    prefill=(0.01, 1e-4, 1e-9),
+    decode=(0.01, 1e-6, 1e-3),
+    link_latency_s=0.001,
+    link_bytes_per_s=1e9,
+    kv_bytes_per_token=1000,
+    num_layers=10,
+    kv_tokens=100_000,
+    max_batch=4,
+    prefill_chunk_tokens=1000,
+)
+SLO = Slo(ttft_s=1.0, tpot_s=0.1)
+
+
+def cluster(strategy: str = "fifo", prefill: int = 1, decode: int = 1) -> SimCluster:
+    return SimCluster(PROFILE, prefill, decode, strategy_maker(strategy), SLO, block_tokens=100)
+
+
+def step_by_step(lengths: list[tuple[int, int]], arrivals_s: list[float]) -> list[float]:
+    """End times of (prompt, output) sequences in continuous batches, one step after the other."""
+    a, b, c = PROFILE.decode
+    waiting = sorted(range(len(lengths)), key=lambda i: (arrivals_s[i], i))
+    running: dict[int, list[int]] = {}
+    ends, now_s = [math.nan] * len(lengths), 0.0
+    while waiting or running:
+        if not running:
+            now_s = max(now_s, arrivals_s[waiting[0]])
+        while waiting and arrivals_s[waiting[0]] <= now_s + 1e-12 and len(running) < PROFILE.max_batch:
+            i = waiting.pop(0)
+            running[i] = [lengths[i][0] + 1, lengths[i][1] - 1]
+        now_s += a + b * sum(context for context, _ in running.values()) + c * len(running)
+        for i in list(running):
+            running[i][0] += 1
+            running[i][1] -= 1
+            if running[i][1] == 0:
+                ends[i] = now_s
+                del running[i]
+    return ends
+
+
+@pytest.mark.parametrize("arrivals_s", [[0.0] * 6, [0.0, 0.005, 0.3, 0.31, 0.32, 0.9], [0.0, 0.0, 0.0, 0.0, 0.0, 5.0]])
+def test_decoding_in_closed_form_is_decoding_step_by_step(arrivals_s: list[float]) -> None:
+    lengths = [(100, 20), (50, 3), (2000, 40), (10, 11), (10, 2), (700, 30)]
+    clock = VirtualClock()
+    worker = DecodeSim("d", clock, PROFILE, SimKv(1000, 100, "lru"))
+    ends = [math.nan] * len(lengths)
+
+    def ended(i: int) -> None:
+        ends[i] = clock.now_s
+
+    for i, (prompt, output) in enumerate(lengths):
+        job = Job(SimRequest(arrivals_s[i], prompt, output), SequenceView(str(i), i))
+        clock.at(arrivals_s[i], lambda job=job, i=i: worker.submit(job, lambda: ended(i)))  # type: ignore[misc]
+    clock.run()
+    assert ends == pytest.approx(step_by_step(lengths, arrivals_s), abs=1e-9)
+
+
+def test_one_request_takes_what_the_formulas_say() -> None:
+    outcome = cluster().run([SimRequest(0.0, 1500, 11)])
+    (job,) = outcome.jobs
+    a, b, c = PROFILE.prefill
+    assert job.first_token_s == pytest.approx(2 * a + b * 1500 + c * 1500**2)  # two chunks
+    num_bytes, last_step_s = 1500 * 1000, a + b * 500 + c * (1500**2 - 1000**2)
+    left = num_bytes - min(num_bytes * 0.9, last_step_s * 1e9)
+    transfer_s = 0.001 + left / 1e9
+    d, e, f = PROFILE.decode
+    steps_s = sum(d + e * (1501 + step) + f for step in range(10))
+    assert job.end_s == pytest.approx(job.first_token_s + transfer_s + steps_s)
+
+
+def test_transfers_through_one_card_share_it() -> None:
+    clock = VirtualClock()
+    network, ends = Network(clock, bytes_per_s=100.0, latency_s=0.0), dict[str, float]()
+
+    def note(name: str) -> None:
+        ends[name] = clock.now_s
+
+    network.send("a", "x", 100.0, lambda: note("first"))
+    network.send("a", "y", 100.0, lambda: note("second"))
+    network.send("b", "z", 100.0, lambda: note("apart"))
+    clock.run()
+    assert ends == pytest.approx({"first": 2.0, "second": 2.0, "apart": 1.0})
+
+
+def test_a_prompt_is_found_again_where_it_was_computed() -> None:
+    blocks = tuple(range(10))
+    requests = [SimRequest(0.0, 1000, 2, blocks), SimRequest(5.0, 1000, 2, blocks), SimRequest(10.0, 1000, 2, (77,))]
+    found = summary(cluster(prefill=2, decode=2).run(requests), SLO, 4)
+    assert found["kv_hit_rate"] == pytest.approx(999 / 3000)
+    assert found["completed"] == 3
+
+
+def test_who_cannot_fit_is_rejected_and_counts_as_a_miss() -> None:
+    outcome = cluster().run([SimRequest(0.0, 100, 2), SimRequest(0.0, 200_000, 2)])
+    assert [job.rejected for job in outcome.jobs] == ["", "CONTEXT_TOO_LONG"]
+    assert attainment(outcome, SLO) == 0.5
+    assert summary(outcome, SLO, 2)["rejected"] == 1
+
+
+def test_memory_that_is_full_is_waited_for() -> None:
+    outcome = cluster().run([SimRequest(0.0, 60_000, 5), SimRequest(0.0, 60_000, 5)])
+    first, second = outcome.jobs
+    assert second.first_token_s > first.end_s
+
+
+def test_without_prefill_workers_the_decode_workers_compute_the_prompts() -> None:
+    outcome = cluster(prefill=0).run([SimRequest(0.0, 500, 50), SimRequest(0.02, 500, 50)])
+    assert all(not job.prefill_worker and not math.isnan(job.end_s) for job in outcome.jobs)
+    assert outcome.transferred_bytes == 0
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *PEERS])
+def test_every_strategy_serves_everything_twice_the_same(strategy: str) -> None:
+    requests = generated(300, 20.0, seed=1, prompt_tokens=800, output_tokens=20, burstiness=4, shared_prefixes=5)
+    runs = [cluster(strategy, 3, 2).run(requests) for _ in range(2)]
+    assert [job.end_s for job in runs[0].jobs] == [job.end_s for job in runs[1].jobs]
+    assert not any(math.isnan(job.end_s) for job in runs[0].jobs)
+
+
+def test_more_is_in_time_when_those_go_first_of_whom_most_can_be() -> None:
+    """One long prompt in front of many short ones: first come, first served loses them all."""
+    learned = [SimRequest(float(i), 100 * i, 2) for i in range(1, 9)]
+    rush = [SimRequest(20.0, 20_000, 2), *(SimRequest(20.0 + 0.001 * i, 500, 2) for i in range(1, 9))]
+    for strategy, in_time in (("fifo", 0), ("hybrid", 8)):
+        jobs = cluster(strategy).run([*learned, *rush]).jobs[len(learned) :]
+        assert sum(meets(job, SLO) for job in jobs) == in_time
+
+
+def test_goodput_is_the_rate_at_which_nine_of_ten_are_in_time() -> None:
+    """A prompt takes 0.13 s and none waits: up to 1/0.13 requests a second, evenly spaced, all are in time."""
+    slo = Slo(ttft_s=0.2, tpot_s=1.0)
+    requests = [SimRequest(float(i), 1000, 1) for i in range(200)]
+    found = goodput(requests, lambda rs: SimCluster(PROFILE, 1, 1, strategy_maker("fifo"), slo).run(rs), slo)
+    assert found == pytest.approx(1 / 0.111, rel=0.05)
+
+
+def test_traces_are_read_and_broken_lines_named(tmp_path: Path) -> None:
+    mooncake, azure = tmp_path / "m.jsonl", tmp_path / "a.csv"
+    mooncake.write_text('{"timestamp": 3000, "input_length": 600, "output_length": 0, "hash_ids": [1, 2]}\n\n')
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:47,1,2\n"
+    )
+    assert load_trace(mooncake, "mooncake") == [SimRequest(0.0, 600, 1, (1, 2))]
+    first, second = load_trace(azure, "azure")
+    assert (first.arrival_s, first.prompt_tokens, first.output_tokens) == (0.0, 374, 44)
+    assert second.arrival_s == pytest.approx(0.31941)
+    for text, form in (("{}", "mooncake"), ("[1]", "mooncake"), ("a,b\n1,2\n", "azure"), ("", "mooncake")):
+        broken = tmp_path / "broken"
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match="broken"):
+            load_trace(broken, form)
+    with pytest.raises(ConfigError, match="absent"):
+        load_trace(tmp_path / "absent", "azure")
+
+
+def test_the_command_writes_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, out = tmp_path / "t.jsonl", tmp_path / "out.json"
+    rows = [{"timestamp": 100 * i, "input_length": 600, "output_length": 5, "hash_ids": [0, i]} for i in range(1, 20)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("sys.argv", ["simulate", "--trace", str(trace), "--json", str(out), "--slo-ttft-ms", "500"])
+    assert main() == 0
+    found = json.loads(out.read_text())
+    assert found.keys() >= {"goodput_rps", "offered", "completed", "rejected", "kv_hit_rate", "gpu_seconds"}
+    assert found["offered"] == found["completed"] == 19
+    assert found["ttft_ms"].keys() == {"p50", "p95", "p99"} == found["tpot_ms"].keys()
+    assert found["goodput_rps"] > 10
+    assert "goodput_rps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--strategy", "psychic"], "psychic"),
+        (["--profile", "abacus"], "abacus"),
+        (["--decode", "0"], "--decode"),
+        (["--slo-ttft-ms", "nan"], "--slo-ttft-ms"),
+        (["--rate-scale", "-1"], "--rate-scale"),
+        (["--format", "azure"], "--trace"),
+        (["--eviction", "none"], "none"),
+    ],
+)
+def test_wrong_options_are_named(
+    options: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["simulate", "--format", "poisson", "--requests", "5", *options])
+    assert main() == 2
+    assert named in capsys.readouterr().err
+
+
+def test_profiles_follow_the_roofline() -> None:
+    eight = PROFILES.get("h200-8b")
+    assert eight.kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
+    assert eight.prefill[1] == pytest.approx(2 * 8e9 / (0.5 * 989e12))
+    assert eight.decode[0] == pytest.approx(2e-3 + 16e9 / (0.7 * 4.8e12))
