@@ -291,6 +291,9 @@ class KvStoreConfig(Section):
         100e6, gt=0, description="that a store spends on giving blocks to others when stores come and go"
     )
     pin_share: float = Field(0.5, ge=0, le=1, description="of a store's blocks that may be pinned at a time")
+    fetch: Literal["auto", "always"] = Field(
+        "auto", description="auto: prefill computes what it would take longer to fetch, by what both took so far"
+    )
     eviction: Eviction = Field("adaptive", description="which blocks go first; `sagellm kv policy` changes it")
     disk: KvDiskConfig = KvDiskConfig()
 

@@ -23,6 +23,7 @@ from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from services.prefill.attempts import IdempotentPrefill
+from services.prefill.fetch_costs import FetchCosts
 from services.prefill.loop import PrefillLoop
 from services.prefill.servicer import PrefillServicer
 from services.prefill.telemetry import ObservedPrefill
@@ -80,7 +81,8 @@ async def compose(args: WorkerArgs) -> None:
                 worker_id=args.worker_id,
             )
             store = StoreFetch(client, channel, LeaseReleaser(transfers, background), engine.kv)
-        loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel))
+        costs = FetchCosts(engine.kv.layout) if config.kv_store.fetch == "auto" else None
+        loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel), costs)
         prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
         stack.push_async_callback(prefill.close)
         servicer = PrefillServicer(prefill, config.router.request_timeout_s)

@@ -28,11 +28,13 @@ from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.kv_source import describe_source
 from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_service import Load, WorkerView
+from services.prefill.fetch_costs import FetchCosts
 from services.prefill.jobs import PrefillDone, PrefillJob
 
 
 class PrefillLoop:
-    """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store.
+    """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store, `fetch_costs` None
+    asks it for every prompt.
 
     Prompts whose KV is worth handing over meanwhile, says `overlap`, are announced before they are computed.
     """
@@ -45,6 +47,7 @@ class PrefillLoop:
         store: StoreFetch | None,
         clock: Clock,
         overlap: OverlapRule,
+        fetch_costs: FetchCosts | None = None,
     ) -> None:
         self._engine = engine
         self._pool = engine.kv
@@ -53,6 +56,7 @@ class PrefillLoop:
         self._store = store
         self._clock = clock
         self._overlap = overlap
+        self._fetch_costs = fetch_costs
         self._sequences = Sequences(engine)
         self._in_flight = 0
 
@@ -90,6 +94,8 @@ class PrefillLoop:
             with self._announced(job, epoch, blocks.allocation) as progress:
                 failpoints.hit("prefill.computing")
                 outputs, finish_reason = await self._compute(job, blocks, progress)
+                if self._fetch_costs is not None:
+                    self._fetch_costs.computed(done.cached_tokens, len(job.prompt), self._clock.now() - fetched)
                 done = replace(
                     done,
                     token_ids=tuple(token for output in outputs for token in output.token_ids),
@@ -106,10 +112,16 @@ class PrefillLoop:
             return done
 
     async def _fetch(self, job: PrefillJob, allocation: Allocation) -> int:
-        """Fills blocks with what the kv_stores hold; the number of tokens gained."""
-        if self._store is None:
+        """Fills blocks with what kv_store holds, where that is worth it; the number of tokens gained."""
+        size, cached = self._pool.layout.block_size_tokens, allocation.num_cached_tokens
+        end = (len(job.prompt) - 1) // size * size
+        costs = self._fetch_costs
+        if self._store is None or cached >= end:
             return 0
-        return await self._store.fetch(
+        if costs is not None and not costs.worth_asking(job.request_id, cached, end):
+            return 0
+        began = self._clock.now()
+        gained = await self._store.fetch(
             job.request_id,
             job.prompt,
             allocation,
@@ -117,6 +129,9 @@ class PrefillLoop:
             cache_salt=job.cache_salt,
             priority=job.priority,
         )
+        if costs is not None:
+            costs.fetched(cached, cached + gained, self._clock.now() - began)
+        return gained
 
     @contextmanager
     def _announced(self, job: PrefillJob, epoch: int, allocation: Allocation) -> Iterator[KvProgress | None]:

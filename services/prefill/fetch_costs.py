@@ -1,0 +1,53 @@
+"""Whether KV is worth fetching from kv_store, or sooner computed: by what both have taken on this worker so far."""
+
+from __future__ import annotations
+
+import logging
+
+from prometheus_client import Counter
+
+from sagellm_common.core.types import KvLayout
+from sagellm_common.kv_policy.cost_benefit import Choice, CostBenefitModel
+
+log = logging.getLogger(__name__)
+
+CHOICES = Counter("sagellm_prefill_store_choices", "Prompts fetched from kv_store or computed anew.", ["choice"])
+SAVED_SECONDS = Counter("sagellm_prefill_store_saved_seconds", "By fetching, over computing as it was estimated.")
+LOST_SECONDS = Counter("sagellm_prefill_store_lost_seconds", "By fetching what was computed sooner, as estimated.")
+
+
+class FetchCosts:
+    def __init__(self, layout: KvLayout) -> None:
+        self._layout = layout
+        self._model = CostBenefitModel()
+
+    def worth_asking(self, request_id: str, begin_token: int, end_token: int) -> bool:
+        """False where these tokens are computed sooner than fetched, even if the store has all of them."""
+        verdict = self._model.choose(begin_token, end_token, self._num_bytes(begin_token, end_token))
+        CHOICES.labels(verdict.choice.value).inc()
+        log.debug(
+            "request %s: tokens %d to %d: %s; computing is expected to take %s s, fetching %s s",
+            request_id,
+            begin_token,
+            end_token,
+            verdict.choice.value,
+            verdict.recompute_s,
+            verdict.fetch_s,
+        )
+        return verdict.choice is Choice.FETCH
+
+    def fetched(self, begin_token: int, end_token: int, seconds: float) -> None:
+        """Tokens came from the store in so long, the asking included."""
+        if end_token <= begin_token:
+            return
+        self._model.fetched(self._num_bytes(begin_token, end_token), seconds)
+        recompute_s = self._model.recompute_s(begin_token, end_token)
+        if recompute_s is not None:
+            (SAVED_SECONDS if recompute_s >= seconds else LOST_SECONDS).inc(abs(recompute_s - seconds))
+
+    def computed(self, begin_token: int, end_token: int, seconds: float) -> None:
+        """The engine took so long for tokens [begin, end), its queue included: that, too, is what a fetch spares."""
+        self._model.computed(begin_token, end_token, seconds)
+
+    def _num_bytes(self, begin_token: int, end_token: int) -> int:
+        return (end_token - begin_token) // self._layout.block_size_tokens * self._layout.block_bytes
