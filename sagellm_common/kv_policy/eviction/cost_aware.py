@@ -178,7 +178,7 @@ class Heads(Generic[K]):
     access for every REFRESH_SHARE blocks, at least after MIN_REFRESH.
     """
 
-    REFRESH_SHARE, MIN_REFRESH = 64, 32
+    REFRESH_SHARE, MIN_REFRESH = 64, 48
 
     def __init__(self, worth: Callable[[Block[K]], float], *, by_uses: bool = False, ages: bool = True) -> None:
         self._worth = worth
@@ -223,12 +223,13 @@ class Heads(Generic[K]):
     def refresh(self, now: int, num_blocks: int) -> None:
         if self._ages and now >= self._fresh_until:
             self._fresh_until = now + max(self.MIN_REFRESH, num_blocks // self.REFRESH_SHARE)
-            self._heap = []
-            for queue in self._queues.values():
-                if queue:
-                    self._push(queue)
+            self._heap = [self._entry(queue) for queue in self._queues.values() if queue]
+            heapq.heapify(self._heap)
 
     def _push(self, queue: _Queue[K]) -> None:
+        heapq.heappush(self._heap, self._entry(queue))
+
+    def _entry(self, queue: _Queue[K]) -> tuple[float, int, _Queue[K]]:
         self._pushed += 1
         queue.entry = self._pushed
-        heapq.heappush(self._heap, (self._worth(next(iter(queue.values()))), self._pushed, queue))
+        return self._worth(next(iter(queue.values()))), self._pushed, queue
