@@ -227,42 +227,71 @@ async def test_a_ping_is_answered(server: FramedServer) -> None:
         assert await peer.frame() == (Kind.PONG, b"")
 
 
-async def test_a_peer_that_answers_pings_is_kept_and_a_silent_one_is_lost(
+async def test_the_session_of_a_silent_peer_is_cancelled(
     server: FramedServer, echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(framed, "KEEPALIVE_S", 0.02)
-    monkeypatch.setattr(framed, "KEEPALIVE_TIMEOUT_S", 0.3)
-    async with peer_of(server) as peer:
-        for _ in range(3):
-            assert await peer.frame() == (Kind.PING, b"")
-            peer.send(Kind.PONG)
-        assert not echo.ended
+    monkeypatch.setattr(framed, "KEEPALIVE_TIMEOUT_S", 0.02)
+    async with peer_of(server):
         await eventually(lambda: echo.ended == ["cancelled"])
 
 
-async def test_silence_does_not_count_while_this_process_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after SIGSTOP and SIGCONT: timers fire before what waits in the socket is read."""
+@dataclass(slots=True)
+class Pulse:
+    """A connection on a clock of its own, whose timer is called by hand."""
+
+    clock: Mock
+    transport: Mock
+    connection: FramedConnection
+
+    @property
+    def due_s(self) -> float:
+        return self.clock.call_at.call_args.args[0]
+
+    def beat(self, at_s: float) -> list[Kind]:
+        """What the connection sends then."""
+        self.transport.write.reset_mock()
+        self.clock.time.return_value = at_s
+        self.connection._beat()
+        return [Kind(call.args[0][4]) for call in self.transport.write.call_args_list]
+
+    def hear(self, kind: Kind) -> None:
+        self.connection.data_received(struct.pack("!IB", 0, kind))
+
+
+@pytest.fixture
+def pulse(monkeypatch: pytest.MonkeyPatch) -> Pulse:
     clock, transport = Mock(), Mock()
     clock.time.return_value = 0.0
     transport.is_closing.return_value = False
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
     connection = FramedConnection(lambda *_: None)
     connection.connection_made(transport)
+    return Pulse(clock, transport, connection)
 
-    def beat(at_s: float) -> list[Kind]:
-        transport.write.reset_mock()
-        clock.time.return_value = at_s
-        connection._beat()
-        return [Kind(call.args[0][4]) for call in transport.write.call_args_list]
 
-    assert clock.call_at.call_args.args[0] == 10.0
-    assert beat(100.0) == [Kind.PING]
-    assert clock.call_at.call_args.args[0] == 105.0
-    assert beat(140.0) == [Kind.PING]
-    transport.abort.assert_not_called()
-    beat(clock.call_at.call_args.args[0])
-    transport.abort.assert_called_once()
-    assert isinstance(connection.error, PeerLost)
+def test_a_peer_that_answers_pings_is_kept_and_a_silent_one_is_lost(pulse: Pulse) -> None:
+    for _ in range(3):
+        assert pulse.beat(pulse.due_s) == [Kind.PING]
+        pulse.hear(Kind.PONG)
+        assert pulse.beat(pulse.due_s) == []
+    assert pulse.beat(pulse.due_s) == [Kind.PING]
+    pulse.transport.abort.assert_not_called()
+    pulse.beat(pulse.due_s)
+    pulse.transport.abort.assert_called_once()
+    assert isinstance(pulse.connection.error, PeerLost)
+
+
+def test_silence_does_not_count_while_this_process_stood_still(pulse: Pulse) -> None:
+    """As after SIGSTOP and SIGCONT: timers fire before what waits in the socket is read."""
+    assert pulse.due_s == 10.0
+    assert pulse.beat(100.0) == [Kind.PING]
+    assert pulse.due_s == 105.0
+    assert pulse.beat(140.0) == [Kind.PING]
+    pulse.transport.abort.assert_not_called()
+    pulse.beat(pulse.due_s)
+    pulse.transport.abort.assert_called_once()
+    assert isinstance(pulse.connection.error, PeerLost)
 
 
 async def test_what_is_aborted_before_it_is_open_is_closed_then() -> None:
