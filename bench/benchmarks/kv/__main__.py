@@ -15,6 +15,7 @@ from bench.benchmarks.kv.replay import Trace, belady, ceiling, load_mooncake, re
 from bench.plots import lines
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.kv_policy.eviction import EVICTION, make_eviction
+from sagellm_common.kv_policy.eviction.cost_aware import CostAware
 
 SIZES = "1%,2%,5%,10%,20%,30%,50%,75%,100%"
 OURS = "adaptive"
@@ -54,7 +55,12 @@ def measure(trace: Trace, capacities: list[int], progress: Progress) -> Rows:
     task = progress.add_task("replaying", total=len(capacities) * (len(REFERENCES) + len(list(EVICTION))))
 
     def add(policy: str, capacity: int, hit_rate: float, decision_us: float = 0.0) -> None:
-        row = {"policy": policy, "capacity_blocks": capacity, "hit_rate": hit_rate, "decision_us": decision_us}
+        row: dict[str, object] = {
+            "policy": policy,
+            "capacity_blocks": capacity,
+            "hit_rate": hit_rate,
+            "decision_us": decision_us,
+        }
         rows.append(row)
         progress.advance(task)
 
@@ -65,8 +71,11 @@ def measure(trace: Trace, capacities: list[int], progress: Progress) -> Rows:
         add(KNOWS_USES, capacity, replay(trace, capacity, KnowsUses(trace)).hit_rate)
         add(KNOWS_WINDOW, capacity, replay(trace, capacity, KnowsWindow(trace, capacity)).hit_rate)
         for name in EVICTION:
-            found = replay(trace, capacity, make_eviction(name, capacity))
+            policy = make_eviction(name, capacity)
+            found = replay(trace, capacity, policy)
             add(name, capacity, found.hit_rate, found.decision_us)
+            if isinstance(policy, CostAware):
+                rows[-1]["lifetime_skill"] = policy.lifetimes.skill
     return rows
 
 
@@ -96,7 +105,12 @@ def markdown(rows: Rows, title: str) -> str:
     table.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     told = [f"- {name}: {what}" for name, what in REFERENCES.items()]
     first = f"{title}; hit rate of blocks by cache size in blocks (share of Belady's)"
-    return "\n".join([first, "", *table, "", *told, "", *verdict(rates)])
+    skills = [float(str(row["lifetime_skill"])) for row in rows if row["policy"] == OURS]
+    foretold = (
+        f"Whether a block is used again, {OURS} foretells with a Brier skill of {min(skills):.2f} to {max(skills):.2f} "
+        "(1: knows it, 0: knows the average)."
+    )
+    return "\n".join([first, "", *table, "", *told, "", *verdict(rates), "", foretold])
 
 
 def verdict(rates: Mapping[str, Mapping[int, float]]) -> list[str]:

@@ -7,10 +7,12 @@ from typing import get_args
 
 import pytest
 
+from bench.benchmarks.kv.families import zipf
 from bench.benchmarks.kv.replay import ceiling, replay
 from sagellm_common.core.config import Eviction
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.kv_policy.eviction import EVICTION, make_eviction
+from sagellm_common.kv_policy.eviction.adaptive import Adaptive
 from sagellm_common.kv_policy.eviction.cost_aware import CostAware
 from sagellm_common.kv_policy.eviction.frequency import Gdsf
 
@@ -124,6 +126,15 @@ def test_blocks_in_use_for_long_cost_nothing_per_eviction(name: str) -> None:
     assert len(policy) == 1100
     assert set(policy) >= set(range(1000))
     assert len(policy.evict(1100)) == 1100, "they can go once nobody uses them"
+
+
+def test_adaptive_takes_to_another_order_where_that_surely_hits_more() -> None:
+    trace = zipf(random.Random(1), 800)
+    policy: Adaptive[int] = Adaptive(150)
+    rate = replay(trace, 150, policy, clock=lambda: 0).hit_rate
+    assert policy.order == "uses", "popularity is what counts here, and a few hundred uses tell it"
+    assert rate > 1.1 * hit_rate("cost-aware", trace, 150)
+    assert len(policy) == 150
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
