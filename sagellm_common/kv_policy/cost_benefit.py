@@ -10,65 +10,17 @@ block deep in a prompt is dearer than one at its beginning.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
+from sagellm_common.core.fitting import OnlineFit
 
-FORGET = 0.98
-"""What a measurement counts for after the next one."""
+HALF_LIFE_SAMPLES = 32
+"""Few enough to follow a store that becomes slow: here one choice hangs on it, not a whole cluster's placement."""
 MIN_SAMPLES = 4
 """Measurements before a fit is believed."""
-
-
-class NonNegativeFit:
-    """Least squares of relative errors, online: y = coefficients · x, none of them below 0, older samples count less.
-
-    The terms are physical: a negative one would say that more work takes less time. With a handful of terms the best
-    set of those above 0 is found by trying them all.
-    """
-
-    def __init__(self, num_terms: int, forget: float = FORGET) -> None:
-        self._forget = forget
-        self._products = np.zeros((num_terms, num_terms))
-        self._targets = np.zeros(num_terms)
-        self.samples = 0
-        self.coefficients: tuple[float, ...] = (0.0,) * num_terms
-
-    def observe(self, terms: Sequence[float], seconds: float) -> None:
-        """`seconds` is more than 0."""
-        x = np.asarray(terms, dtype=float) / seconds
-        self._products = self._forget * self._products + np.outer(x, x)
-        self._targets = self._forget * self._targets + x
-        self.samples += 1
-        self.coefficients = self._solve()
-
-    def seconds(self, terms: Sequence[float]) -> float | None:
-        """None before MIN_SAMPLES were seen."""
-        if self.samples < MIN_SAMPLES:
-            return None
-        return sum(c * x for c, x in zip(self.coefficients, terms, strict=True))
-
-    def _solve(self) -> tuple[float, ...]:
-        count = len(self._targets)
-        scale = np.sqrt(np.maximum(np.diag(self._products), 1e-300))
-        products, targets = self._products / np.outer(scale, scale), self._targets / scale
-        best, least = (0.0,) * count, math.inf
-        for size in range(1, count + 1):
-            for chosen in map(list, itertools.combinations(range(count), size)):
-                found = np.linalg.lstsq(products[np.ix_(chosen, chosen)], targets[chosen], rcond=1e-9)[0]
-                if np.any(found < 0):
-                    continue
-                # Σ w (1 − x·c)² but for a constant; of equals the one with fewer terms stays.
-                error = float(found @ products[np.ix_(chosen, chosen)] @ found - 2 * found @ targets[chosen])
-                if error < least - 1e-6:
-                    least, full = error, np.zeros(count)
-                    full[chosen] = found / scale[chosen]
-                    best = tuple(full.tolist())
-        return best
 
 
 class Choice(StrEnum):
@@ -102,8 +54,8 @@ class CostBenefitModel:
     RETRY_EVERY = 32
 
     def __init__(self) -> None:
-        self.prefill = NonNegativeFit(3)
-        self.fetches = NonNegativeFit(2)
+        self.prefill = OnlineFit((1.0, 1e3, 1e6), HALF_LIFE_SAMPLES)
+        self.fetches = OnlineFit((1.0, 1e8), HALF_LIFE_SAMPLES)
         self._refused = 0
 
     def computed(self, begin_token: int, end_token: int, seconds: float) -> None:
@@ -119,10 +71,10 @@ class CostBenefitModel:
     def recompute_s(self, begin_token: int, end_token: int) -> float | None:
         """Of tokens that are computed together with those after them; so without what a prompt costs at any rate."""
         _, tokens, attention = _work(begin_token, end_token)
-        return self.prefill.seconds((0.0, tokens, attention))
+        return _seconds(self.prefill, (0.0, tokens, attention))
 
     def fetch_s(self, num_bytes: int) -> float | None:
-        return self.fetches.seconds((1.0, num_bytes))
+        return _seconds(self.fetches, (1.0, num_bytes))
 
     def choose(self, begin_token: int, end_token: int, num_bytes: int) -> Verdict:
         """For tokens [begin, end) of a prompt that goes on behind them, which are num_bytes away."""
@@ -145,3 +97,7 @@ class CostBenefitModel:
 def _work(begin_token: int, end_token: int) -> tuple[float, float, float]:
     """The terms of a prefill: one, its tokens, and the tokens that these attend to."""
     return 1.0, float(end_token - begin_token), (end_token**2 - begin_token**2) / 2
+
+
+def _seconds(fit: OnlineFit, terms: Sequence[float]) -> float | None:
+    return fit.predict(terms).seconds if fit.samples >= MIN_SAMPLES else None

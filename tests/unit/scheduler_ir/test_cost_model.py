@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sagellm_common.core.errors import InvalidRequest
-from sagellm_common.scheduler_ir.cost_model import HALF_LIFE_SAMPLES, CostModel, DecodeFit, OnlineFit
+from sagellm_common.core.fitting import HALF_LIFE_SAMPLES
+from sagellm_common.scheduler_ir.cost_model import CostModel, DecodeFit
 
 
 def prefill_seconds(start: int, end: int, slowdown: float = 1.0) -> float:
@@ -59,29 +60,12 @@ def test_the_spread_covers_what_comes_next_and_the_error_is_reported() -> None:
     assert 0.02 < model.decode.mape < 0.08
 
 
-def test_pauses_of_the_machine_do_not_move_the_fit() -> None:
-    rng, fit = np.random.default_rng(3), OnlineFit((1.0, 1e3))
-    for i in range(1000):
-        tokens = float(rng.integers(1, 1000))
-        seconds = (1e-3 + 1e-5 * tokens) * math.exp(rng.normal(0, 0.02))
-        fit.observe((1.0, tokens), seconds + (0.5 if i % 50 == 49 else 0.0))
-    assert fit.predict((1.0, 500)).seconds == pytest.approx(6e-3, rel=0.1)
-
-
 def test_follows_a_worker_that_became_slower() -> None:
     rng, model = np.random.default_rng(4), trained(noise=0.02)
     for _ in range(4 * HALF_LIFE_SAMPLES):
         end = int(rng.integers(16, 4096))
         model.observe_prefill([(0, end)], prefill_seconds(0, end, slowdown=2.0) * math.exp(rng.normal(0, 0.02)))
     assert model.prefill_s([(0, 2000)]).seconds == pytest.approx(prefill_seconds(0, 2000, slowdown=2.0), rel=0.1)
-
-
-def test_coefficients_are_never_negative() -> None:
-    fit = OnlineFit((1.0, 1e3, 1e6))
-    for tokens in (100, 200, 300, 400, 500):  # falling cost: the free fit would have a negative slope
-        fit.observe((1.0, tokens, tokens**2), 1e-2 - 1e-5 * tokens)
-    assert min(fit.coefficients) >= 0
-    assert fit.predict((1.0, 5000, 5000**2)).seconds > 0
 
 
 def test_what_nobody_has_seen_is_said_to_be_unknown() -> None:
@@ -133,12 +117,3 @@ def test_goes_on_after_a_restart() -> None:
 def test_a_broken_file_is_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest, match="cost model"):
         CostModel.from_dict({**trained(0.0, steps=3).to_dict(), **change})
-
-
-@pytest.mark.parametrize(("features", "seconds"), [((1.0, math.nan), 1.0), ((1.0, -1.0), 1.0), ((1.0, 1.0), math.inf)])
-def test_no_number_is_no_sample(features: tuple[float, float], seconds: float) -> None:
-    fit = OnlineFit((1.0, 1.0))
-    with pytest.raises(InvalidRequest, match="cannot be learned"):
-        fit.observe(features, seconds)
-    fit.observe((1.0, 1.0), 0.0)
-    assert fit.samples == 0
