@@ -237,7 +237,7 @@ async def test_two_planes_say_what_float32_says_of_a_real_model(smollm2: Path, h
     """Its weights come from a 4-bit file: four bits hold them exactly."""
     from tokenizers import Tokenizer
 
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "LICENSE").read_text()
     ids = Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(text).ids
     work = [ids[:30], ids[200:320]]
     async with running_engine(smollm2, weights="int8x2") as driver:
