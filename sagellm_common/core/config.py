@@ -174,7 +174,18 @@ class RpcConfig(Section):
 
 class RouterConfig(Section):
     address: str = Field("", description="host:port; empty: from cluster.port_base")
-    strategy: Literal["fifo"] = "fifo"
+    strategy: Literal["fifo", "hybrid"] = Field(
+        "fifo",
+        description="who gets a request: fifo goes by cached prefix and requests outstanding, hybrid by what it has "
+        "learned that these cost in seconds, and by the targets",
+    )
+    ttft_target_ms: float = Field(0.0, ge=0, description="hybrid: first tokens are to come within; 0: no target")
+    tpot_target_ms: float = Field(
+        0.0, ge=0, description="hybrid: later tokens are to come every so often; 0: no target"
+    )
+    cost_model_path: str = Field(
+        "", description="file in which learned costs outlive the router (with it, fifo learns, too); empty: nowhere"
+    )
     max_queue: int = Field(256, ge=1, description="requests in flight; more are turned away with QUEUE_FULL")
     request_timeout_s: float = Field(300.0, gt=0)
     max_attempts: int = Field(3, ge=1)

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import uvloop
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
 from sagellm_common.core import process
 from sagellm_common.core.clock import SystemClock
-from sagellm_common.core.config import Config
+from sagellm_common.core.config import Config, RouterConfig
 from sagellm_common.core.config_loader import load_config
 from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.core.telemetry import setup_logging, setup_tracing, shutdown_tracing
@@ -32,8 +32,11 @@ from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2_grpc, topology_pb2_grpc
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.topology_service import TopologyServicer
+from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.strategies import make_strategy
 from services.router.cached_blocks import CachedBlocks
+from services.router.cost_file import cost_path, kept, load_costs
+from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
 from services.router.observed import ObservedPipeline, RouterMetrics
 from services.router.pipeline import Pipeline
@@ -83,7 +86,7 @@ async def serving(
 ) -> AsyncIterator[Router]:
     """A router that serves for the time of the block. Closes the topology.
 
-    Raises ConfigError (port in use, unknown strategy), PeerLost (no etcd).
+    Raises ConfigError (port in use, unknown strategy, no directory for the costs), PeerLost (no etcd).
     """
     explain = ExplainLog()
     async with contextlib.AsyncExitStack() as stack:
@@ -96,15 +99,17 @@ async def serving(
         stack.callback(metrics.registry.unregister, cached_blocks)
         workers = Workers(topology, channels, config.rpc.session, cached_blocks)
         stack.push_async_callback(workers.close)
+        costs, learner = await stack.enter_async_context(_costs(config.router, metrics.registry))
         pipeline = ObservedPipeline(
             Pipeline(
                 config.router,
                 workers,
-                make_strategy(config.router.strategy),
+                make_strategy(config.router.strategy, costs),
                 explain,
                 SystemClock(),
                 random.Random(),
                 TransferPlanner(config.transport, workers.cost),
+                learner,
             ),
             metrics,
         )
@@ -125,6 +130,25 @@ async def serving(
         workers.start()
         await server.set_serving(True)
         yield Router(f"{config.cluster.host}:{bound}", pipeline, workers, server)
+
+
+@asynccontextmanager
+async def _costs(
+    config: RouterConfig, registry: CollectorRegistry
+) -> AsyncIterator[tuple[CostModel, CostLearner | None]]:
+    """No learner where nobody would ask what it learned. Raises ConfigError."""
+    if config.strategy == "fifo" and not config.cost_model_path:
+        yield CostModel(), None
+        return
+    path = cost_path(config)
+    costs = load_costs(path) if path else CostModel()
+    learner = CostLearner(costs, SystemClock())
+    registry.register(learner)
+    try:
+        async with kept(costs, path) if path else contextlib.nullcontext():
+            yield costs, learner
+    finally:
+        registry.unregister(learner)
 
 
 async def run(config: Config, port: int, session_port: int, metrics_port: int) -> None:

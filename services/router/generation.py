@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sagellm_common.core.clock import Clock
@@ -57,6 +57,11 @@ class Generation:
         return len(self.emitted) >= self.request.sampling.max_new_tokens
 
     @property
+    def age_s(self) -> float:
+        """Since its admission."""
+        return self._clock.now() - self._began_s
+
+    @property
     def pinned(self) -> Prefilled | None:
         """A finished prefill whose KV nobody has pulled yet and whose lease still has time."""
         return self._pinned if self._clock.now() < self._pinned_until_s else None
@@ -84,6 +89,16 @@ class Generation:
         """The decode worker begins to pull while the prefill worker computes."""
         blocks = f"{len(source.block_table)} blocks of {source.worker_id}"
         self._record("pull ahead", self._clock.now(), 0.0, f"{link.worker_id}: {blocks}, as they are computed")
+
+    def compare(self, expected_s: Sequence[tuple[str, float]], planned_s: float) -> None:
+        """What a first token that is here was expected to take since `planned_s` of age, and what it would have taken
+        elsewhere."""
+        (worker_id, chosen_s), *others = expected_s
+        took_s = self.age_s - planned_s
+        detail = f"{worker_id}: {1e3 * chosen_s:.0f} ms expected, {1e3 * took_s:.0f} ms taken"
+        if others:
+            detail += "; expected " + ", ".join(f"{1e3 * seconds:.0f} ms on {name}" for name, seconds in others)
+        self._record("first token", self._began_s + planned_s, took_s * 1e3, detail)
 
     def take_prefill(self, prefilled: Prefilled) -> GenerationOutput:
         """The first token, or the end."""

@@ -30,12 +30,15 @@ from sagellm_common.core.types import (
 )
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import packed_block_hashes, root_hash
+from sagellm_common.rpc.sessions import DecodeStep
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from sagellm_common.scheduler_ir.strategies import Strategy
 from services.router.admission import Admission, Slot
+from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
 from services.router.generation import Generation
-from services.router.placing import place
+from services.router.load import Sent
+from services.router.placing import place, sent_of
 from services.router.retry import Retry, blames_source
 from services.router.stages import Admitted, Deadline, Matched, Prefilled, Reserved, Routed
 from services.router.transfers import TransferPlanner
@@ -58,7 +61,9 @@ class Pipeline:
         clock: Clock,
         rng: random.Random,
         transfers: TransferPlanner,
+        learner: CostLearner | None = None,
     ) -> None:
+        """`learner` hears what the workers took."""
         self._config = config
         self._workers = workers
         self._strategy = strategy
@@ -66,6 +71,7 @@ class Pipeline:
         self._clock = clock
         self._rng = rng
         self._transfers = transfers
+        self._learner = learner
         self._admission = Admission(config.max_queue)
 
     @property
@@ -128,16 +134,19 @@ class Pipeline:
             matched = self._match(admitted)
         with generation.stage("plan"):
             routed = await self._route(admitted, matched, generation, retry, slot)
-        with routed.decode.engaged():
+        planned_s = generation.age_s
+        with routed.decode.engaged(), sent_of(admitted, routed, len(generation.emitted)) as sent:
             source = generation.pinned
             if routed.prefill is not None or source is not None:
                 reserved = await self._reserve(admitted, routed, generation, slot)
                 if routed.prefill is not None:
-                    source = await self._prefill(admitted, routed, routed.prefill, reserved, generation, slot)
+                    source = await self._prefill(admitted, routed, routed.prefill, reserved, generation, slot, sent)
+                    if routed.expected_s:
+                        generation.compare(routed.expected_s, planned_s)
                     yield (output := generation.take_prefill(source))
                     if output.finish_reason:
                         return
-            async with aclosing(self._decode(admitted, routed, source, generation, slot)) as outputs:
+            async with aclosing(self._decode(admitted, routed, source, generation, slot, sent)) as outputs:
                 async for output in outputs:
                     yield output
             slot.calls.finished()
@@ -168,8 +177,7 @@ class Pipeline:
     ) -> Routed:
         def try_once() -> Routed:
             links = retry.preferred(self._workers.usable(admitted.model))
-            chunk_tokens = self._config.prefill_chunk_tokens
-            return place(admitted, matched, generation, links, self._strategy, self._transfers, chunk_tokens)
+            return place(admitted, matched, generation, links, self._strategy, self._transfers, self._config)
 
         # A request that lost its worker has work to lose: it waits for the restart. A fresh one is better told at once.
         grace_s = self._config.resume_grace_s if generation.attempts > 1 else self._config.worker_grace_s
@@ -192,6 +200,7 @@ class Pipeline:
         reserved: Reserved,
         generation: Generation,
         slot: Slot,
+        sent: Sent,
     ) -> Prefilled:
         """Meanwhile the decode worker pulls what is computed, where the prefill worker says that it is worth it."""
         timeout_s = admitted.deadline.budget_s()
@@ -226,10 +235,19 @@ class Pipeline:
                 )
             computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
             self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)
+            sent.prefilled()
+            if self._learner:
+                self._learner.prefilled(worker, len(admitted.request.prompt_token_ids), outcome)
             return Prefilled(outcome, worker, generation.attempts)
 
     async def _decode(
-        self, admitted: Admitted, routed: Routed, source: Prefilled | None, generation: Generation, slot: Slot
+        self,
+        admitted: Admitted,
+        routed: Routed,
+        source: Prefilled | None,
+        generation: Generation,
+        slot: Slot,
+        sent: Sent,
     ) -> AsyncGenerator[GenerationOutput, None]:
         timeout_s = admitted.deadline.budget_s()
         slot.calls.decoding(routed.decode, generation.attempts)
@@ -246,10 +264,21 @@ class Pipeline:
             )
             async with aclosing(steps):
                 async for step in steps:
+                    self._count(routed.decode, step, source, sent)
                     if step.finish_reason is FinishReason.CANCELLED:
                         raise Draining(f"decode worker {routed.decode.worker_id} ended the request; it is stopping")
                     if output := generation.take_step(routed.decode, step):
                         yield output
+
+    def _count(self, link: WorkerLink, step: DecodeStep, source: Prefilled | None, sent: Sent) -> None:
+        if step.token_ids:
+            sent.step(len(step.token_ids))
+        if self._learner is None:
+            return
+        if step.transfer is not None and source is not None:
+            self._learner.transferred(source.worker.worker_id, link.worker_id, step.transfer)
+        if step.token_ids:
+            self._learner.stepped(link, sent, len(step.token_ids))
 
     # ---- when a worker fails, or is not there ----
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sagellm_common.core.config import RouterConfig
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.scheduler_ir.builder import IRBuilder
+from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, WorkerView
 from services.router.generation import Generation
+from services.router.load import Sent
 from services.router.stages import Admitted, Matched, Routed
 from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink
@@ -21,9 +25,9 @@ def place(
     links: Sequence[WorkerLink],
     strategy: Strategy,
     transfers: TransferPlanner,
-    chunk_tokens: int = 0,
+    config: RouterConfig,
 ) -> Routed:
-    """Raises NoWorker when none of `links` can decode. Prompts are computed by `chunk_tokens`; see PlanNode."""
+    """Raises NoWorker when none of `links` can decode."""
     resumed = bool(generation.emitted)
     pinned = generation.pinned
     by_id = {link.worker_id: link for link in links if not (resumed and link.record.role is WorkerRole.PREFILL)}
@@ -33,6 +37,9 @@ def place(
         num_tokens,
         admitted.request.priority,
         lambda prefill_id, decode_id: transfers.pull_seconds(by_id[prefill_id], decode_id, num_tokens),
+        waited_s=generation.age_s,
+        ttft_target_s=config.ttft_target_ms / 1e3 or math.inf,
+        tpot_target_s=config.tpot_target_ms / 1e3 or math.inf,
     )
     placement = strategy.place(request, [_view(link, matched) for link in by_id.values()])
     if resumed:
@@ -65,11 +72,25 @@ def place(
         kv_source_worker_id=pinned.worker.worker_id if pinned else None,
         overlap=overlap.overlap if overlap else None,
         segment_bytes=overlap.segment_bytes if overlap else 0,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=config.prefill_chunk_tokens,
         wire_dtype=transfers.wire_dtype(source, by_id[decode_id], prompt) if source else "",
         attempt=generation.attempts,
     )
-    return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None)
+    expected_s = placement.expected_s if prefill_id else ()
+    return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None, expected_s)
+
+
+def sent_of(admitted: Admitted, routed: Routed, num_emitted_tokens: int) -> Sent:
+    """What the workers of this attempt have to do for it."""
+    prompt = len(admitted.request.prompt_token_ids)
+    prefill, compute = routed.prefill, routed.plan.node(PlanNodeKind.PREFILL)
+    return Sent(
+        routed.decode.work,
+        prompt + num_emitted_tokens,
+        prefill.work if prefill else None,
+        compute.start_token if compute else prompt,
+        prompt,
+    )
 
 
 def _block_tokens(link: WorkerLink) -> int:
@@ -86,4 +107,8 @@ def _view(link: WorkerLink, matched: Matched) -> WorkerView:
         matched_tokens=matched.stored_tokens
         if link.record.role is WorkerRole.KV_STORE
         else matched.cached_tokens.get(link.worker_id, 0),
+        queued_tokens=link.work.queued_tokens,
+        queued_squares=link.work.queued_squares,
+        sequences=link.work.sequences,
+        context_tokens=link.work.context_tokens,
     )

@@ -54,11 +54,15 @@ class Matched:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """One attempt's plan and workers. No `prefill`: the decode worker computes, or pulls from an earlier prefill."""
+    """One attempt's plan and workers. No `prefill`: the decode worker computes, or pulls from an earlier prefill.
+
+    `expected_s` is `Placement`'s.
+    """
 
     plan: ExecutionPlan
     decode: WorkerLink
     prefill: WorkerLink | None
+    expected_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.sessions import DecodeSession, PrefillSession
 from sagellm_common.rpc.worker_client import WorkerStatus, get_status, watch_status
 from services.router.cached_blocks import CachedBlocks, EventsMissed
+from services.router.load import WorkerLoad
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class WorkerLink:
     """One incarnation of one worker.
 
     `reachable` once its status watch has answered, until that breaks. `eased` is set when a request ends there, or
-    the worker is lost.
+    the worker is lost. `work` is what this router has sent there, in tokens.
     """
 
     def __init__(self, record: WorkerRecord, channels: ChannelPool, session: Choice = "auto") -> None:
@@ -51,6 +52,7 @@ class WorkerLink:
         self.outstanding = 0
         self.foreign = 0
         self.assigned = 0
+        self.work = WorkerLoad()
         self.prefill = PrefillSession(channel, record.worker_id, record.address, session)
         self.decode = DecodeSession(channel, record.worker_id, record.address, session)
         self.eased = asyncio.Event()

@@ -18,6 +18,7 @@ from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, inference_pb2_grpc, topology_pb2, topology_pb2_grpc
 from sagellm_common.rpc.status import from_rpc_error
 from services.router.__main__ import Router, serving
+from services.router.load import WorkerLoad
 from services.router.observed import ObservedPipeline, RouterMetrics
 from tests.support.scripted_workers import MODEL, ScriptedDecode, ScriptedPrefill, ScriptedWorker
 from tests.support.waiting import eventually
@@ -130,6 +131,9 @@ class RouterHarness:
     async def assert_nothing_held(self) -> None:
         """No request in flight, and nothing reserved, pinned or running on any living worker."""
         await eventually(lambda: self.pipeline.in_flight == 0)
+        for worker in self.workers:
+            if (link := self.link(worker)) is not None:
+                await eventually(lambda link=link: link.work == WorkerLoad(), lambda link=link: link.work)
         for worker in self.workers:
             if worker.dead:
                 continue

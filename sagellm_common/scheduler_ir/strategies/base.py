@@ -69,7 +69,8 @@ class WorkerView:
 class Placement:
     """Who does what. No `prefill_worker_id`: the decode worker computes the prompt itself.
 
-    `late`: its first token cannot come within the target, wherever; those that still can go first.
+    `late`: its first token cannot come within the target, wherever; those that still can go first. `expected_s` are
+    (worker's id, seconds until the first token if it prefills), the chosen one's first, as far as costs are known.
     """
 
     decode_worker_id: str
@@ -78,6 +79,7 @@ class Placement:
     strategy: str = ""
     reason: str = ""
     late: bool = False
+    expected_s: tuple[tuple[str, float], ...] = ()
 
 
 class Strategy(Protocol):

@@ -9,6 +9,7 @@ those who come later. Where none does, the fastest. Inside the engines those go 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load, 
 
 HEADROOM = 0.7
 """Of a target: predictions are averages, and the queue grows before the request's turn comes."""
+
+SHOWN = 4
+"""Soonest of the other candidates, for people who ask what else could have been."""
 
 
 @STRATEGIES.register("hybrid")
@@ -38,11 +42,12 @@ class Hybrid:
         if not decoders:
             raise NoWorker("no decode worker is serving; start one or wait until it has joined", retry_after_s=1.0)
         decode = self._decoder(request, decoders)
-        prefill, ttft_s = None, 0.0
+        prefill, ttft_s, expected_s = None, 0.0, tuple[tuple[str, float], ...]()
         separation = self._separator.decide(request, workers, decode)
         if separation.disaggregate:
             prefillers = [worker for worker in workers if worker.prefills and worker.worker_id != decode.worker_id]
-            prefill, ttft_s = self._prefiller(request, prefillers)
+            prefill, expected_s = self._prefiller(request, prefillers)
+            ttft_s = expected_s[0][1] if expected_s else 0.0
         stores = [worker for worker in workers if worker.role is WorkerRole.KV_STORE]
         return Placement(
             decode_worker_id=decode.worker_id,
@@ -50,20 +55,25 @@ class Hybrid:
             kv_store_worker_id=pick(stores, lambda worker: 0.0).worker_id if stores else None,
             strategy=self.name,
             late=request.waited_s + ttft_s > request.ttft_target_s,
+            expected_s=expected_s,
             reason=f"{separation.reason}; decode on {decode.worker_id}: {decode.sequences} sequences, "
             f"{decode.matched_tokens} tokens cached"
             + (
                 f"; prefill on {prefill.worker_id}: {prefill.queued_tokens} tokens queued, {prefill.matched_tokens} "
-                f"cached, first token expected in {1e3 * ttft_s:.0f} ms"
+                f"cached"
                 if prefill
                 else ""
-            ),
+            )
+            + (f", first token expected in {1e3 * ttft_s:.0f} ms" if expected_s else ""),
         )
 
-    def _prefiller(self, request: RequestView, workers: Sequence[WorkerView]) -> tuple[WorkerView, float]:
+    def _prefiller(
+        self, request: RequestView, workers: Sequence[WorkerView]
+    ) -> tuple[WorkerView, tuple[tuple[str, float], ...]]:
+        """And its `Placement.expected_s`."""
         if not self._costs.prefill.samples:
             worker = pick(workers, lambda worker: affinity_minus_load(request, worker, workers))
-            return worker, 0.0
+            return worker, ()
         step_s, token_s, square_s = self._costs.prefill.coefficients
         prompt = request.num_prompt_tokens
 
@@ -80,7 +90,8 @@ class Hybrid:
             worker, ttft_s, _ = min(in_time, key=lambda cost: (cost[2], cost[1], cost[0].assigned, cost[0].worker_id))
         else:
             worker, ttft_s, _ = min(costs, key=lambda cost: (cost[1], cost[0].assigned, cost[0].worker_id))
-        return worker, ttft_s
+        others = heapq.nsmallest(SHOWN, ((cost[1], cost[0].worker_id) for cost in costs if cost[0] is not worker))
+        return worker, ((worker.worker_id, ttft_s), *((name, seconds) for seconds, name in others))
 
     def _decoder(self, request: RequestView, workers: Sequence[WorkerView]) -> WorkerView:
         if not self._costs.decode.samples:
