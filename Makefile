@@ -20,7 +20,7 @@ index := sagellm_common/prefix_reuse/native
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm system-deps run demo proto fmt lint type test test-unit test-integration test-faults \
-        test-long test-states test-vllm cov bench clean
+        test-long test-states test-vllm cov bench chart-check clean
 
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +126,10 @@ cov: setup $(triton) ## the whole suite; fails below 85 % of sagellm_common
 
 bench: setup ## TTFT, TPOT and tokens/s side by side
 	@$(bin)/python -m bench
+
+chart-check: setup ## helm 3 and 4 (fetched, 80 MB once) and the Kubernetes API schemas over helm/sagellm with all of its ci values
+	@$(bin)/python -m helm.check
+	@$(bin)/pytest tests/k8s $(PYTEST_ARGS)
 
 clean: ## remove the environment and caches (prepared models stay)
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info

@@ -1,0 +1,203 @@
+"""Writes sagellm/values.schema.json: what the chart's own values may be, and under `config` the services' schema.
+
+python -m helm.schema [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sagellm_common.core.config_loader import config_schema
+
+PATH = Path(__file__).parent / "sagellm" / "values.schema.json"
+Schema = dict[str, Any]
+
+CHARTS_OWN = (
+    ("cluster",),
+    ("model",),
+    ("topology",),
+    ("router", "address"),
+    ("gateway", "api_keys"),
+    ("gateway", "tenant_keys"),
+    ("kv_store", "enabled"),
+    ("kv_store", "stores"),
+    ("kv_store", "disk", "path"),
+)
+"""Settings that follow from other values, or are secrets: not to be set under `config`."""
+
+
+def values_schema() -> Schema:
+    config, definitions = _config()
+    part = _part()
+    worker = part | {"startSeconds": _integer(1, "in which it must have begun to serve")}
+    definitions |= {"quantities": _object({}, _quantity()), "peers": _list({"type": "object"})}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Values of the sageLLM chart",
+        **_object(
+            {
+                "image": _object(
+                    {
+                        "repository": _text(1),
+                        "tag": _text(),
+                        "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
+                        "pullSecrets": _list(_text(1)),
+                    }
+                ),
+                "model": _object({"path": _text(), "name": _text(), "mountPath": _absolute(), "volume": _volume()}),
+                "config": config,
+                "portBase": _integer(1024, "see SagePorts") | {"maximum": 64000},
+                "sharedMemory": _quantity(),
+                "router": _object(part | {"replicas": _integer(1)}),
+                "gateway": _object(
+                    part
+                    | {
+                        "replicas": _integer(1),
+                        "apiKeysSecret": _text(),
+                        "service": _object(
+                            {
+                                "type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+                                "port": _integer(1) | {"maximum": 65535},
+                                "annotations": _texts(),
+                            }
+                        ),
+                    }
+                ),
+                "prefill": _object(worker),
+                "decode": _object(worker),
+                "kvStore": _object(part | {"disk": _object({"size": _size(), "storageClass": _text()})}),
+                "etcd": _object(
+                    {name: rule for name, rule in part.items() if name not in ("drainSeconds", "addCapabilities")}
+                    | {
+                        "replicas": {"enum": [0, 1, 3, 5]},
+                        "endpoints": _list({"type": "string", "pattern": "^[^/ ]+:[0-9]+$"}),
+                        "storage": _size(),
+                        "storageClass": _text(),
+                    }
+                ),
+                "topologySpread": _list(
+                    _object(
+                        {
+                            "topologyKey": _text(1),
+                            "maxSkew": _integer(1),
+                            "whenUnsatisfiable": {"enum": ["DoNotSchedule", "ScheduleAnyway"]},
+                        }
+                    )
+                    | {"required": ["topologyKey", "maxSkew", "whenUnsatisfiable"]}
+                ),
+                "networkPolicy": _object(
+                    {"enabled": {"type": "boolean"}}
+                    | {name: {"$ref": "#/$defs/peers"} for name in ("clients", "routerClients", "monitoring")}
+                ),
+                # Helm's own: a chart that has this one as a part gives it these.
+                "global": {"type": "object"},
+            }
+        ),
+        "$defs": definitions,
+    }
+
+
+def _config() -> tuple[Schema, Schema]:
+    """The schema of the services' configuration without what is the chart's, and the definitions it refers to."""
+    schema = _untitled(config_schema())
+    definitions = schema.pop("$defs")
+    for *above, setting in CHARTS_OWN:
+        section = schema
+        for name in above:
+            section = definitions[section["properties"][name]["$ref"].rpartition("/")[2]]
+        del section["properties"][setting]
+    used = json.dumps(schema | {"$defs": definitions})
+    definitions = {name: rule for name, rule in definitions.items() if f'"#/$defs/{name}"' in used}
+    return {**schema, "description": "sections of `sagellm config schema`"}, definitions
+
+
+def _untitled(tree: Any) -> Any:
+    """Without pydantic's titles, which repeat the names, and without defaults, which would be a second truth."""
+    if isinstance(tree, Mapping):
+        # A setting may be called `title`: then it is a schema, and stays.
+        dropped = {
+            name for name, value in tree.items() if name == "default" or (name == "title" and type(value) is str)
+        }
+        return {name: _untitled(value) for name, value in tree.items() if name not in dropped}
+    return [_untitled(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _part() -> Schema:
+    """What every part may be told."""
+    kubernetes = {"type": "object"}  # checked by the API server
+    return {
+        "replicas": _integer(0),
+        "drainSeconds": _integer(1, "before it is stopped"),
+        "resources": _object({name: {"$ref": "#/$defs/quantities"} for name in ("requests", "limits")}),
+        "image": _text(),
+        "nodeSelector": _texts(),
+        "tolerations": _list(kubernetes),
+        "affinity": kubernetes,
+        "annotations": _texts(),
+        "priorityClassName": _text(),
+        "runtimeClassName": _text(),
+        "env": _list({"type": "object", "required": ["name"]}),
+        "addCapabilities": _list(_text(1)),
+    }
+
+
+def _volume() -> Schema:
+    kinds = ("persistentVolumeClaim", "hostPath", "image", "nfs", "csi", "ephemeral", "emptyDir")
+    return _object({kind: {"type": "object"} for kind in kinds}) | {"maxProperties": 1}
+
+
+def _object(properties: Schema, others: Schema | bool = False) -> Schema:
+    return {"type": "object", "properties": properties, "additionalProperties": others}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _text(min_length: int = 0) -> Schema:
+    return {"type": "string"} | ({"minLength": min_length} if min_length else {})
+
+
+def _texts() -> Schema:
+    return _object({}, {"type": "string"})
+
+
+def _absolute() -> Schema:
+    return {"type": "string", "pattern": "^/."}
+
+
+def _integer(minimum: int, description: str = "") -> Schema:
+    return {"type": "integer", "minimum": minimum} | ({"description": description} if description else {})
+
+
+def _quantity() -> Schema:
+    return {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": "^[0-9.]+([EPTGMk]i?|m)?$"}]}
+
+
+def _size() -> Schema:
+    return {"type": "string", "pattern": "^$|^[0-9]+([EPTGMk]i?)?$"}
+
+
+def written() -> str:
+    """The file as it should be."""
+    return json.dumps(values_schema(), indent=1) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the file is as it should be")
+    if not parser.parse_args().check:
+        PATH.write_text(written())
+    elif PATH.read_text() != written():
+        print(f"{PATH} is out of date: run python -m helm.schema", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

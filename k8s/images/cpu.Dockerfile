@@ -1,0 +1,27 @@
+# sageLLM with LMDeploy on CPUs. From the repository's root:
+#   docker build -f k8s/images/cpu.Dockerfile -t sagellm:cpu .
+# Point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheel index, or some GB of CUDA come along.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+RUN apt-get update && apt-get install -y --no-install-recommends g++ make patch && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/sagellm/src
+ENV SAGELLM_CACHE=/opt/sagellm/cache
+# The packages before the sources: a change of ours does not fetch them again.
+COPY Makefile pyproject.toml README.md requirements.lock ./
+RUN mkdir sagellm_common services && make /opt/sagellm/venv/.installed VENV=/opt/sagellm/venv
+COPY sagellm_common sagellm_common
+COPY services services
+COPY third_party third_party
+# touch: the package is installed again, now that it is there.
+RUN touch pyproject.toml && make setup VENV=/opt/sagellm/venv && /opt/sagellm/venv/bin/python -m compileall -q sagellm_common services
+
+FROM ${BASE}
+RUN groupadd --gid 10001 sagellm && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home sagellm
+COPY --from=build /opt/sagellm /opt/sagellm
+ENV PATH=/opt/sagellm/venv/bin:$PATH SAGELLM_CACHE=/opt/sagellm/cache HOME=/tmp PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /tmp
+CMD ["sagellm", "--help"]

@@ -1,0 +1,372 @@
+"""The rendered chart beside the services as they are: their own parsers read its command lines and configuration."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from helm import schema
+from helm.check import CHART, Failed
+from sagellm_common.core.config import Config
+from sagellm_common.core.config_loader import load_config
+from sagellm_common.core.ports import SagePorts
+from sagellm_common.core.topology_etcd import EtcdTopology
+from sagellm_common.core.types import WorkerRole
+from sagellm_common.rpc.worker_main import WorkerArgs, parse_worker_args
+from sagellm_common.rpc.worker_runtime import DEFAULT_DRAIN_GRACE_S
+from services.gateway.__main__ import _GRACE_S as GATEWAY_GRACE_S
+from services.router.__main__ import DRAIN_GRACE_S as ROUTER_GRACE_S
+from tests.support.chart import (
+    CI_VALUES,
+    OURS,
+    Release,
+    arguments,
+    container_of,
+    environment,
+    part_of,
+    pod_of,
+    values_file,
+)
+
+POD_IP = "10.1.2.3"
+SMALLEST: dict[str, Any] = {"model": {"path": "/models/m"}}
+
+
+@pytest.fixture(scope="module", params=CI_VALUES, ids=lambda path: path.name.removesuffix("-values.yaml"))
+def release(request: pytest.FixtureRequest) -> Release:
+    return Release.of(request.param)
+
+
+@pytest.fixture
+def config(release: Release, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(release.config_text())
+    return path
+
+
+def _started(
+    release: Release, part: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], dict[str, str]]:
+    """The arguments of a part's container, whose environment is ours from now on."""
+    container = container_of(release.workload(part))
+    env = environment(container, f"demo-sagellm-{part}-0", POD_IP, {"api_keys": "one,two"})
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return arguments(container, env, config), env
+
+
+# ---- what the containers run ----
+
+
+@pytest.mark.parametrize("role", [WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.KV_STORE])
+def test_a_worker_takes_its_command_line(
+    release: Release, config: Path, role: WorkerRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = role.replace("_", "-")
+    if part not in release.workloads():
+        assert not load_config(config, {}).kv_store.enabled
+        return
+    argv, env = _started(release, part, config, monkeypatch)
+
+    args = parse_worker_args(role, argv)
+
+    ports = SagePorts(args.config.cluster.port_base)
+    session = 0 if role is WorkerRole.KV_STORE else ports.session(1)  # a store has no sessions
+    assert args == WorkerArgs(
+        config=args.config,
+        worker_id=env["POD_NAME"],
+        port=ports.worker(0),
+        data_port=ports.worker_data(0),
+        session_port=session,
+        metrics_port=ports.metrics(1),
+        router="demo-sagellm-router.llm.svc:18801",
+    )
+    assert args.config.cluster.host == POD_IP
+    assert _container_ports(release, part) == {
+        "grpc": args.port,
+        "kv": args.data_port,
+        "metrics": args.metrics_port,
+    } | ({"session": session} if session else {})
+
+
+def test_the_router_takes_its_command_line(release: Release, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv, _ = _started(release, "router", config, monkeypatch)
+
+    loaded, port, session_port, metrics_port = _run_main("router", "run", argv, monkeypatch)
+
+    ports = SagePorts(loaded.cluster.port_base)
+    assert (port, session_port, metrics_port) == (ports.router, ports.session(0), ports.metrics(0))
+    assert loaded.router.address == f"demo-sagellm-router.llm.svc:{port}"
+    assert _container_ports(release, "router") == {"grpc": port, "session": session_port, "metrics": metrics_port}
+
+
+def test_the_gateway_takes_its_command_line(release: Release, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv, env = _started(release, "gateway", config, monkeypatch)
+
+    loaded, port, router = _run_main("gateway", "serve", argv, monkeypatch)
+
+    assert port == SagePorts(loaded.cluster.port_base).gateway
+    assert router == loaded.router.address
+    assert loaded.cluster.host == "0.0.0.0", "kubectl port-forward comes over loopback"
+    assert loaded.gateway.api_keys == (("one", "two") if "SAGELLM_GATEWAY__API_KEYS" in env else ())
+    assert _container_ports(release, "gateway") == {"http": port}
+
+
+def _run_main(service: str, entry: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """What `main` would have served with."""
+    module = importlib.import_module(f"services.{service}.__main__")
+    calls: list[tuple[Any, ...]] = []
+
+    async def serve(*args: Any) -> None:
+        calls.append(args)
+
+    monkeypatch.setattr(module, entry, serve)
+    for name in ("setup_logging", "setup_tracing", "shutdown_tracing"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    assert module.main(argv) == 0
+    (args,) = calls
+    return args
+
+
+def _container_ports(release: Release, part: str) -> dict[str, int]:
+    return {port["name"]: port["containerPort"] for port in container_of(release.workload(part))["ports"]}
+
+
+def test_containers_run_our_modules(release: Release) -> None:
+    for part, workload in release.workloads().items():
+        *python, module = container_of(workload)["command"]
+        assert python == ["python", "-m"]
+        assert importlib.import_module(f"{module}.__main__")
+        assert module == f"services.{part.replace('-', '_')}"
+
+
+# ---- configuration ----
+
+
+def test_the_configuration_is_valid_and_says_what_the_values_say(
+    release: Release, config: Path, request: pytest.FixtureRequest
+) -> None:
+    values = yaml.safe_load(request.node.callspec.params["release"].read_text())
+    loaded = load_config(config, {})
+
+    assert loaded.model.path == values["model"]["path"]
+    for section, settings in values.get("config", {}).items():
+        assert _contains(getattr(loaded, section).model_dump(), settings), section
+    for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
+        loaded.of_role(role)
+
+
+def _contains(whole: dict[str, Any], part: dict[str, Any]) -> bool:
+    return all(
+        _contains(whole[key], value) if isinstance(value, dict) else whole[key] == value for key, value in part.items()
+    )
+
+
+def test_etcd_is_where_the_configuration_says(release: Release, config: Path) -> None:
+    topology = load_config(config, {}).topology
+    own = [w for w in release.kind("StatefulSet") if part_of(w) == "etcd"]
+    if topology.backend == "embedded":
+        assert not own and release.workload("router")["spec"]["replicas"] == 1
+        return
+    EtcdTopology(topology.endpoints, "demo")  # takes the endpoints
+    if own:
+        name, spec = own[0]["metadata"]["name"], own[0]["spec"]
+        (service,) = [s for s in release.kind("Service") if s["metadata"]["name"] == spec["serviceName"]]
+        assert service["spec"]["clusterIP"] == "None"
+        assert topology.endpoints == tuple(
+            f"{name}-{index}.{spec['serviceName']}.llm.svc:{SagePorts().etcd_client}"
+            for index in range(spec["replicas"])
+        )
+
+
+def test_the_stores_disk_is_mounted_where_they_write(release: Release, config: Path) -> None:
+    path = load_config(config, {}).kv_store.disk.path
+    if not path:
+        assert all("volumeClaimTemplates" not in w["spec"] for p, w in release.workloads().items() if p == "kv-store")
+        return
+    store = release.workload("kv-store")
+    claims = [claim["metadata"]["name"] for claim in store["spec"]["volumeClaimTemplates"]]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container_of(store)["volumeMounts"]}
+    assert any(path.startswith(mounts[claim]) for claim in claims)
+
+
+def test_who_reads_the_checkpoint_has_it(release: Release, config: Path) -> None:
+    path = load_config(config, {}).model.path
+    having = {
+        part
+        for part, workload in release.workloads().items()
+        for mount in container_of(workload)["volumeMounts"]
+        if mount["name"] == "model" and path.startswith(mount["mountPath"])
+    }
+    assert having in ({"prefill", "decode", "gateway"}, set()), having
+    assert bool(having) == path.startswith("/models/")
+
+
+# ---- life of a pod ----
+
+
+def test_probes_ask_where_the_services_answer(release: Release) -> None:
+    for part, workload in release.workloads().items():
+        container = container_of(workload)
+        port = _container_ports(release, part)
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            if part == "gateway":
+                assert container[probe]["httpGet"]["port"] == "http"
+                assert container[probe]["httpGet"]["path"] in ("/health", "/ready")
+            else:
+                assert container[probe]["grpc"] == {"port": port["grpc"]}
+
+
+def test_grace_is_longer_than_the_drain(release: Release) -> None:
+    after_sigterm_s = {"router": ROUTER_GRACE_S, "gateway": GATEWAY_GRACE_S}
+    for part, workload in release.workloads().items():
+        command = container_of(workload)["lifecycle"]["preStop"]["exec"]["command"]
+        drain_s = float(command[-1].removeprefix("--grace-s="))
+        rest_s = after_sigterm_s.get(part, DEFAULT_DRAIN_GRACE_S)
+        assert pod_of(workload)["terminationGracePeriodSeconds"] >= drain_s + rest_s + 5, part
+
+
+def test_pods_get_no_variables_of_kubernetes_own(release: Release) -> None:
+    """SAGELLM_ROUTER_PORT of a Service `sagellm-router` would be refused as an unknown setting."""
+    pods = [pod_of(w) for w in release.kind("Deployment", "StatefulSet")]
+    assert all(pod["enableServiceLinks"] is False for pod in pods + [p["spec"] for p in release.kind("Pod")])
+
+
+def test_no_pod_runs_as_root_or_writes_its_image(release: Release) -> None:
+    workloads = release.kind("Deployment", "StatefulSet")
+    claims = {claim["metadata"]["name"] for w in workloads for claim in w["spec"].get("volumeClaimTemplates", [])}
+    for pod in [pod_of(w) for w in workloads] + [p["spec"] for p in release.kind("Pod")]:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounted <= claims | {volume["name"] for volume in pod.get("volumes", [])}
+
+
+def test_selectors_find_their_pods(release: Release) -> None:
+    labels = [w["spec"]["template"]["metadata"]["labels"] for w in release.kind("Deployment", "StatefulSet")]
+    for manifest in release.kind("Service", "PodDisruptionBudget", "NetworkPolicy", "Deployment", "StatefulSet"):
+        spec = manifest["spec"]
+        selector = spec.get("podSelector", spec.get("selector"))
+        wanted = selector.get("matchLabels", selector)
+        found = [own for own in labels if wanted.items() <= own.items()]
+        assert len(found) == 1, f"{manifest['kind']} {manifest['metadata']['name']}"
+    assert len(release.kind("PodDisruptionBudget")) == len(labels)
+
+
+def test_services_lead_to_ports_that_are_there(release: Release) -> None:
+    parts = {part_of(w): container_of(w) for w in release.kind("Deployment", "StatefulSet")}
+    for service in release.kind("Service"):
+        names = {port["name"]: port["containerPort"] for port in parts[part_of(service)]["ports"]}
+        for port in service["spec"]["ports"]:
+            assert port["targetPort"] in names
+            if part_of(service) != "gateway":
+                assert port["port"] == names[port["targetPort"]], "clients are told the port itself"
+
+
+def test_networks_let_the_cluster_talk(release: Release, config: Path) -> None:
+    policies = {part_of(policy): policy["spec"]["ingress"] for policy in release.kind("NetworkPolicy")}
+    if not policies:
+        return
+    assert set(policies) == {part_of(w) for w in release.kind("Deployment", "StatefulSet")}
+    own = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "sagellm", "app.kubernetes.io/instance": "demo"}}}
+    router = policies.pop("router")[0]
+    ports = SagePorts(load_config(config, {}).cluster.port_base)
+    assert own in router["from"] and {p["port"] for p in router["ports"]} == {ports.router, ports.session(0)}
+    for part, ingress in policies.items():
+        assert "from" not in ingress[0] or own in ingress[0]["from"], part
+
+
+# ---- values ----
+
+
+def test_the_schema_is_that_of_the_services() -> None:
+    assert schema.PATH.read_text() == schema.written(), "run python -m helm.schema"
+
+
+def test_the_schema_knows_every_value_and_no_default_is_missing() -> None:
+    """values.yaml is what a person reads: all that can be set is there, or named in its comment."""
+    known = json.loads(schema.PATH.read_text())["properties"]
+    text = (CHART / "values.yaml").read_text()
+    defaults = yaml.safe_load(text)
+    assert set(defaults) | {"global"} == set(known)
+    for part, settings in defaults.items():
+        for name in known[part].get("properties", {}) if part != "config" else ():
+            assert name in settings or name in text.partition("Each part also takes:")[2], f"{part}.{name}"
+
+
+def test_settings_of_the_services_are_known(tmp_path: Path) -> None:
+    config = {"engine": {"num_blocks": 7}, "router": {"max_queue": 9}, "kv_store": {"disk": {"dtype": "int8"}}}
+    release = Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, "config": config}))
+
+    (tmp_path / "c.yaml").write_text(release.config_text())
+    loaded: Config = load_config(tmp_path / "c.yaml", {})
+
+    assert (loaded.engine.num_blocks, loaded.router.max_queue, loaded.kv_store.disk.dtype) == (7, 9, "int8")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"prefil": {}}, "prefil"),
+        ({"config": {"engine": {"devise": "cpu"}}}, "devise"),
+        ({"config": {"engine": {"device": "tpu"}}}, "device"),
+        ({"config": {"cluster": {"host": "0.0.0.0"}}}, "cluster"),
+        ({"config": {"gateway": {"api_keys": ["secret"]}}}, "api_keys"),
+        ({"decode": {"replicas": -1}}, "replicas"),
+        ({"etcd": {"replicas": 2}}, "replicas"),
+        ({"model": {"path": ""}}, "model.path is empty"),
+        ({"router": {"replicas": 2}, "etcd": {"replicas": 0}}, "router.replicas above 1 needs etcd"),
+        ({"etcd": {"replicas": 3, "storage": ""}}, "etcd.storage is empty"),
+        ({"etcd": {"endpoints": ["a:2379"]}}, "set etcd.replicas to 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_values_are_refused(values: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=told):
+        Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, **values}))
+
+
+def test_another_port_base_moves_every_port(tmp_path: Path) -> None:
+    release = Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, "portBase": 30000}))
+    ports = SagePorts(30000)
+    found = {port for part in release.workloads() for port in _container_ports(release, part).values()}
+    services = {
+        p["port"] for s in release.kind("Service") if part_of(s) not in ("gateway", "etcd") for p in s["spec"]["ports"]
+    }
+    router = {ports.router, ports.session(0), ports.metrics(0)}
+    worker = {ports.worker(0), ports.worker_data(0), ports.session(1), ports.metrics(1)}
+    assert found == router | worker | {ports.gateway}
+    assert services <= found
+    assert f"port_base: {ports.base}\n" in release.config_text()
+
+
+def test_each_part_takes_what_values_say_it_takes(tmp_path: Path) -> None:
+    extra = {
+        "image": "mine:1",
+        "nodeSelector": {"disk": "nvme"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+        "priorityClassName": "high",
+        "runtimeClassName": "nvidia",
+        "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+        "annotations": {"a": "b"},
+    }
+    parts = dict.fromkeys(("router", "gateway", "prefill", "decode", "kvStore", "etcd"), extra)
+    release = Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, **parts}))
+    workloads = release.kind("Deployment", "StatefulSet")
+    assert len(workloads) == len(OURS) + 1
+    for workload in workloads:
+        pod, container = pod_of(workload), container_of(workload)
+        assert container["image"] == "mine:1"
+        assert {k: pod[k] for k in extra if k in pod} == {k: extra[k] for k in extra if k in pod}
+        assert {"nodeSelector", "tolerations", "affinity", "priorityClassName", "runtimeClassName"} <= set(pod)
+        assert extra["env"][0] in container["env"]
+        assert workload["spec"]["template"]["metadata"]["annotations"]["a"] == "b"
