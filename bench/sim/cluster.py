@@ -111,7 +111,8 @@ class SimCluster:
 
     def _arrive(self, request: SimRequest) -> None:
         number = len(self._outcome.jobs)
-        view = SequenceView(str(number), number, request.priority, request.arrival_s + self._slo.ttft_s)
+        deadline_s = request.arrival_s + self._slo.ttft_s
+        view = SequenceView(str(number), number, request.priority, deadline_s, arrived_s=request.arrival_s)
         job = Job(request, view)
         self._outcome.jobs.append(job)
         if request.prompt_tokens + request.output_tokens > self._profile.kv_tokens:

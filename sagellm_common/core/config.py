@@ -52,8 +52,11 @@ class EngineConfig(Section):
     context_length_tokens: int = Field(0, ge=0, description="0: the model's")
     prefix_caching: bool = True
     eviction: Eviction = Field("adaptive", description="which cached blocks go first; `sagellm kv policy` changes it")
-    policy: Literal["fifo", "priority", "deadline"] = Field(
-        "priority", description="who starts first and loses memory last; deadline: the earlier of equal priority"
+    policy: Literal["fifo", "priority", "aging", "deadline", "feasible", "on_time"] = Field(
+        "priority",
+        description="who starts first and loses memory last; aging: by priority, to which each second waited adds one; "
+        "deadline: the earlier of equal priority; feasible: the same, who is late anyway last; on_time: the same, "
+        "first those of which the most can be in time",
     )
     prefill_tokens_per_decode_step: int = Field(
         0, ge=0, description="bounds how long prompts hold up who decodes on the same worker; 0: no bound"
@@ -174,10 +177,11 @@ class RpcConfig(Section):
 
 class RouterConfig(Section):
     address: str = Field("", description="host:port; empty: from cluster.port_base")
-    strategy: Literal["fifo", "hybrid"] = Field(
+    strategy: Literal["fifo", "priority", "slo_aware", "hybrid"] = Field(
         "fifo",
-        description="who gets a request: fifo goes by cached prefix and requests outstanding, hybrid by what it has "
-        "learned that these cost in seconds, and by the targets",
+        description="who gets a request: fifo and priority go by cached prefix and requests outstanding, slo_aware and "
+        "hybrid by what they have learned that these cost in seconds: slo_aware by the soonest first token, hybrid by "
+        "the least work within the targets. Set engine.policy to what goes with it: fifo, aging, feasible, on_time",
     )
     ttft_target_ms: float = Field(0.0, ge=0, description="hybrid: first tokens are to come within; 0: no target")
     tpot_target_ms: float = Field(

@@ -26,7 +26,9 @@ class EngineRequest:
 
     `progress` is kept up to date while the prompt's KV is computed into `allocation`'s blocks: by layer, by chunk or
     not at all, as the engine can. It fails when the engine computes into other blocks after all.
-    The larger `priority` goes first where the engine can choose; after `timeout_s` nobody wants the answer.
+    The larger `priority` goes first where the engine can choose; after `timeout_s` nobody wants the answer. The first
+    token is late after `first_token_within_s`, and the router expects the prompt to take `needed_s` alone: in LMDeploy,
+    engine.policy orders by these.
     `chunk_tokens` of the prompt are computed at a time, and between them what is more urgent; 0, or more than is
     configured: as it is configured. So far in LMDeploy only: vLLM chunks as it is configured.
     """
@@ -43,6 +45,8 @@ class EngineRequest:
     priority: int = 0
     timeout_s: float = math.inf
     chunk_tokens: int = 0
+    first_token_within_s: float = math.inf
+    needed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

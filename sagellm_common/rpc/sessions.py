@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,12 +107,15 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
         overlap: bool | None = None,
         segment_bytes: int = 0,
         chunk_tokens: int = 0,
+        first_token_within_s: float = math.inf,
+        needed_s: float = 0.0,
     ) -> PrefillOutcome:
         """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled.
 
         `on_started` hears where the KV can be pulled while it is computed, if the plan (`overlap`) says that this is
         worth it, or where the plan does not know the worker does; in pieces of `segment_bytes` (0: as configured).
-        `chunk_tokens` of the prompt are computed at a time (0: as configured).
+        `chunk_tokens` of the prompt are computed at a time (0: as configured). `first_token_within_s` and `needed_s`
+        are EngineRequest's.
         """
         message = worker_pb2.PrefillRequest(
             request_id=request.request_id,
@@ -128,6 +132,8 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             overlap=overlap,
             segment_bytes=segment_bytes,
             chunk_tokens=chunk_tokens,
+            first_token_within_ms=None if math.isinf(first_token_within_s) else first_token_within_s * 1e3,
+            needed_ms=needed_s * 1e3,
         )
         key = ("prefill", request.request_id, attempt)
         async with self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key)) as replies:

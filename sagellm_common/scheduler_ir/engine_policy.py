@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Order = Literal["fifo", "priority", "deadline", "on_time"]
+Order = Literal["fifo", "priority", "aging", "deadline", "feasible", "on_time"]
+
+AGING_S = 1.0
+"""So long a wait is worth one level of priority where these age."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """What matters of one sequence. `arrival` counts submissions, `deadline_s` is on the engine's clock.
+    """What matters of one sequence. `arrival` counts submissions; `arrived_s`, `deadline_s` are on the engine's clock.
 
     `handed_over`: KV of its first tokens came from another worker. `computed_tokens` have KV in the engine now.
     `needed_s` is what the cost model expects its prompt to take yet.
@@ -30,6 +33,7 @@ class SequenceView:
     computed_tokens: int = 0
     handed_over: bool = False
     needed_s: float = 0.0
+    arrived_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,11 @@ class EnginePolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RankedPolicy:
-    """By rank: `fifo` is arrival alone, `priority` puts the larger first, `deadline` the earlier among equals of those;
-    `on_time` likewise, once those are set aside that keep most others from being in time (`on_time_first`).
+    """By rank: `fifo` is arrival alone, `priority` puts the larger first, `deadline` the earlier among equals of those.
+
+    `aging` adds a level of priority for each AGING_S waited, which is to go by arrival, put forward by priority.
+    `feasible` is `deadline`, but those that are too late anyway go last; `on_time` is `deadline`, once those are set
+    aside that keep most others from being in time (`on_time_first`).
 
     Victims are taken from the lowest rank up. A handed-over sequence with more than `cheap_recompute_tokens` goes last:
     to compute it again costs this worker the very prefill it was to be spared.
@@ -69,7 +76,12 @@ class RankedPolicy:
 
     def order_waiting(self, waiting: Sequence[SequenceView], now_s: float = 0.0) -> list[SequenceView]:
         ranked = sorted(waiting, key=self._rank)
-        return on_time_first(ranked, now_s) if self.order == "on_time" else ranked
+        match self.order:
+            case "on_time":
+                return on_time_first(ranked, now_s)
+            case "feasible":
+                return sorted(ranked, key=lambda view: now_s + view.needed_s > view.deadline_s)
+        return ranked
 
     def order_victims(self, sequences: Sequence[SequenceView]) -> list[SequenceView]:
         lowest_first = sorted(sequences, key=self._rank, reverse=True)
@@ -88,7 +100,9 @@ class RankedPolicy:
                 return (view.arrival,)
             case "priority":
                 return (-view.priority, view.arrival)
-            case "deadline" | "on_time":
+            case "aging":
+                return (view.arrived_s - AGING_S * view.priority, view.arrival)
+            case "deadline" | "feasible" | "on_time":
                 return (-view.priority, view.deadline_s, view.arrival)
 
 

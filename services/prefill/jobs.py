@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,7 +20,8 @@ class PrefillJob:
 
     The receiver holds KV of the first `receiver_cached_tokens`. `announce` None: it does not pull before the answer.
     `overlap` is whether the plan has it pull before, None: no plan says so; then in pieces of `segment_bytes`.
-    `chunk_tokens` are computed at a time, 0: as the engine is configured.
+    `chunk_tokens` are computed at a time, 0: as the engine is configured. `first_token_within_s` and `needed_s` are
+    EngineRequest's.
     """
 
     request_id: str
@@ -36,6 +38,8 @@ class PrefillJob:
     overlap: bool | None = None
     segment_bytes: int = 0
     chunk_tokens: int = 0
+    first_token_within_s: float = math.inf
+    needed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -173,6 +173,8 @@ class PrefillLoop:
             hold_blocks=True,
             progress=progress,
             chunk_tokens=job.chunk_tokens,
+            first_token_within_s=job.first_token_within_s,
+            needed_s=job.needed_s,
         )
         outputs: list[SequenceOutput] = []
         last = await self._sequences.run(request, blocks, outputs.append)

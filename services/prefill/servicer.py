@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -90,6 +91,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             overlap=request.overlap if request.HasField("overlap") else None,
             segment_bytes=_planned(request, "segment_bytes"),
             chunk_tokens=_planned(request, "chunk_tokens"),
+            first_token_within_s=_target_s(request),
+            needed_s=_needed_s(request),
         )
 
 
@@ -98,6 +101,20 @@ def _planned(request: worker_pb2.PrefillRequest, name: str) -> int:
     if wanted < 0:
         raise InvalidRequest(f"{name} is {wanted}, but must be at least 0 (0: as configured)")
     return wanted
+
+
+def _target_s(request: worker_pb2.PrefillRequest) -> float:
+    if not request.HasField("first_token_within_ms"):
+        return math.inf
+    if math.isnan(request.first_token_within_ms):
+        raise InvalidRequest("first_token_within_ms is not a number; leave it unset for no target")
+    return request.first_token_within_ms / 1e3
+
+
+def _needed_s(request: worker_pb2.PrefillRequest) -> float:
+    if not 0 <= request.needed_ms < math.inf:
+        raise InvalidRequest(f"needed_ms is {request.needed_ms}, but must be at least 0 and finite (0: not known)")
+    return request.needed_ms / 1e3
 
 
 def encode_done(request: worker_pb2.PrefillRequest, done: PrefillDone) -> worker_pb2.PrefillResponse:

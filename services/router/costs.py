@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from sagellm_common.core.clock import Clock
 from sagellm_common.rpc.sessions import PrefillOutcome, TransferReport
 from sagellm_common.scheduler_ir.cost_model import CostModel
+from sagellm_common.scheduler_ir.ir_types import PlanNode
 from services.router.load import Sent
 from services.router.workers import WorkerLink
 
@@ -57,6 +58,10 @@ class CostLearner:
         self._prefills: WeakKeyDictionary[WorkerLink, _Prefills] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[WorkerLink, _Steps] = WeakKeyDictionary()
         self._paid_until_s: dict[str, float] = {}
+
+    def needed_s(self, compute: PlanNode) -> float:
+        """What a planned prefill is expected to take on a worker that does nothing else; 0: not known."""
+        return self.costs.prefill_s([(compute.start_token, compute.end_token)]).seconds
 
     def prefilled(self, link: WorkerLink, prompt_tokens: int, outcome: PrefillOutcome) -> None:
         """Call it when the prompt is no longer counted in the worker's load."""

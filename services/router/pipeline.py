@@ -38,7 +38,7 @@ from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
 from services.router.generation import Generation
 from services.router.load import Sent
-from services.router.placing import place, sent_of
+from services.router.placing import place, sent_of, ttft_target_s
 from services.router.retry import Retry, blames_source
 from services.router.stages import Admitted, Deadline, Matched, Prefilled, Reserved, Routed
 from services.router.transfers import TransferPlanner
@@ -232,6 +232,8 @@ class Pipeline:
                     overlap=overlap,
                     segment_bytes=transfer.segment_bytes if transfer else 0,
                     chunk_tokens=compute.chunk_tokens,
+                    first_token_within_s=ttft_target_s(self._config) - generation.age_s,
+                    needed_s=self._learner.needed_s(compute) if self._learner else 0.0,
                 )
             computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
             self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)

@@ -38,7 +38,7 @@ def place(
         admitted.request.priority,
         lambda prefill_id, decode_id: transfers.pull_seconds(by_id[prefill_id], decode_id, num_tokens),
         waited_s=generation.age_s,
-        ttft_target_s=config.ttft_target_ms / 1e3 or math.inf,
+        ttft_target_s=ttft_target_s(config),
         tpot_target_s=config.tpot_target_ms / 1e3 or math.inf,
     )
     placement = strategy.place(request, [_view(link, matched) for link in by_id.values()])
@@ -78,6 +78,10 @@ def place(
     )
     expected_s = placement.expected_s if prefill_id else ()
     return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None, expected_s)
+
+
+def ttft_target_s(config: RouterConfig) -> float:
+    return config.ttft_target_ms / 1e3 or math.inf
 
 
 def sent_of(admitted: Admitted, routed: Routed, num_emitted_tokens: int) -> Sent:

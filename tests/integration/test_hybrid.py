@@ -43,7 +43,10 @@ async def test_hybrid_gives_the_single_engines_tokens_and_learns_what_they_cost(
         alone = await asyncio.gather(*(driver.run(prompt, NEW_TOKENS) for prompt in prompts))
         expected = [tokens for tokens, _ in alone]
     costs = tmp_path / "costs.json"
-    settings = ("router.strategy=hybrid", "router.ttft_target_ms=2000", f"router.cost_model_path={costs}")
+    settings = (
+        *("router.strategy=hybrid", "router.ttft_target_ms=2000", "router.tpot_target_ms=200"),
+        *("engine.policy=on_time", f"router.cost_model_path={costs}"),
+    )
     with RunningCluster(*settings, model=tiny_llama, num_prefill=2) as cluster:
         done = await complete_all(cluster, prompts, NEW_TOKENS)
         assert [list(completion.token_ids) for completion in done] == expected

@@ -144,7 +144,9 @@ class EngineCore(LmdeployEngineBase):
                 session.session_id,
                 request.request_id,
                 priority=request.priority,
-                deadline_s=now_s + request.timeout_s,
+                arrived_s=now_s,
+                deadline_s=now_s + min(request.timeout_s, request.first_token_within_s),
+                needed_s=request.needed_s,
                 handed_over=allocation is not None and allocation.was_filled(self.kv.layout.block_size_tokens),
             )
             self._running[request.request_id] = Running(request, seq, stop, now_s)

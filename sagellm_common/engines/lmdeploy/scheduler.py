@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ class SequenceFacts:
     deadline_s: float
     handed_over: bool
     arrival: int
+    arrived_s: float = 0.0
+    needed_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -53,9 +56,21 @@ class Steering:
         """The same with a plan over the policy."""
         return Steering(PlannedPolicy(plan, self._policy), self._seen)
 
-    def enter(self, session_id: int, request_id: str, priority: int, deadline_s: float, handed_over: bool) -> None:
-        arrival = next(self._seen.arrivals)
-        self._seen.facts[session_id] = SequenceFacts(request_id, priority, deadline_s, handed_over, arrival)
+    def enter(
+        self,
+        session_id: int,
+        request_id: str,
+        priority: int,
+        deadline_s: float,
+        handed_over: bool,
+        *,
+        arrived_s: float = 0.0,
+        needed_s: float = 0.0,
+    ) -> None:
+        """Times are on the clock that orders are asked by."""
+        self._seen.facts[session_id] = SequenceFacts(
+            request_id, priority, deadline_s, handed_over, next(self._seen.arrivals), arrived_s, needed_s
+        )
 
     def leave(self, session_id: int) -> None:
         del self._seen.facts[session_id]
@@ -70,7 +85,8 @@ class Steering:
     # ---- what LMDeploy asks ----
 
     def order_waiting(self, scheduler: Any, sequences: list[Any]) -> list[Any]:
-        return self._ordered(sequences, self._policy.order_waiting)
+        now_s = time.monotonic()
+        return self._ordered(sequences, lambda views: self._policy.order_waiting(views, now_s))
 
     def order_victims(self, scheduler: Any, sequences: list[Any]) -> list[Any]:
         return self._ordered(sequences, self._policy.order_victims)
@@ -112,6 +128,8 @@ class Steering:
             deadline_s=facts.deadline_s,
             computed_tokens=int(seq.num_history_ids),
             handed_over=facts.handed_over,
+            arrived_s=facts.arrived_s,
+            needed_s=facts.needed_s,
         )
 
 

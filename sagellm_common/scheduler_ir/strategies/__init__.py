@@ -5,6 +5,8 @@ from __future__ import annotations
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.strategies import fifo as _fifo  # noqa: F401  registers itself
 from sagellm_common.scheduler_ir.strategies import hybrid as _hybrid  # noqa: F401  registers itself
+from sagellm_common.scheduler_ir.strategies import priority as _priority  # noqa: F401  registers itself
+from sagellm_common.scheduler_ir.strategies import slo_aware as _slo_aware  # noqa: F401  registers itself
 from sagellm_common.scheduler_ir.strategies.base import STRATEGIES, Placement, RequestView, Strategy, WorkerView
 
 

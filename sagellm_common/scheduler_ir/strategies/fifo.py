@@ -18,7 +18,7 @@ from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load, 
 
 @STRATEGIES.register("fifo")
 class Fifo:
-    name = "fifo"
+    name: str = "fifo"
     order: Order = "fifo"
 
     def __init__(self, costs: CostModel | None = None) -> None:

@@ -24,13 +24,18 @@ from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load, 
 HEADROOM = 0.7
 """Of a target: predictions are averages, and the queue grows before the request's turn comes."""
 
+PrefillCost = tuple[WorkerView, float, float]
+"""(worker, seconds until the first token, of those this request's own)"""
+DecodeCost = tuple[WorkerView, float]
+"""(worker, seconds of its next step)"""
+
 SHOWN = 4
 """Soonest of the other candidates, for people who ask what else could have been."""
 
 
 @STRATEGIES.register("hybrid")
 class Hybrid:
-    name = "hybrid"
+    name: str = "hybrid"
     order: Order = "on_time"
 
     def __init__(self, costs: CostModel | None = None) -> None:
@@ -84,12 +89,7 @@ class Hybrid:
             return own_s + token_s * worker.queued_tokens + square_s * worker.queued_squares, own_s
 
         costs = [(worker, *seconds(worker)) for worker in workers]
-        limit_s = HEADROOM * request.ttft_target_s - request.waited_s
-        in_time = [cost for cost in costs if cost[1] <= limit_s]
-        if in_time and not math.isinf(limit_s):
-            worker, ttft_s, _ = min(in_time, key=lambda cost: (cost[2], cost[1], cost[0].assigned, cost[0].worker_id))
-        else:
-            worker, ttft_s, _ = min(costs, key=lambda cost: (cost[1], cost[0].assigned, cost[0].worker_id))
+        worker, ttft_s, _ = self._best_prefill(request, costs)
         others = heapq.nsmallest(SHOWN, ((cost[1], cost[0].worker_id) for cost in costs if cost[0] is not worker))
         return worker, ((worker.worker_id, ttft_s), *((name, seconds) for seconds, name in others))
 
@@ -101,7 +101,16 @@ class Hybrid:
             context = worker.context_tokens + request.num_prompt_tokens
             return self._costs.decode_s(worker.sequences + 1, context).seconds
 
-        costs = [(worker, step_s(worker)) for worker in workers]
+        return self._best_decode(request, [(worker, step_s(worker)) for worker in workers])
+
+    def _best_prefill(self, request: RequestView, costs: Sequence[PrefillCost]) -> PrefillCost:
+        limit_s = HEADROOM * request.ttft_target_s - request.waited_s
+        in_time = [cost for cost in costs if cost[1] <= limit_s]
+        if in_time and not math.isinf(limit_s):
+            return min(in_time, key=lambda cost: (cost[2], cost[1], cost[0].assigned, cost[0].worker_id))
+        return min(costs, key=lambda cost: (cost[1], cost[0].assigned, cost[0].worker_id))
+
+    def _best_decode(self, request: RequestView, costs: Sequence[DecodeCost]) -> WorkerView:
         in_time = [cost for cost in costs if cost[1] <= HEADROOM * request.tpot_target_s]
         if in_time and not math.isinf(request.tpot_target_s):
             # Most of the prompt held there already: the least to move.

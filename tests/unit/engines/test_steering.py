@@ -75,6 +75,19 @@ async def test_deadline_puts_the_more_urgent_of_equals_first(tiny_llama: Path) -
         assert started_in_order(driver, waiting) == [waiting[i] for i in (1, 2, 0)]
 
 
+@pytest.mark.usefixtures("hooked")
+async def test_on_time_sets_aside_what_is_late_anyway(tiny_llama: Path) -> None:
+    asked = [{"first_token_within_s": 40.0, "needed_s": 50.0}] + [
+        {"first_token_within_s": within_s, "needed_s": 20.0} for within_s in (60.0, 50.0)
+    ]
+    async with running_engine(tiny_llama, max_batch_size=1, policy="on_time") as driver:
+        running = await blocked(driver)
+        waiting = [driver.submit(prompt(9, i), 2, {"timeout_s": 90} | how) for i, how in enumerate(asked)]
+        driver.engine.cancel(running)
+        await asyncio.gather(*(tokens_of(driver, request_id) for request_id in waiting))
+        assert started_in_order(driver, waiting) == [waiting[i] for i in (2, 1, 0)]
+
+
 @pytest.mark.parametrize(("policy", "last"), [("fifo", 2), ("priority", 0)])
 @pytest.mark.usefixtures("hooked")
 async def test_the_policy_says_who_gives_way_when_memory_runs_out(

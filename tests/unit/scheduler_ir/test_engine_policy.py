@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 
 from sagellm_common.scheduler_ir.engine_policy import (
+    AGING_S,
     EngineLoad,
     EnginePolicy,
     Order,
@@ -34,12 +36,31 @@ def ids(views: list[SequenceView]) -> list[str]:
         ("fifo", ["first", "urgent", "soon"]),
         ("priority", ["urgent", "first", "soon"]),
         ("deadline", ["urgent", "soon", "first"]),
+        ("feasible", ["urgent", "soon", "first"]),
+        ("aging", ["urgent", "first", "soon"]),
     ],
 )
 def test_the_last_to_start_is_the_first_victim(order: Order, expected: list[str]) -> None:
     policy = RankedPolicy(order)
     assert ids(policy.order_waiting(ALL)) == expected
     assert ids(policy.order_victims(ALL)) == expected[::-1]
+
+
+def test_who_waits_long_enough_goes_before_who_is_more_urgent() -> None:
+    old = SequenceView("old", arrival=0, arrived_s=10.0)
+    views = [SequenceView(f"urgent {i}", arrival=1 + i, priority=2, arrived_s=10.5 + i) for i in range(4)]
+    ordered = ids(RankedPolicy("aging").order_waiting([*views, old]))
+    # Two levels are worth two seconds of waiting: the urgent ones of 10.5 and 11.5 go first, that of 12.5 does not.
+    assert ordered == ["urgent 0", "urgent 1", "old", "urgent 2", "urgent 3"]
+    assert AGING_S == 1.0
+
+
+def test_who_is_late_anyway_goes_last() -> None:
+    policy = RankedPolicy("feasible")
+    assert ids(policy.order_waiting(ALL, now_s=8.5)) == ["first", "urgent", "soon"]
+    long = replace(FIRST, needed_s=1.0)
+    assert ids(policy.order_waiting([URGENT, SOON, long], now_s=7.5)) == ["urgent", "first", "soon"]
+    assert ids(policy.order_waiting([URGENT, SOON, long], now_s=8.01)) == ["urgent", "soon", "first"]
 
 
 def test_handed_over_kv_that_is_dear_to_recompute_goes_last() -> None:

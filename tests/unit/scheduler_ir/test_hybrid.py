@@ -61,6 +61,19 @@ def test_decode_goes_where_tokens_keep_their_pace(workers: list[WorkerView], cho
     assert make_strategy("hybrid", learned()).place(REQUEST, workers).decode_worker_id == chosen
 
 
+def test_slo_aware_takes_the_soonest_and_looks_no_further() -> None:
+    workers = [
+        *(prefill("p0"), prefill("p1", queued=1000, matched=900)),
+        *(decode("d0", sequences=3), decode("d1", sequences=8, matched=800)),
+    ]
+    both = {name: make_strategy(name, learned()).place(REQUEST, workers) for name in ("slo_aware", "hybrid")}
+    chosen = {name: (found.prefill_worker_id, found.decode_worker_id) for name, found in both.items()}
+    assert chosen == {"slo_aware": ("p0", "d0"), "hybrid": ("p1", "d1")}
+    soonest, expected = both["slo_aware"].expected_s[0], both["hybrid"].expected_s
+    assert soonest == ("p0", pytest.approx(0.1, rel=1e-3))
+    assert expected == (("p1", pytest.approx(0.11, rel=1e-3)), soonest)
+
+
 def test_before_anything_was_learned_it_goes_by_prefix_and_load() -> None:
     busy = WorkerView("p0", WorkerRole.PREFILL, outstanding=5)
     idle = WorkerView("p1", WorkerRole.PREFILL)

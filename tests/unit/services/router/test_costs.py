@@ -164,6 +164,9 @@ async def test_hybrid_learns_and_explains_what_it_expected(tmp_path: Path) -> No
         assert event.detail.startswith(f"{here}: 1 ms expected, ")
         assert event.detail.endswith(f"; expected 1 ms on {there[here]}")
         assert 0 < event.duration_ms <= second.summary.ttft_ms
+        told = [request for worker in router.workers[:2] for request in worker.requests]
+        assert {0 < request.first_token_within_ms <= 1000 for request in told} == {True}
+        assert sorted(request.needed_ms for request in told) == [0.0, pytest.approx(0.75)]
         assert samples(router, "prefill") == 2
         assert router.metric("sagellm_router_cost_mape_ratio", part="prefill") == pytest.approx(0.0, abs=1e-6)
         await router.assert_nothing_held()
@@ -198,5 +201,6 @@ async def test_fifo_learns_nothing_unless_asked(router: RouterHarness, tmp_path:
         await asked.pair()
         generated = await asked.generate()
         assert generated.plan.strategy == "fifo"
+        assert not asked.workers[0].requests[0].HasField("first_token_within_ms"), "there is no target"
         assert samples(asked, "prefill") == 1
         assert math.isnan(asked.metric("sagellm_router_cost_mape_ratio", part="decode"))
