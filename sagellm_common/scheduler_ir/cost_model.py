@@ -74,9 +74,10 @@ class CostModel:
 
     # ---- what is measured ----
 
-    def observe_prefill(self, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
-        """One step computed tokens [start, end) of each of these prompts."""
-        self.prefill.observe(_prefill_features(chunks), seconds)
+    def observe_prefill(self, chunks: Iterable[tuple[int, int]], seconds: float, steps: int = 1) -> None:
+        """So many steps computed tokens [start, end) of each of these prompts."""
+        _, tokens, squares = _prefill_features(chunks)
+        self.prefill.observe((steps, tokens, squares), seconds)
 
     def observe_decode(self, num_sequences: int, context_tokens: int, seconds: float) -> None:
         """One step made one token for each sequence; `context_tokens` is the sum of what they attended to."""

@@ -1,14 +1,14 @@
 """What the router measures of its workers, for the cost model: prefills, decode steps and transfers as they happen.
 
-What comes from the workers' own clocks is taken from there. A queue is not in it: a prompt that waited for others
-counts from when the last of those was done.
+What comes from the workers' own clocks is taken from there. While prompts queue, it is the router that sees how long a
+worker takes for several of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,21 +21,22 @@ from services.router.load import Sent
 from services.router.workers import WorkerLink
 
 STEPS_S = 0.05
-"""Steps are timed over at least so long: one alone is no longer than the hiccups of the way here."""
+STEPS = 8
+"""Steps are timed over so long, or so many where the sequence ends: one alone is no longer than the way's hiccups."""
 PART_EVERY_S = 0.01
 PART_AT_ONCE = 10
 """Each part of the model learns once in so long on average, for a sample takes it a third of a millisecond."""
-TOGETHER_S = 0.002
-"""Prompts whose answers are no further apart were computed in one step."""
+BUSY_S = 0.25
+"""Prompts of a queue are timed together, over so long where it lasts: one answer may come late, or with others."""
 
 
 @dataclass(slots=True)
-class _Prefills:
-    """Of one worker: when it was last done with one, and the step that may still get more prompts."""
+class _Queue:
+    """Of one worker, within one spell of never being without a prompt: what it has computed since `began_s`."""
 
-    done_s: float
-    chunks: list[tuple[int, int]]
-    seconds: float
+    spell: int
+    began_s: float
+    chunks: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class _Steps:
 
     of: Sent
     began_s: float
+    last_s: float
     steps: int = 0
     sequences: int = 0
     context_tokens: int = 0
@@ -55,7 +57,7 @@ class CostLearner:
     def __init__(self, costs: CostModel, clock: Clock) -> None:
         self.costs = costs
         self._clock = clock
-        self._prefills: WeakKeyDictionary[WorkerLink, _Prefills] = WeakKeyDictionary()
+        self._queues: WeakKeyDictionary[WorkerLink, _Queue] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[WorkerLink, _Steps] = WeakKeyDictionary()
         self._paid_until_s: dict[str, float] = {}
 
@@ -65,49 +67,55 @@ class CostLearner:
 
     def prefilled(self, link: WorkerLink, prompt_tokens: int, outcome: PrefillOutcome) -> None:
         """Call it when the prompt is no longer counted in the worker's load."""
-        now_s, last = self._clock.now(), self._prefills.get(link)
-        seconds = (outcome.engine_ms or outcome.compute_ms) / 1e3
-        chunk = (outcome.cached_tokens, prompt_tokens)
-        if last is not None and last.chunks and now_s - last.done_s <= TOGETHER_S:
-            last.chunks.append(chunk)
-            last.done_s = now_s
+        now_s, spell, queue = self._clock.now(), link.work.spells, self._queues.pop(link, None)
+        if queue is not None and queue.spell != spell:
+            queue = None  # it ended unheard: its last prompts failed
+        chunk, others = (outcome.cached_tokens, prompt_tokens), link.work.queued_prompts
+        if queue is None and not others:  # it was alone there: the engine's own time is all its own
+            self._learn_prefill([chunk], (outcome.engine_ms or outcome.compute_ms) / 1e3, now_s)
+        elif queue is None:  # nobody knows what others had a part in its time
+            self._queues[link] = _Queue(spell, now_s)
         else:
-            if last is not None:
-                self._learn_prefill(last, now_s)
-                seconds = min(seconds, now_s - last.done_s)
-            last = self._prefills[link] = _Prefills(now_s, [chunk], seconds)
-        if not link.work.queued_prompts:  # nobody else can have been in that step
-            self._learn_prefill(last, now_s)
+            queue.chunks.append(chunk)
+            took_s = now_s - queue.began_s
+            if took_s >= (BUSY_S if others else STEPS_S):
+                self._learn_prefill(queue.chunks, took_s, now_s)
+                queue = _Queue(spell, now_s)
+            if others:
+                self._queues[link] = queue
 
     def stepped(self, link: WorkerLink, sent: Sent, num_tokens: int) -> None:
         """One of its sequences has got tokens, by as many steps."""
-        window = self._steps.get(link)
+        window, now_s = self._steps.get(link), self._clock.now()
         if window is None or window.of.over:
-            self._steps[link] = _Steps(sent, self._clock.now())
+            if window is not None and window.steps >= STEPS:
+                self._learn_decode(window, window.last_s)
+            self._steps[link] = _Steps(sent, now_s, now_s)
             return
         if window.of is not sent:
             return  # one of them tells it all
+        window.last_s = now_s
         window.steps += num_tokens
         window.sequences += num_tokens * link.work.stepping
         window.context_tokens += num_tokens * link.work.stepping_tokens
-        now_s = self._clock.now()
-        took_s, steps = now_s - window.began_s, window.steps
-        if took_s < STEPS_S:
-            return
-        if self._due("decode", now_s):
-            self.costs.observe_decode(
-                round(window.sequences / steps), round(window.context_tokens / steps), took_s / steps
-            )
-        self._steps[link] = _Steps(sent, now_s)
+        if now_s - window.began_s >= STEPS_S:
+            self._learn_decode(window, now_s)
+            self._steps[link] = _Steps(sent, now_s, now_s)
 
     def transferred(self, source_id: str, target_id: str, transfer: TransferReport) -> None:
         if transfer.bytes and transfer.transfer_ms > 0 and self._due("transfer", self._clock.now()):
             self.costs.observe_transfer(source_id, target_id, transfer.bytes, transfer.transfer_ms / 1e3)
 
-    def _learn_prefill(self, done: _Prefills, now_s: float) -> None:
-        if done.chunks and done.seconds > 0 and self._due("prefill", now_s):
-            self.costs.observe_prefill(done.chunks, done.seconds)
-        done.chunks = []
+    def _learn_prefill(self, chunks: list[tuple[int, int]], seconds: float, now_s: float) -> None:
+        if seconds > 0 and self._due("prefill", now_s):
+            self.costs.observe_prefill(chunks, seconds, steps=len(chunks))
+
+    def _learn_decode(self, window: _Steps, until_s: float) -> None:
+        steps, took_s = window.steps, until_s - window.began_s
+        if took_s > 0 and self._due("decode", until_s):
+            self.costs.observe_decode(
+                round(window.sequences / steps), round(window.context_tokens / steps), took_s / steps
+            )
 
     def _due(self, part: str, now_s: float) -> bool:
         paid_until_s = max(now_s, self._paid_until_s.get(part, now_s))

@@ -22,6 +22,8 @@ class WorkerLoad:
     context_tokens: int = 0
     coming: int = 0
     coming_tokens: int = 0
+    spells: int = field(default=0, compare=False)
+    """How often a prompt came that found none queued."""
 
     @property
     def stepping(self) -> int:
@@ -85,6 +87,7 @@ class Sent:
     def _queue(self, sign: int) -> None:
         if self.prefill is not None:
             start, end = self.start_token, self.prompt_tokens
+            self.prefill.spells += sign > 0 and not self.prefill.queued_prompts
             self.prefill.queued_prompts += sign
             self.prefill.queued_tokens += sign * (end - start)
             self.prefill.queued_squares += sign * (end * end - start * start)

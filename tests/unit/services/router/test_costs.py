@@ -17,7 +17,7 @@ from sagellm_common.core.errors import ConfigError
 from sagellm_common.rpc.sessions import PrefillOutcome, TransferReport
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from services.router.cost_file import kept, load_costs
-from services.router.costs import PART_AT_ONCE, PART_EVERY_S, CostLearner
+from services.router.costs import PART_AT_ONCE, PART_EVERY_S, STEPS, CostLearner
 from services.router.load import Sent, WorkerLoad
 from tests.support.router_harness import PROMPT, RouterHarness, router_harness
 from tests.support.scripted_workers import ScriptedDecode, ScriptedPrefill
@@ -37,7 +37,8 @@ class Recorded(CostModel):
         self.prefills: list[tuple[list[tuple[int, int]], float]] = []
         self.steps: list[tuple[int, int, float]] = []
 
-    def observe_prefill(self, chunks: Any, seconds: float) -> None:
+    def observe_prefill(self, chunks: Any, seconds: float, steps: int = 1) -> None:
+        assert steps == len(chunks)
         self.prefills.append((list(chunks), pytest.approx(seconds)))
 
     def observe_decode(self, num_sequences: int, context_tokens: int, seconds: float) -> None:
@@ -48,21 +49,45 @@ def outcome(cached: int, engine_s: float) -> PrefillOutcome:
     return PrefillOutcome((1,), (), None, None, cached, 0, 0.0, engine_s * 1e3 + 1.0, 0.0, engine_s * 1e3)
 
 
-def test_a_prompt_that_waited_counts_from_when_the_one_before_was_done() -> None:
+def test_prompts_of_a_queue_are_timed_together() -> None:
     clock, costs, link = ManualClock(), Recorded(), Link()
     learner: Any = CostLearner(costs, clock)
-    link.work.queued_prompts = 3
-    clock.advance(0.3)
-    link.work.queued_prompts -= 1
-    learner.prefilled(link, 1000, outcome(0, 0.3))
-    assert not costs.prefills, "another may come of the same step"
-    clock.advance(0.001)
-    link.work.queued_prompts -= 1
-    learner.prefilled(link, 500, outcome(100, 0.3))
-    clock.advance(0.2)
-    link.work.queued_prompts -= 1
-    learner.prefilled(link, 2000, outcome(0, 0.501))
-    assert costs.prefills == [([(0, 1000), (100, 500)], 0.3), ([(0, 2000)], 0.2)]
+
+    def done(after_s: float, start: int, end: int) -> None:
+        clock.advance(after_s)
+        link.work.queued_prompts -= 1
+        learner.prefilled(link, end, outcome(start, 1.0))
+
+    link.work.queued_prompts = 6
+    done(0.3, 0, 1000)  # how much of its second was its own is not known
+    for after_s, start, end in ((0.1, 0, 800), (0.001, 100, 500), (0.2, 0, 2000)):
+        done(after_s, start, end)
+    done(0.04, 0, 300)
+    done(0.03, 0, 400)
+    assert costs.prefills == [([(0, 800), (100, 500), (0, 2000)], 0.301), ([(0, 300), (0, 400)], 0.07)]
+    link.work.queued_prompts = 2
+    done(1.0, 0, 300)
+    done(0.01, 0, 300)
+    assert len(costs.prefills) == 2, "too short to tell"
+
+
+def test_a_queue_that_ends_with_a_failure_is_over() -> None:
+    clock, costs, link = ManualClock(), Recorded(), Link()
+    learner: Any = CostLearner(costs, clock)
+    decode = WorkerLoad()
+
+    def sent() -> Sent:
+        return Sent(decode, 100, link.work, start_token=0, prompt_tokens=100)
+
+    with sent() as first, sent():  # the second fails
+        first.prefilled()
+        learner.prefilled(link, 100, outcome(0, 0.1))
+    clock.advance(60.0)
+    with sent() as third:
+        clock.advance(0.2)
+        third.prefilled()
+        learner.prefilled(link, 100, outcome(0, 0.1))
+    assert costs.prefills == [([(0, 100)], 0.1)]
 
 
 def test_a_prompt_after_a_pause_counts_by_the_engines_clock() -> None:
@@ -91,6 +116,20 @@ def test_steps_are_timed_along_one_sequence_over_a_while() -> None:
             learner.stepped(link, other, 1)
             clock.advance(0.02)
         assert costs.steps[3:] == [(1, 314, 0.02)]
+
+
+def test_a_short_sequence_counts_when_it_is_over() -> None:
+    clock, costs, link = ManualClock(), Recorded(), Link()
+    learner: Any = CostLearner(costs, clock)
+    for num_tokens in (STEPS, STEPS + 1, STEPS + 1):
+        clock.advance(1.0)
+        with Sent(link.work, 100) as sent:
+            for _ in range(num_tokens):
+                clock.advance(0.001)
+                sent.step(1)
+                learner.stepped(link, sent, 1)
+    # The first was too short, the third is not known to be over.
+    assert costs.steps == [(1, 106, 0.001)]
 
 
 def test_each_part_learns_no_oftener_than_it_may() -> None:
