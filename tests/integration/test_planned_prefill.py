@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,16 @@ async def test_the_engine_computes_the_chunks_that_the_router_planned(
         assert planned == (prefill.chunk_tokens if prefill else 0)
 
 
-async def test_a_chunk_of_less_than_nothing_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"chunk_tokens": -1}, "chunk_tokens is -1, but must be at least 0"),
+        ({"needed_s": -0.001}, r"needed_ms is -1\.0, but must be at least 0 and finite"),
+        ({"needed_s": math.nan}, "needed_ms is nan"),
+        ({"first_token_within_s": math.nan}, "first_token_within_ms is not a number"),
+    ],
+)
+async def test_what_makes_no_sense_is_refused(wrong: dict[str, Any], message: str) -> None:
     async with (
         router_harness() as router,
         worker(WorkerRole.PREFILL, router.router.address) as prefill,
@@ -82,8 +92,10 @@ async def test_a_chunk_of_less_than_nothing_is_refused() -> None:
     ):
         wanted = request(list(range(1, 15)))
         ticket = await decode.decode_session.reserve(wanted, 1, timeout_s=TIMEOUT_S)
-        with pytest.raises(InvalidRequest, match="chunk_tokens is -1, but must be at least 0"):
-            await prefill.prefill_session.prefill(wanted, 1, ticket, timeout_s=TIMEOUT_S, chunk_tokens=-1)
-        first = await prefill.prefill_session.prefill(wanted, 2, ticket, timeout_s=TIMEOUT_S, chunk_tokens=3)
-        assert prefill.engine.submitted[-1].chunk_tokens == 3
+        with pytest.raises(InvalidRequest, match=message):
+            await prefill.prefill_session.prefill(wanted, 1, ticket, timeout_s=TIMEOUT_S, **wrong)
+        planned: dict[str, Any] = {"chunk_tokens": 3, "first_token_within_s": -0.5, "needed_s": 0.25}
+        first = await prefill.prefill_session.prefill(wanted, 2, ticket, timeout_s=TIMEOUT_S, **planned)
+        told = prefill.engine.submitted[-1]
+        assert (told.chunk_tokens, told.first_token_within_s, told.needed_s) == (3, -0.5, 0.25)
         assert await decode_all(decode, wanted, first.token_ids, first.source)
