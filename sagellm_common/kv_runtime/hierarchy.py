@@ -163,9 +163,11 @@ class HierarchyManager:
 
     # ---- put and get ----
 
-    def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "") -> PendingPut:
+    def begin_put(
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "", contexts: Sequence[bytes] = ()
+    ) -> PendingPut:
         """See `HostKvPool.begin_put`."""
-        return self.pool.begin_put(hashes, token_ids, tenant)
+        return self.pool.begin_put(hashes, token_ids, tenant, contexts)
 
     def commit_put(self, put: PendingPut) -> None:
         self.pool.commit_put(put)
@@ -184,9 +186,9 @@ class HierarchyManager:
                     return True
             return False
 
-    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> Allocation:
+    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds, contexts: Sequence[bytes] = ()) -> Allocation:
         """See `HostKvPool.get`: what is in the pool. `promote` comes before it where some is `below`."""
-        got = self.pool.get(hashes, token_ids)
+        got = self.pool.get(hashes, token_ids, contexts)
         self._use(hashes)
         with self._lock:
             self._inexact_hits += len(self._notes(hashes[: len(got.block_ids)]))
@@ -201,13 +203,17 @@ class HierarchyManager:
         """See `HostKvPool.pin`."""
         return self.pool.pin(hashes, ttl_s, most_blocks)
 
-    def promote(self, hashes: Sequence[BlockHash], token_ids: TokenIds, timeout_s: float) -> None:
+    def promote(
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, timeout_s: float, contexts: Sequence[bytes] = ()
+    ) -> None:
         """Copies leading blocks into the pool, as many as it has room for; waits for them, at most timeout_s.
+
+        Those of other `contexts`, where they are known, stay where they are.
 
         Raises InvalidRequest when the tokens do not match the number of hashes.
         """
         deadline_s = time.monotonic() + timeout_s
-        keys = keys_of(hashes, token_ids, self.layout.block_size_tokens)
+        keys = keys_of(hashes, token_ids, self.layout.block_size_tokens, known=contexts)
         with self._lock:
             where = [self._comes_up(block_hash) for block_hash in hashes]
         where = where[: where.index(None)] if None in where else where

@@ -35,14 +35,22 @@ class HostCache:
         with memory.reading(slots) as (region, ids):
             self._tier.write(keys, region, ids)
 
-    def bring_back(self, hashes: Sequence[BlockHash], token_ids: TokenIds, memory: KvMemory, slots: BlockIds) -> int:
-        """Fills slots[i] with the block of hashes[i], as far as the leading ones are here for exactly these tokens.
+    def bring_back(
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        contexts: Sequence[bytes],
+        memory: KvMemory,
+        slots: BlockIds,
+    ) -> int:
+        """Fills slots[i] with the block of hashes[i], as far as the leading ones are here for exactly these tokens,
+        after exactly those before them.
 
         Returns how many. Nobody else may use the slots meanwhile.
         """
         size = self._pool.layout.block_size_tokens
         most = max(1, MAX_COPY_BYTES // self._pool.layout.block_bytes)
-        hits = self._pool.get(hashes[:most], token_ids[: len(hashes[:most]) * size])
+        hits = self._pool.get(hashes[:most], token_ids[: len(hashes[:most]) * size], contexts[:most])
         try:
             count = len(hits.block_ids)
             if count:

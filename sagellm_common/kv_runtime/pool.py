@@ -30,7 +30,16 @@ from sagellm_common.core.kv import (
     KvMemory,
     KvRegion,
 )
-from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, KvTierStats, TenantUsage, TokenIds
+from sagellm_common.core.types import (
+    BlockHash,
+    BlockIds,
+    KvLayout,
+    KvStats,
+    KvTierStats,
+    TenantUsage,
+    TokenIds,
+    pack_int32,
+)
 from sagellm_common.kv_policy.eviction import make_eviction, swap_eviction
 from sagellm_common.kv_runtime import defrag
 from sagellm_common.kv_runtime.block_manager import BlockArray, BlockManager
@@ -38,6 +47,7 @@ from sagellm_common.kv_runtime.prefix_cache import PrefixCache
 from sagellm_common.kv_runtime.quota import QuotaManager
 from sagellm_common.kv_runtime.tiers import BlockKey, keys_of
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.prefix_reuse.matcher import contexts
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +85,14 @@ class Below(Protocol):
     def keep(self, keys: Sequence[BlockKey], memory: KvMemory, slots: BlockIds) -> None:
         """Copies of these blocks. The pool's lock is held."""
 
-    def bring_back(self, hashes: Sequence[BlockHash], token_ids: TokenIds, memory: KvMemory, slots: BlockIds) -> int:
+    def bring_back(
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        contexts: Sequence[bytes],
+        memory: KvMemory,
+        slots: BlockIds,
+    ) -> int:
         """Fills slots[i] with the block of hashes[i], leading ones only; returns how many."""
 
     def stats(self) -> KvTierStats: ...
@@ -157,18 +174,21 @@ class KVPool:
                 raise
             table = np.concatenate([shared, fresh])
             allocation = self._hand_out(table, num_tokens, len(shared), hashes[: len(shared)], account)
-        self._bring_back(allocation, hashes[: len(table)], token_ids)
+        self._bring_back(allocation, hashes[: len(table)], token_ids, root)
         return allocation
 
-    def _bring_back(self, allocation: PoolAllocation, hashes: Sequence[BlockHash], token_ids: TokenIds) -> None:
+    def _bring_back(
+        self, allocation: PoolAllocation, hashes: Sequence[BlockHash], token_ids: TokenIds, root: BlockHash
+    ) -> None:
         """Fills fresh blocks with what was evicted. Without the lock: they are this allocation's alone."""
         first, size = allocation.num_shared_blocks, self.layout.block_size_tokens
         if self._below is None or first >= len(hashes):
             return
         try:
             slots = allocation.block_ids[first : len(hashes)]
+            known = list(contexts(root, pack_int32(token_ids[: len(hashes) * size]), 4 * size))
             count = self._below.bring_back(
-                hashes[first:], token_ids[first * size : len(hashes) * size], self._memory, slots
+                hashes[first:], token_ids[first * size : len(hashes) * size], known[first:], self._memory, slots
             )
         except BaseException:
             self.free(allocation)

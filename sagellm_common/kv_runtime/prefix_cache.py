@@ -85,9 +85,11 @@ class PrefixCache:
         """How many of the first hashes are here."""
         return next((n for n, block_hash in enumerate(hashes) if block_hash not in self._entries), len(hashes))
 
-    def find(self, hashes: Sequence[BlockHash], token_ids: TokenIds, root: BlockHash = b"") -> BlockArray:
+    def find(
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, root: BlockHash = b"", known: Sequence[bytes] = ()
+    ) -> BlockArray:
         """A reference on each of the leading blocks that are here for exactly these tokens; see `PrefixMatcher`."""
-        found = self.matcher.verify(hashes, token_ids, self.key, root) if self.enabled else []
+        found = self.matcher.verify(hashes, token_ids, self.key, root, known) if self.enabled else []
         blocks = self.blocks_of(key.hash for key in found)
         self.book.hold(blocks)
         return blocks

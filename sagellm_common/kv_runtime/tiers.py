@@ -94,14 +94,15 @@ def keys_of(
     block_size_tokens: int,
     parent: BlockHash = b"",
     before: bytes = b"",
+    known: Sequence[bytes] = (),
 ) -> list[BlockKey]:
     """Keys of consecutive blocks; `parent` is that of the first, where it is known, `before` its context, or the root.
 
-    Without `before` the blocks' contexts are not known.
+    `known` are the contexts where somebody else has made them; without either they are not known.
     """
     step = 4 * block_size_tokens
     packed, parents = pack_int32(token_ids[: len(hashes) * block_size_tokens]), (parent, *hashes)
-    context = contexts(before, packed, step) if before else itertools.repeat(b"")
+    context = iter(known) if known else contexts(before, packed, step) if before else itertools.repeat(b"")
     return [
         BlockKey(block_hash, packed[n * step : (n + 1) * step], parents[n], context=next(context))
         for n, block_hash in enumerate(hashes)

@@ -2,12 +2,14 @@
 
 A block's KV depends on its tokens and on all before them. Each block found must hold the prompt's tokens, have been
 computed after the block found before it, and after the very tokens that come before it in the prompt: names alone would
-let a block through whose parent has another block's name. For that blocks are stored with their context.
+let a block through whose parent has another block's name. For that blocks are stored with their context, and whoever
+asks for blocks from the middle of a prompt tells theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import xxhash
@@ -36,6 +38,8 @@ class NamedBlock(Protocol):
 
 B = TypeVar("B", bound=NamedBlock)
 
+CONTEXT_BYTES = 8
+
 
 def contexts(before: bytes, packed: bytes, block_bytes: int) -> Iterator[bytes]:
     """A digest of everything up to and with each block, which owes nothing to the blocks' names.
@@ -55,22 +59,27 @@ class PrefixMatcher:
         self.rejected = 0
 
     def verify(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, stored: Callable[[BlockHash], B | None], root: bytes
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        stored: Callable[[BlockHash], B | None],
+        root: bytes = b"",
+        known: Sequence[bytes] = (),
     ) -> list[B]:
         """The leading blocks that are stored for exactly these tokens, in order.
 
-        `root` is that of the hashes' chain; empty where they begin in the middle of one, or it is not known: what came
-        before them is then a matter of names alone.
+        `root` is that of the hashes' chain. Where they begin in the middle of one, `known` are the blocks' contexts;
+        with neither, what came before them is a matter of names alone.
         """
         size = self._block_bytes
         packed = pack_int32(token_ids[: len(hashes) * size // 4])
-        wanted = contexts(root, packed, size)
+        wanted: Iterable[bytes] = known or (contexts(root, packed, size) if root else itertools.repeat(b""))
         found: list[B] = []
-        for n, block_hash in enumerate(hashes):
+        for n, (block_hash, context) in enumerate(zip(hashes, wanted, strict=False)):
             block = stored(block_hash)
             if block is None:
                 break
-            parent, context = (hashes[n - 1] if n else b""), (next(wanted) if root else b"")
+            parent = hashes[n - 1] if n else b""
             tokens = packed[n * size : (n + 1) * size]
             if not (block.token_bytes == tokens and _alike(block.parent, parent) and _alike(block.context, context)):
                 self.rejected += 1

@@ -37,6 +37,7 @@ from sagellm_common.core.types import (
     pack_int32,
     unpack_int32,
 )
+from sagellm_common.prefix_reuse.matcher import CONTEXT_BYTES
 from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS, Extent
 from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, kv_pb2, plan_pb2, worker_pb2
 
@@ -123,6 +124,19 @@ def check_hashes(packed: bytes, field: str = "block_hashes") -> bytes:
     if len(packed) % BLOCK_HASH_BYTES:
         raise InvalidRequest(f"{field} has {len(packed)} bytes, which is no whole number of 16-byte hashes")
     return packed
+
+
+def encode_contexts(contexts: Sequence[bytes]) -> bytes:
+    """Those of all blocks, or none: there is no way to say that one of them is not known."""
+    return b"".join(contexts) if all(contexts) else b""
+
+
+def decode_contexts(packed: bytes, num_blocks: int, field: str = "contexts") -> list[bytes]:
+    if packed and len(packed) != num_blocks * CONTEXT_BYTES:
+        raise InvalidRequest(
+            f"{field} has {len(packed)} bytes, but must have {CONTEXT_BYTES} for each of {num_blocks} blocks, or none"
+        )
+    return [packed[i : i + CONTEXT_BYTES] for i in range(0, len(packed), CONTEXT_BYTES)]
 
 
 def encode_tier(tier: Tier) -> common_pb2.KvTier:

@@ -262,12 +262,13 @@ class StoreClient:
         layout: KvLayout,
         *,
         extents: Sequence[Extent] = (),
+        contexts: Sequence[bytes] = (),
         timeout_s: float = GET_TIMEOUT_S,
     ) -> KvSource | None:
         """Pins the leading blocks the store holds; None when it holds none. Raises SageError.
 
-        `layout` is the store's. `token_ids` are those of the blocks, for the store to check its hits against. The
-        caller pulls `source.block_table` and releases the lease.
+        `layout` is the store's. `token_ids` are those of the blocks, for the store to check its hits against, and so
+        are `contexts` (`prefix_reuse.matcher`). The caller pulls `source.block_table` and releases the lease.
         """
         request = kv_pb2.KvGetRequest(
             block_hashes=codec.encode_hashes(hashes),
@@ -275,6 +276,7 @@ class StoreClient:
             backend=self._backend,
             token_ids=pack_int32(token_ids),
             extents=[codec.encode_extent(extent) for extent in extents],
+            contexts=codec.encode_contexts(contexts),
         )
         response = await self._call(store_id, "Get", request, timeout_s, kv_pb2.KvGetResponse)
         return codec.decode_kv_source(response.source) if response.num_blocks else None
@@ -289,6 +291,7 @@ class StoreClient:
         *,
         timeout_s: float,
         extents: Sequence[Extent] = (),
+        contexts: Sequence[bytes] = (),
         tenant: str = "",
     ) -> PutResult:
         """Has the store pull the blocks it lacks from `source`, whose lease the caller holds and releases.
@@ -303,6 +306,7 @@ class StoreClient:
             token_ids=token_ids if isinstance(token_ids, bytes) else pack_int32(token_ids),
             stored_layout=codec.encode_layout(layout),
             extents=[codec.encode_extent(extent) for extent in extents],
+            contexts=codec.encode_contexts(contexts),
             tenant=tenant,
         )
         response = await self._call(store_id, "Put", request, timeout_s, kv_pb2.KvPutResponse)

@@ -21,9 +21,10 @@ from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
-from sagellm_common.core.types import BlockHash, BlockIds, KvConversion, KvLayout, KvSource, TokenIds
+from sagellm_common.core.types import BlockHash, BlockIds, KvConversion, KvLayout, KvSource, TokenIds, pack_int32
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.prefix_reuse.matcher import contexts
 from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS, Extent, extents
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.store_client import StoreClient
@@ -54,11 +55,13 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """What is to be filled: tokens [begin, end) of it, into the blocks of `table`. `hashes` in the stores' `layout`."""
+    """What is to be filled: tokens [begin, end) of it, into the blocks of `table`. `hashes` and
+    `contexts` of blocks in the stores' `layout`."""
 
     request_id: str
     token_ids: TokenIds
     hashes: Sequence[BlockHash]
+    contexts: Sequence[bytes]
     layout: KvLayout
     table: BlockIds
     begin_token: int
@@ -107,9 +110,11 @@ class StoreFetch:
                 FETCHES.labels("miss").inc()
                 return 0
             stop = min(-(-end // layout.block_size_tokens) * layout.block_size_tokens, len(token_ids))
-            hashes = block_hashes(token_ids[:stop], layout.block_size_tokens, root_hash(layout, cache_salt))
+            root = root_hash(layout, cache_salt)
+            hashes = block_hashes(token_ids[:stop], layout.block_size_tokens, root)
+            known = list(contexts(root, pack_int32(token_ids[:stop]), 4 * layout.block_size_tokens))
             table = allocation.block_ids
-            prompt = _Prompt(request_id, token_ids, hashes, layout, table, begin, end, deadline_s, priority)
+            prompt = _Prompt(request_id, token_ids, hashes, known, layout, table, begin, end, deadline_s, priority)
             runs = await self._located(prompt)
             whole = await self._fill(prompt, runs)
         except SageError as err:
@@ -202,6 +207,7 @@ class StoreFetch:
             np.concatenate([prompt.token_ids[part.start * size : part.stop * size] for part in parts]),
             prompt.layout,
             extents=[Extent(run.extent.key, part.start, part.stop) for run, part in zip(runs, parts, strict=True)],
+            contexts=[context for part in parts for context in prompt.contexts[part.start : part.stop]],
         )
         if source is None:
             return 0

@@ -15,9 +15,10 @@ from prometheus_client import Counter
 
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core.errors import Draining, SageError
-from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, TokenIds
+from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, TokenIds, pack_int32
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.prefix_reuse.matcher import contexts
 from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS, Extent, extents
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.kv_source import describe_source
@@ -116,7 +117,8 @@ class Offloader:
         try:
             async with self._turn, asyncio.timeout(timeout_s):
                 layout = await self._store.layout() or self._store.first_layout()
-                hashes = block_hashes(token_ids, layout.block_size_tokens, root_hash(layout, cache_salt))
+                root = root_hash(layout, cache_salt)
+                hashes = block_hashes(token_ids, layout.block_size_tokens, root)
                 wanted = extents(hashes)
                 lacking: dict[str, list[Extent]] = {}
                 for extent, present in zip(wanted, await self._store.owned(hashes, wanted, layout), strict=True):
@@ -125,7 +127,8 @@ class Offloader:
                         if count < extent.num_blocks:
                             rest = Extent(extent.key, extent.first + count, extent.stop)
                             lacking.setdefault(store_id, []).append(rest)
-                offered = _Offered(transfer_id, epoch, block_ids, token_ids, layout, hashes, tenant)
+                known = list(contexts(root, pack_int32(token_ids), 4 * layout.block_size_tokens)) if lacking else []
+                offered = _Offered(transfer_id, epoch, block_ids, token_ids, layout, hashes, known, tenant)
                 failed = await asyncio.gather(
                     *(self._put(offered, store_id, rest, timeout_s) for store_id, rest in lacking.items())
                 )
@@ -164,6 +167,7 @@ class Offloader:
         theirs, ours = offered.layout.block_size_tokens, self._layout.block_size_tokens
         step = math.lcm(theirs, ours)
         hashes: list[BlockHash] = []
+        known: list[bytes] = []
         tokens: list[TokenIds] = []
         block_ids: list[BlockIds] = []
         described: list[Extent] = []
@@ -172,6 +176,7 @@ class Offloader:
             # From where a block begins on both sides; what the store has of it already it does not pull.
             origin, stop = extent.first * theirs // step * step, extent.stop * theirs
             hashes += offered.hashes[origin // theirs : extent.stop]
+            known += offered.contexts[origin // theirs : extent.stop]
             tokens.append(offered.token_ids[origin:stop])
             block_ids.append(offered.block_ids[origin // ours : -(-stop // ours)])
             described.append(Extent(extent.key, origin // theirs, extent.stop))
@@ -194,13 +199,15 @@ class Offloader:
             offered.layout,
             timeout_s=timeout_s,
             extents=described if whole else (),
+            contexts=known,
             tenant=offered.tenant,
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Offered:
-    """Pinned blocks of one sequence, from its first token on; `hashes` in the stores' `layout`."""
+    """Pinned blocks of one sequence, from its first token on; `hashes` and `contexts` in the stores'
+    `layout`."""
 
     transfer_id: str
     epoch: int
@@ -208,4 +215,5 @@ class _Offered:
     token_ids: TokenIds
     layout: KvLayout
     hashes: list[BlockHash]
+    contexts: list[bytes]
     tenant: str

@@ -126,8 +126,11 @@ class KvStore:
         layout: KvLayout,
         backend: str,
         extents: Sequence[Extent] = (),
+        contexts: Sequence[bytes] = (),
     ) -> KvSource | None:
         """The leading blocks stored for these tokens, pinned under a new lease; None for none.
+
+        `contexts` (`prefix_reuse.matcher`) are the blocks', one for each or none; so they are of `put`.
 
         Raises InvalidRequest, LayoutMismatch, ConfigError (another byte path), Draining.
         """
@@ -136,8 +139,8 @@ class KvStore:
         if not self._pool.check_layout(layout):
             return None
         if self._pool.below(hashes):
-            await asyncio.to_thread(self._pool.promote, hashes, token_ids, PROMOTE_TIMEOUT_S)
-        allocation = self._pool.get(hashes, token_ids)
+            await asyncio.to_thread(self._pool.promote, hashes, token_ids, PROMOTE_TIMEOUT_S, contexts)
+        allocation = self._pool.get(hashes, token_ids, contexts)
         if not len(allocation.block_ids):
             self._pool.free(allocation)
             return None
@@ -177,6 +180,7 @@ class KvStore:
         timeout_s: float,
         extents: Sequence[Extent] = (),
         tenant: str = "",
+        contexts: Sequence[bytes] = (),
     ) -> PutResult:
         """Pulls what is absent from `source`, whose lease the caller holds. Stores fewer when memory is short.
 
@@ -207,7 +211,9 @@ class KvStore:
         try:
             starts = _starts(extents, len(hashes))
             for at, end in itertools.pairwise(starts):
-                puts.append(self._pool.begin_put(hashes[at:end], token_ids[at * size : end * size], tenant))
+                puts.append(
+                    self._pool.begin_put(hashes[at:end], token_ids[at * size : end * size], tenant, contexts[at:end])
+                )
                 await asyncio.sleep(0)
             table, wanted = _joined(puts, starts)
             num_bytes = await self._pull(table, wanted, source, source_layout, timeout_s)

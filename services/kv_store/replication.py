@@ -163,6 +163,7 @@ class Replicator:
                     layout,
                     timeout_s=PUT_TIMEOUT_S,
                     extents=[Extent(key, have, have + len(whole))],
+                    contexts=[found.context for found, _ in whole],
                 )
             except SageError as err:
                 FAILED.inc()

@@ -49,6 +49,7 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
             codec.decode_layout(request.layout),
             request.backend,
             codec.decode_extents(request.extents, len(hashes)),
+            codec.decode_contexts(request.contexts, len(hashes)),
         )
         if source is None:
             return kv_pb2.KvGetResponse()
@@ -70,6 +71,7 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
             context.time_remaining() or DEFAULT_PUT_TIMEOUT_S,
             codec.decode_extents(request.extents, len(hashes)),
             request.tenant,
+            codec.decode_contexts(request.contexts, len(hashes)),
         )
         return kv_pb2.KvPutResponse(
             num_stored=result.num_stored, num_present=result.num_present, bytes_pulled=result.bytes_pulled

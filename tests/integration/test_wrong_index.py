@@ -16,10 +16,9 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.kv import BlockEvent
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import BlockHash, SamplingParams, TokenIds, WorkerRole, as_token_ids
-from sagellm_common.kv_runtime.backends.host import HostKvPool
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.prefix_reuse import hashing
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
-from sagellm_common.rpc.store_client import StoreClient
 from services.router import pipeline
 from services.router.__main__ import serving
 from services.router.observed import RouterMetrics
@@ -39,7 +38,7 @@ class Lab:
     router: RouterHarness
     prefill: Worker
     decode: Worker
-    store: HostKvPool
+    store: HierarchyManager
 
     async def generate(self, prompt: Sequence[int], name: str, cache_salt: str = "") -> Generated:
         """Checks the tokens."""
@@ -85,22 +84,55 @@ def weak_hashes(token_ids: TokenIds, block_size_tokens: int, root: BlockHash) ->
     return b"".join(hashes)
 
 
+def forget(*workers: Worker, keep: int = 0) -> None:
+    """All of their cached blocks but the first so many."""
+    for one in workers:
+        with one.engine.kv.lock:
+            one.engine.kv.cache.remove(one.engine.kv.cache.hashes()[keep:])
+
+
 async def test_blocks_of_one_name_are_told_apart(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the workers. The store is asked for blocks from the middle of a prompt on, and has names alone for what comes
-    before them: with sixteen names it takes part in nothing."""
-    monkeypatch.setattr(StoreClient, "available", False)
+    """On the workers and in the store, which is asked for blocks from the middle of a prompt, too."""
     for module in (hashing, pipeline):
         monkeypatch.setattr(module, "packed_block_hashes", weak_hashes)
     rng = random.Random(5)
     blocks = [[rng.randrange(1, 900) for _ in range(SIZE)] for _ in range(6)]
-    reused = 0
-    for turn in range(40):
+    reused = from_store = 0
+    for turn in range(60):
         prompt = [token for _ in range(rng.randrange(1, 6)) for token in rng.choice(blocks)] + [turn % 3]
         done = await lab.generate(prompt, f"r{turn}")
         reused += done.summary.cached_tokens
-    for one in (lab.prefill, lab.decode):
-        assert one.engine.kv.cache.matcher.rejected > 0, "no name was ever another block's"
-    assert reused > 0
+        from_store += done.summary.store_tokens
+        await lab.idle()
+        forget(lab.prefill, keep=1)  # the rest of a prompt the store has
+    for cache in (lab.prefill.engine.kv.cache, lab.decode.engine.kv.cache, lab.store.pool.cache):
+        assert cache.matcher.rejected > 0, "no name was ever another block's"
+    assert reused > 0 and from_store > 0
+    await lab.idle()
+
+
+async def test_blocks_from_the_middle_of_a_prompt_are_told_from_those_of_another(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has a block of that name, with these tokens, whose parent has the right name: but it came after other
+    tokens than those that the worker has of the prompt."""
+    for module in (hashing, pipeline):
+        monkeypatch.setattr(module, "packed_block_hashes", weak_hashes)
+    first = [1, 2, 3, 4]
+    another = next(p for n in range(2, 900) if lab.hashes(p := [n, 2, 3, 4]) == lab.hashes(first))
+    middle = next(p for n in range(2, 900) if len({*lab.hashes([*first, *(p := [n, 6, 7, 8])])}) == 2)
+    await lab.generate([*first, *middle, 9], "r1")
+    await lab.idle()
+    assert lab.store.lookup(lab.hashes([*first, *middle])) == 2
+    forget(lab.prefill, lab.decode)
+    assert (await lab.generate([*another, 9], "r2")).summary.cached_tokens == 0
+    await lab.idle()
+    done = await lab.generate([*another, *middle, 9], "r3")
+    assert (done.summary.cached_tokens, done.summary.store_tokens) == (4, 0)
+    await lab.idle()
+    assert lab.store.pool.cache.matcher.rejected == 2  # once for each prompt of the other
+    forget(lab.prefill, lab.decode)
+    assert (await lab.generate([*first, *middle, 9], "r4")).summary.store_tokens == 8
     await lab.idle()
 
 

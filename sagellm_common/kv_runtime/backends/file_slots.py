@@ -25,6 +25,7 @@ import xxhash
 from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BLOCK_HASH_BYTES, BlockIds
 from sagellm_common.kv_runtime.tiers import NOTE_BYTES, BlockKey
+from sagellm_common.prefix_reuse.matcher import CONTEXT_BYTES
 
 PAGE_BYTES = 4096
 EXTENT_BYTES = 1 << 30
@@ -34,9 +35,9 @@ IO_BYTES = 4 << 20
 IO_BUFFERS = 512
 """Of one call at most; the system takes 1024."""
 
-_MAGIC = b"sagekv\x00\x01"
-_HEAD = struct.Struct(f"<8sQQII{BLOCK_HASH_BYTES}s{BLOCK_HASH_BYTES}s{NOTE_BYTES}sII")
-"""magic, digest, sequence, block bytes, token bytes, hash, parent, note; lengths of the last two"""
+_MAGIC = b"sagekv\x00\x02"
+_HEAD = struct.Struct(f"<8sQQII{BLOCK_HASH_BYTES}s{BLOCK_HASH_BYTES}s{NOTE_BYTES}s{CONTEXT_BYTES}sHHH")
+"""magic, digest, sequence, block bytes, token bytes, hash, parent, note, context; lengths of the last three"""
 _CHECK = struct.Struct("<Q")
 
 
@@ -214,8 +215,9 @@ class SlotFiles:
 
     def _record(self, slot: Slot) -> bytes:
         key = slot.key
+        beside = key.parent, key.note, key.context
         head = _HEAD.pack(_MAGIC, slot.digest, slot.sequence, self._block_bytes, len(key.token_bytes), key.hash,
-                          key.parent, key.note, len(key.parent), len(key.note))  # fmt: skip
+                          *beside, *map(len, beside))  # fmt: skip
         body = (head + key.token_bytes).ljust(self.record_bytes - _CHECK.size, b"\0")
         return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -225,13 +227,12 @@ class SlotFiles:
         body = record[: -_CHECK.size]
         if _CHECK.unpack(record[-_CHECK.size :])[0] != xxhash.xxh3_64_intdigest(body):
             return None
-        magic, digest, sequence, block_bytes, token_bytes, name, parent, note, parent_len, note_len = _HEAD.unpack(
-            body[: _HEAD.size]
-        )
+        magic, digest, sequence, block_bytes, token_bytes, name, *rest = _HEAD.unpack(body[: _HEAD.size])
+        parent, note, context = (field[:length] for field, length in zip(rest[:3], rest[3:], strict=True))
         if (magic, block_bytes, token_bytes) != (_MAGIC, self._block_bytes, self._token_bytes):
             return None
         tokens = body[_HEAD.size : _HEAD.size + token_bytes]
-        return Slot(number, BlockKey(name, tokens, parent[:parent_len], note[:note_len]), digest, sequence)
+        return Slot(number, BlockKey(name, tokens, parent, note, context), digest, sequence)
 
 
 def _consecutive(numbers: Sequence[int]) -> Iterator[range]:

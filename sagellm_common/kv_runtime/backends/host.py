@@ -117,15 +117,16 @@ class HostKvPool(KVPool):
             self._expire_pins()
             self.cache.remove([key for key in hashes if self.cache.idle(key)])
 
-    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> PoolAllocation:
+    def get(self, hashes: Sequence[BlockHash], token_ids: TokenIds, contexts: Sequence[bytes] = ()) -> PoolAllocation:
         """References on the leading blocks that are stored for exactly these tokens; an empty one for none.
 
-        The caller gives it to `free`. Raises InvalidRequest when the tokens do not match the number of hashes.
+        `contexts` are the blocks' (`prefix_reuse.matcher`), one for each, where the caller has them. It gives the
+        allocation to `free`. Raises InvalidRequest when the tokens do not match the number of hashes.
         """
         self._check_tokens(hashes, token_ids)
         with self.lock:
             self._expire_pins()
-            hits = self.cache.find(hashes, token_ids)
+            hits = self.cache.find(hashes, token_ids, known=contexts)
             self.outcomes["hit"] += len(hits)
             self.outcomes["missed"] += len(hashes) - len(hits)
             return self._hand_out(hits, len(hits) * self.layout.block_size_tokens, len(hits))
@@ -139,7 +140,9 @@ class HostKvPool(KVPool):
             held = [key for key in dict.fromkeys(hashes) if key in self.cache]
             return [self.cache[key].key for key in held], self.hold_to_read(self.cache.blocks_of(held))
 
-    def begin_put(self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "") -> PendingPut:
+    def begin_put(
+        self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "", contexts: Sequence[bytes] = ()
+    ) -> PendingPut:
         """Blocks for the hashes that are neither stored nor being filled by another put.
 
         When memory, or the tenant's share of it, is short only the first of them get one, for a block is of no use
@@ -147,7 +150,7 @@ class HostKvPool(KVPool):
         InvalidRequest.
         """
         self._check_tokens(hashes, token_ids)
-        return self.begin_put_of(keys_of(hashes, token_ids, self.layout.block_size_tokens), tenant)
+        return self.begin_put_of(keys_of(hashes, token_ids, self.layout.block_size_tokens, known=contexts), tenant)
 
     def begin_put_of(self, keys: Sequence[BlockKey], tenant: str = "") -> PendingPut:
         """`begin_put` for blocks of whatever sequences."""

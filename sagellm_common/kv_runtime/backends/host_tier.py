@@ -80,7 +80,7 @@ class HostTier:
     def read(self, keys: Sequence[BlockKey], region: KvRegion, block_ids: BlockIds) -> int:
         """See `TierBackend`; a use of the blocks."""
         try:
-            hits = self.pool.get([key.hash for key in keys], token_ids_of(keys))
+            hits = self.pool.get([key.hash for key in keys], token_ids_of(keys), [key.context for key in keys])
         except InvalidRequest:
             return 0  # tokens of blocks of another size
         try:

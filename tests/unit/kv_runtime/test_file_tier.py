@@ -17,7 +17,7 @@ from sagellm_common.kv_runtime.backends import file_slots
 from sagellm_common.kv_runtime.backends.file import FileTier
 from sagellm_common.kv_runtime.backends.file_directory import TierDirectory
 from sagellm_common.kv_runtime.backends.file_slots import PAGE_BYTES
-from sagellm_common.kv_runtime.tiers import BlockKey
+from sagellm_common.kv_runtime.tiers import BlockKey, keys_of
 from tests.support.kv_channels import a_layout
 from tests.support.kv_tiers import (
     BLOCK_BYTES,
@@ -25,6 +25,7 @@ from tests.support.kv_tiers import (
     LAYOUT,
     RECORD_BYTES,
     SLOT_BYTES,
+    chain,
     file_tier,
     keys,
     read,
@@ -105,6 +106,16 @@ def reopened_quietly(path: Path, tier: FileTier) -> FileTier:
     tier.close()
     (directory,) = (entry for entry in path.iterdir() if entry.is_dir())
     return FileTier(directory, LAYOUT, 8 * SLOT_BYTES)
+
+
+def test_what_came_before_a_block_is_known_after_a_restart(tmp_path: Path) -> None:
+    """Blocks of one name and the same tokens, after different ones, are not each other."""
+    hashes, token_ids = chain(2)
+    one, another = (keys_of(hashes, token_ids, BLOCK_TOKENS, before=before) for before in (b"one", b"another"))
+    left_behind(tmp_path, one)
+    tier = reopened(tmp_path)
+    assert [key.context for key in tier.keys(hashes)] == [key.context for key in one]
+    assert (read(tier, another), read(tier, another[1:]), read(tier, one[1:])) == (0, 0, 1)
 
 
 def test_a_table_that_ends_within_a_record(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from sagellm_common.kv_runtime.host_cache import HostCache
 from sagellm_common.kv_runtime.pool import KVPool
 from sagellm_common.kv_runtime.tiers import keys_of
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.prefix_reuse.matcher import contexts
 from tests.support.kv_tiers import BLOCK_BYTES, BLOCK_TOKENS, LAYOUT, chain, content
 
 NUM_BLOCKS = 6
@@ -128,4 +129,16 @@ def test_tokens_are_compared() -> None:
     token_ids = np.arange(BLOCK_TOKENS, dtype=np.int32)
     hashes = block_hashes(token_ids, BLOCK_TOKENS, root_hash(LAYOUT))
     cache.keep(keys_of(hashes, token_ids + 1, BLOCK_TOKENS), memory, np.array([0], dtype=np.int32))
-    assert cache.bring_back(hashes, token_ids, memory, np.array([1], dtype=np.int32)) == 0
+    assert cache.bring_back(hashes, token_ids, [b""], memory, np.array([1], dtype=np.int32)) == 0
+
+
+def test_what_comes_before_is_compared() -> None:
+    """Two blocks of one name and the same tokens, after different ones: the copy of one is not the other."""
+    cache = HostCache(4 * BLOCK_BYTES, LAYOUT, ManualClock())
+    memory = KvRegion(memoryview(bytearray(2 * BLOCK_BYTES)), BLOCK_BYTES, 2)
+    hashes, token_ids = chain(1)
+    cache.keep(keys_of(hashes, token_ids, BLOCK_TOKENS, before=b"one"), memory, np.array([0], dtype=np.int32))
+    slots = np.array([1], dtype=np.int32)
+    for before, expected in ((b"another", 0), (b"one", 1)):
+        known = list(contexts(before, token_ids.tobytes(), 4 * BLOCK_TOKENS))
+        assert cache.bring_back(hashes, token_ids, known, memory, slots) == expected

@@ -236,6 +236,14 @@ def test_a_malformed_field_is_named(decode: Callable[[Any], Any], message: Any, 
         decode(message)
 
 
+def test_contexts_are_of_all_blocks_or_none() -> None:
+    known = [b"12345678", b"abcdefgh"]
+    assert codec.decode_contexts(codec.encode_contexts(known), 2) == known
+    assert codec.decode_contexts(codec.encode_contexts([b"12345678", b""]), 2) == []
+    with pytest.raises(InvalidRequest, match="contexts has 16 bytes, but must have 8 for each of 3 blocks, or none"):
+        codec.decode_contexts(codec.encode_contexts(known), 3)
+
+
 def test_extents_are_checked() -> None:
     key = b"k" * 16
     sent = [Extent(key, 64, 96), Extent(key, 101, 103)]

@@ -94,8 +94,10 @@ class Stores:
         token_ids: TokenIds,
         layout: KvLayout,
         extents: Sequence[Extent],
+        contexts: Sequence[bytes],
     ) -> KvSource | None:
         assert len(token_ids) == len(hashes) * layout.block_size_tokens
+        assert len(contexts) == len(hashes)
         assert sum(extent.num_blocks for extent in extents) == len(hashes)
         self.gets.append((store_id, len(hashes)))
         size, here = layout.block_size_tokens, []

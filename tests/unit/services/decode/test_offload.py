@@ -73,8 +73,10 @@ class FakeStore:
         *,
         timeout_s: float,
         extents: Sequence[Extent],
+        contexts: Sequence[bytes],
         tenant: str,
     ) -> PutResult:
+        assert len(contexts) == len(hashes)
         if store_id in self.failing:
             raise self.failing[store_id]
         self.puts.append(Put(store_id, list(hashes), token_ids.tolist(), source, list(extents), tenant))

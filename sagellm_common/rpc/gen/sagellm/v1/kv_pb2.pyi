@@ -124,18 +124,20 @@ class KvLookupResponse(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., extent_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KvGetRequest(_message.Message):
-    __slots__ = ("block_hashes", "layout", "backend", "token_ids", "extents")
+    __slots__ = ("block_hashes", "layout", "backend", "token_ids", "extents", "contexts")
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     block_hashes: bytes
     layout: _common_pb2.KvLayout
     backend: str
     token_ids: bytes
     extents: _containers.RepeatedCompositeFieldContainer[KvExtent]
-    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ...) -> None: ...
+    contexts: bytes
+    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ..., contexts: _Optional[bytes] = ...) -> None: ...
 
 class KvGetResponse(_message.Message):
     __slots__ = ("num_blocks", "source")
@@ -146,7 +148,7 @@ class KvGetResponse(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class KvPutRequest(_message.Message):
-    __slots__ = ("block_hashes", "source", "layout", "token_ids", "stored_layout", "extents", "tenant")
+    __slots__ = ("block_hashes", "source", "layout", "token_ids", "stored_layout", "extents", "tenant", "contexts")
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +156,7 @@ class KvPutRequest(_message.Message):
     STORED_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     EXTENTS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     block_hashes: bytes
     source: _common_pb2.KvSource
     layout: _common_pb2.KvLayout
@@ -161,7 +164,8 @@ class KvPutRequest(_message.Message):
     stored_layout: _common_pb2.KvLayout
     extents: _containers.RepeatedCompositeFieldContainer[KvExtent]
     tenant: str
-    def __init__(self, block_hashes: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., stored_layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ..., tenant: _Optional[str] = ...) -> None: ...
+    contexts: bytes
+    def __init__(self, block_hashes: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., stored_layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ..., tenant: _Optional[str] = ..., contexts: _Optional[bytes] = ...) -> None: ...
 
 class KvPutResponse(_message.Message):
     __slots__ = ("num_stored", "num_present", "bytes_pulled")
