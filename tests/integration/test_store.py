@@ -26,12 +26,13 @@ async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, t
     prompts = [[rng.randrange(3, 250) for _ in range(n)] for n in (15, 16, 32, 64, 65, 100)]
     expected = [greedy(tiny_llama, prompt, 12) for prompt in prompts]
     with RunningCluster(
-        f"transport.backend={transport}", f"kv_store.disk.path={tmp_path}", model=tiny_llama
+        f"transport.backend={transport}", f"kv_store.disk.path={tmp_path}", "kv_store.fetch=always", model=tiny_llama
     ) as cluster:
         done = await complete_all(cluster, prompts, 12)
         assert [list(d.token_ids) for d in done] == expected
         assert [d.summary.store_tokens for d in done] == [0] * len(prompts)
         await assert_nothing_leaked(cluster)  # the offloads are through
+        await the_next_turn_reuses_what_was_generated(cluster, tiny_llama)
         await asyncio.to_thread(cluster.restart, "prefill-0")
         await all_serving(cluster)
         done = await complete_all(cluster, prompts, 12)
@@ -78,6 +79,20 @@ async def test_what_is_kept_in_fewer_bytes_is_told(tiny_llama: Path, tmp_path: P
             assert 0 < lost.relative_rms_error < 0.02
         assert disk(cluster).inexact_hit_blocks == disk(cluster).hit_blocks == 4 + 6
         await assert_nothing_leaked(cluster)
+
+
+async def the_next_turn_reuses_what_was_generated(cluster: RunningCluster, model: Path) -> None:
+    """Prefill has the first turn's prompt still, the store the answer, too."""
+    turn = [7, 8, 9] * 20
+    (first,) = await complete_all(cluster, [turn], 36)
+    await assert_nothing_leaked(cluster)
+    turn = [*turn, *first.token_ids, 3, 4, 5]
+    (second,) = await complete_all(cluster, [turn], 12)
+    assert list(second.token_ids) == greedy(model, turn, 12)
+    # Of 60 tokens that prefill computed three blocks are full, and of 95 that have KV in the end five.
+    assert second.summary.kv_origins == {"computed": len(turn) - 80, "prefill_cache": 48, "store": 32}
+    assert second.summary.decode_cached_tokens == 80
+    await assert_nothing_leaked(cluster)
 
 
 def memory(cluster: RunningCluster) -> KvTierStats:
