@@ -52,8 +52,10 @@ def load_config(path: Path | None, env: Mapping[str, str], overrides: Sequence[s
         for key, value in _leaves(tree):
             if problem := _unknown(key, value):
                 problems.append(f"{'.'.join(key)} ({origin}): {problem}")
-            else:
-                values[key], origins[key] = value, origin
+                continue
+            for other in [k for k in values if k != key and k[: len(key)] == key[: len(k)]]:
+                del values[other], origins[other]  # `kv.tenants.acme.limit` over `kv.tenants: {}`, and the reverse
+            values[key], origins[key] = value, origin
     _add_preset(values, origins)
     try:
         config = Config.model_validate(_tree(values))
@@ -159,10 +161,15 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _leaves(tree: Mapping[Any, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """(key, value) of each setting. An empty section (`router:` with nothing below it) has none."""
+    """(key, value) of each setting. An empty section (`router:` with nothing below it) has none.
+
+    A setting that is a map, such as kv.tenants, has one for each value in it: layers add to what others say.
+    """
     for name, value in tree.items():
         key = (*above, str(name))
-        if isinstance(value, Mapping) or (value is None and _is_section(_annotation(key))):
+        if value == {} and _in_map(key):
+            yield key, {}
+        elif isinstance(value, Mapping) or (value is None and _is_section(_annotation(key))):
             yield from _leaves(value or {}, key)
         else:
             yield key, value
@@ -189,6 +196,11 @@ def _annotation(key: Key) -> Any:
     return model
 
 
+def _in_map(key: Key) -> bool:
+    """Whether the key is a setting that is a map, or something within one."""
+    return any(get_origin(_annotation(key[:n])) is dict for n in range(1, len(key) + 1))
+
+
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
@@ -208,7 +220,7 @@ def _settings(section: type[BaseModel], above: Key = ()) -> Iterator[Key]:
 def _unknown(key: Key, value: Any) -> str | None:
     """What is wrong with a key, and the nearest one that exists; None for a known one."""
     dotted = ".".join(key)
-    if dotted in _known_keys():
+    if dotted in _known_keys() or _in_map(key):
         return None
     if _is_section(_annotation(key)):
         return f"is a section with keys of its own, but was given {value!r}"

@@ -18,6 +18,8 @@ HALF_LIFE_SAMPLES = 2000
 OUTLIER_SIGMAS = 3.0
 """A residual beyond this many standard deviations counts for less (Huber's weight): a pause of the machine is no cost
 of the step."""
+FAR_TOO_SHORT = 4.0
+"""A step that took less than what was expected divided by this did not do the work."""
 ROBUST_AFTER_SAMPLES = 20
 
 Vector = NDArray[np.float64]
@@ -66,12 +68,15 @@ class OnlineFit:
         weight = 1.0
         if self.samples:
             coefficients, sigma, _ = self._solve()
-            error = abs(float(row @ coefficients) - 1.0)
+            expected = float(row @ coefficients)  # in units of what it took
+            error = abs(expected - 1.0)
             known = 0.0 if math.isnan(self.mape) else self.mape
             share = max(1.0 - self._keep, 1.0 / self.samples)
             self.mape = known + share * (error - known)
             if self.samples >= ROBUST_AFTER_SAMPLES and error > OUTLIER_SIGMAS * sigma:
                 weight = OUTLIER_SIGMAS * max(sigma, 1e-3) / error
+                if expected > FAR_TOO_SHORT:  # its row, 1/seconds, is as much too long as its error is large
+                    weight *= weight
         self._gram = self._keep * self._gram + weight * np.outer(row, row)
         self._moment = self._keep * self._moment + weight * row
         self._weight = self._keep * self._weight + weight

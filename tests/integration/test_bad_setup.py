@@ -78,7 +78,7 @@ async def test_a_worker_with_another_layout_is_not_paired(cluster: RunningCluste
 
             await eventually(ids, lambda found: "odd" in found, TIMEOUT_S)
             for i in range(6):
-                done = await client.complete(f"never with the odd one {i}", max_tokens=4, ignore_eos=True)
+                done = await client.complete(f"{i}: never with the odd one", max_tokens=4, ignore_eos=True)
                 assert done.summary.decode_worker_id == "decode-0"
                 assert done.summary.kv_bytes_transferred > 0
             log = await asyncio.to_thread(cluster.log, "router")

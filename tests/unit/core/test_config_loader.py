@@ -65,6 +65,23 @@ def test_values_are_what_they_look_like(flag: str, expected: object) -> None:
         assert getattr(getattr(config, section), name) == expected
 
 
+def test_maps_are_filled_by_each_layer(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "kv: {tenants: {acme: {guaranteed: 0.5}, idle: {}}}\ngateway: {tenant_keys: {acme: [k.1]}}\n"
+    )
+    env = {"SAGELLM_KV__TENANTS__GUESTS__LIMIT": "0.2", "SAGELLM_KV__TENANTS": "{b: {limit: 0.1}}"}
+    config = load_config(path, env, ["kv.tenants.acme.limit=0.6", "gateway.tenant_keys.b=[k2, k3]"])
+    assert {name: (t.guaranteed, t.limit) for name, t in config.kv.tenants.items()} == {
+        "acme": (0.5, 0.6),
+        "idle": (0.0, 1.0),
+        "guests": (0.0, 0.2),
+        "b": (0.0, 0.1),
+    }
+    assert config.gateway.tenant_keys == {"acme": ("k.1",), "b": ("k2", "k3")}
+    assert load_config(write(tmp_path, dump_config(config)), {}, []) == config
+    assert load_config(path, {}, ["kv.tenants={}"]).kv.tenants == {}
+
+
 def test_an_empty_file_and_empty_sections_are_fine(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, ""), {}, []) == Config()
     assert load_config(write(tmp_path, "router:\nmodel: {}\n"), {}, []) == Config()
@@ -100,6 +117,9 @@ def test_variables_that_are_no_settings_pass() -> None:
         ("", {}, ["router.max_queue=[1"], r"router\.max_queue .*: '\[1' is no YAML value"),
         ("model: {path: null}", {}, [], r"model\.path .*: None is not allowed, must be a valid string"),
         ("topology: {endpoints: 'a:1'}", {}, [], r"topology\.endpoints .*: 'a:1' .*must be a list such as \[a, b\]"),
+        ("kv: {tenants: {a: {limt: 1}}}", {}, [], r"kv\.tenants\.a\.limt \(file .*\): 1 is not allowed, .*"),
+        ("kv: {tenants: 1}", {}, [], r"kv\.tenants \(file .*\): 1 is not allowed, must be a valid dictionary"),
+        ("", {}, ["kv.tenants.a=1"], r"kv\.tenants\.a \(flag .*\): 1 is not allowed, must be .*"),
         ("", {}, ["transport"], r"flag 'transport': write section\.key=value.*"),
         ("", {}, ["=3"], r"flag '=3': write section\.key=value.*"),
         ("", {}, ["transport.timeout_s=.nan"], r"transport\.timeout_s .*: nan is not allowed, .*"),

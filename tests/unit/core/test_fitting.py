@@ -20,6 +20,15 @@ def test_pauses_of_the_machine_do_not_move_the_fit() -> None:
     assert fit.predict((1.0, 500)).seconds == pytest.approx(6e-3, rel=0.1)
 
 
+def test_a_step_far_too_short_does_not_move_the_fit() -> None:
+    rng, fit = np.random.default_rng(4), OnlineFit((1.0, 1e3))
+    for i in range(1000):
+        tokens = float(rng.integers(1, 1000))
+        seconds = (1e-3 + 1e-5 * tokens) * math.exp(rng.normal(0, 0.02))
+        fit.observe((1.0, tokens), 1e-6 if i % 50 == 49 else seconds)
+    assert fit.predict((1.0, 500)).seconds == pytest.approx(6e-3, rel=0.1)
+
+
 def test_coefficients_are_never_negative() -> None:
     fit = OnlineFit((1.0, 1e3, 1e6))
     for tokens in (100, 200, 300, 400, 500):  # falling cost: the free fit would have a negative slope
