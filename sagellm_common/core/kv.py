@@ -11,7 +11,7 @@ from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from sagellm_common.core.types import BlockHash, BlockIds, KvConversion
+from sagellm_common.core.types import AT_HAND, BlockHash, BlockIds, KvConversion, KvOrigins
 
 
 class Tier(enum.IntEnum):
@@ -121,14 +121,15 @@ class Allocation:
     """References on blocks in token order, held by whoever has this object until it gives it to `free`.
 
     The first `num_cached_tokens` tokens have valid KV: from the prefix cache at allocation, and from whoever filled
-    blocks and raised the number since; `conversion` is what those had lost where they were kept. The leading
-    `num_shared_blocks` are shared and must not be written.
+    blocks and raised the number since; `conversion` is what those had lost where they were kept, and `origins` where
+    that was. The leading `num_shared_blocks` are shared and must not be written.
     """
 
     block_ids: BlockIds
     num_cached_tokens: int = 0
     num_shared_blocks: int = 0
     conversion: KvConversion | None = field(default=None, kw_only=True)
+    origins: KvOrigins = field(default=AT_HAND, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

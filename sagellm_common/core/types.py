@@ -221,6 +221,8 @@ class KvHealth:
     external_fragmentation: float = 0.0
     moved_blocks: int = 0
     tenants: tuple[TenantUsage, ...] = ()
+    rejected_hits: int = 0
+    """Blocks that were found by name and were not those asked for (`prefix_reuse.matcher`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +246,31 @@ class KvSource:
     tokens_ready: int = 0
     paths: tuple[DataPath, ...] = ()
     conversion: KvConversion | None = None
+    disk_blocks: int = 0
+    """Of the blocks, those that were read from a disk to be pinned."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvOrigins:
+    """Of a prompt's cached tokens, those that did not lie in the KV memory of the worker that completed it.
+
+    `host_tokens` came back from host memory below it, `peer_tokens` from another worker's cache. `store_disk_tokens`
+    are those of the kv_stores' that had to be read from a disk.
+    """
+
+    host_tokens: int = 0
+    peer_tokens: int = 0
+    store_disk_tokens: int = 0
+
+    def of(self, prompt_tokens: int, cached_tokens: int, store_tokens: int) -> tuple[int, int, int, int, int, int]:
+        """(computed, in its own cache, from host memory, from another worker, from the stores' memory, from their
+        disks): each token of the prompt once."""
+        host, peer, disk = self.host_tokens, self.peer_tokens, self.store_disk_tokens
+        own = cached_tokens - store_tokens - host - peer
+        return prompt_tokens - cached_tokens, own, host, peer, store_tokens - disk, disk
+
+
+AT_HAND = KvOrigins()
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +350,7 @@ class GenerationSummary:
     decode_cached_tokens: int = 0
     store_conversion: KvConversion | None = None
     """What the prompt's blocks had lost in the kv_store."""
+    origins: KvOrigins = AT_HAND
 
     @property
     def kv_origins(self) -> dict[str, int]:
@@ -332,11 +360,9 @@ class GenerationSummary:
         `decode_cached_tokens`, and did not have to be moved to it.
         """
         own = "prefill_cache" if self.prefill_worker_id else "decode_cache"
-        return {
-            "computed": self.prompt_tokens - self.cached_tokens,
-            own: self.cached_tokens - self.store_tokens,
-            "store": self.store_tokens,
-        }
+        names = "computed", own, "host", "peer", "store", "store_disk"
+        counts = self.origins.of(self.prompt_tokens, self.cached_tokens, self.store_tokens)
+        return dict(zip(names, counts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,10 +205,10 @@ class HierarchyManager:
 
     def promote(
         self, hashes: Sequence[BlockHash], token_ids: TokenIds, timeout_s: float, contexts: Sequence[bytes] = ()
-    ) -> None:
+    ) -> int:
         """Copies leading blocks into the pool, as many as it has room for; waits for them, at most timeout_s.
 
-        Those of other `contexts`, where they are known, stay where they are.
+        Returns how many have come. Those of other `contexts`, where they are known, stay where they are.
 
         Raises InvalidRequest when the tokens do not match the number of hashes.
         """
@@ -237,6 +237,7 @@ class HierarchyManager:
                 with self._lock:
                     self._promoted[migration.plan.source] += migration.blocks_present
                     self._forget_notes(migration.plan)
+            return sum(migration.blocks_present for migration in running)
         finally:
             self.pool.free(held)
 

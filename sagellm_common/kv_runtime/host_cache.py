@@ -7,12 +7,12 @@ pool ──evicts──► keep: a copy, before the memory is somebody else's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sagellm_common.core.clock import Clock
-from sagellm_common.core.kv import KvMemory
+from sagellm_common.core.kv import BlockEvent, KvMemory
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvTierStats, TokenIds
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.kv_runtime.backends.host_tier import HostTier, copy_blocks
@@ -59,6 +59,17 @@ class HostCache:
         finally:
             self._pool.free(hits)
         return count
+
+    def hashes(self) -> list[BlockHash]:
+        return self._pool.cached_hashes()
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        """Called with the lock of this memory held, and often with that of the pool above."""
+        self._pool.watch(callback)
+
+    @property
+    def rejected(self) -> int:
+        return self._pool.rejected
 
     def stats(self) -> KvTierStats:
         return self._tier.stats()

@@ -111,7 +111,13 @@ class SelfCheck:
 
     def health(self) -> KvHealth:
         """What was found so far, and who has how much of the pool now."""
-        return replace(self._found, moved_blocks=self.pool.moved_blocks, tenants=tuple(self.pool.tenant_usage()))
+        pool = self.pool
+        return replace(
+            self._found,
+            moved_blocks=pool.moved_blocks,
+            tenants=tuple(pool.tenant_usage()),
+            rejected_hits=pool.rejected,
+        )
 
     def run(self) -> IntegrityReport:
         """Any thread, one at a time. What is wrong is logged: a pool that has lost its count needs a restart."""

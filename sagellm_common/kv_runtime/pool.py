@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,11 +29,13 @@ from sagellm_common.core.kv import (
     KvFragmentation,
     KvMemory,
     KvRegion,
+    Tier,
 )
 from sagellm_common.core.types import (
     BlockHash,
     BlockIds,
     KvLayout,
+    KvOrigins,
     KvStats,
     KvTierStats,
     TenantUsage,
@@ -95,6 +97,16 @@ class Below(Protocol):
     ) -> int:
         """Fills slots[i] with the block of hashes[i], leading ones only; returns how many."""
 
+    def hashes(self) -> list[BlockHash]:
+        """Of the blocks that would come back."""
+
+    def watch(self, callback: Callable[[BlockEvent], None]) -> None:
+        """Calls back on each change of them, in order; it must not call back."""
+
+    @property
+    def rejected(self) -> int:
+        """Blocks that were found by name and were not those asked for."""
+
     def stats(self) -> KvTierStats: ...
 
 
@@ -141,6 +153,12 @@ class KVPool:
         with self.lock:
             self._below = below
             self.cache.evicting = lambda keys, blocks: below.keep(keys, self._memory, self._slots(blocks))
+        below.watch(self._changed_below)
+
+    def _changed_below(self, event: BlockEvent) -> None:
+        """What goes down is told there before it is told to be gone here: it is never nowhere."""
+        for callback in self.cache.watchers:
+            callback(replace(event, tier=Tier.HOST))
 
     def _keep_books(self, cache: PrefixCache) -> None:
         self.cache, self.blocks = cache, cache.book
@@ -194,6 +212,7 @@ class KVPool:
             self.free(allocation)
             raise
         allocation.num_cached_tokens += count * size
+        allocation.origins = KvOrigins(host_tokens=count * size)
 
     def share(self, allocation: Allocation) -> PoolAllocation:
         """See `KVBackendProtocol.share`."""
@@ -237,8 +256,13 @@ class KVPool:
         with self.lock:
             return self.cache.hashes()
 
+    def cached_by_tier(self) -> Mapping[Tier, list[BlockHash]]:
+        """See `TieredCache`: of an engine's pool, and of the host memory below it."""
+        below = {Tier.HOST: self._below.hashes()} if self._below else {}
+        return {Tier.DEVICE: self.cached_hashes(), **below}
+
     def watch(self, callback: Callable[[BlockEvent], None]) -> None:
-        """Called with the pool's lock held: in order, but it must not call back into the pool."""
+        """Called with the pool's lock held, or with that of what is below: in order, but it must not call back."""
         with self.lock:
             self.cache.watchers.append(callback)
 
@@ -320,6 +344,11 @@ class KVPool:
             moved = defrag.defragment(self, max_bytes)
             self.blocks.order_free()
             return moved
+
+    @property
+    def rejected(self) -> int:
+        """Blocks that were found by name, here or below, and were not those asked for."""
+        return self.cache.matcher.rejected + (self._below.rejected if self._below else 0)
 
     def tenant_usage(self) -> list[TenantUsage]:
         """Empty where kv.tenants names none."""

@@ -23,6 +23,7 @@ from sagellm_common.core.types import (
     KvConversion,
     KvHealth,
     KvLayout,
+    KvOrigins,
     KvSource,
     KvStats,
     KvTierStats,
@@ -363,6 +364,7 @@ def encode_kv_source(source: KvSource) -> common_pb2.KvSource:
         lease_expires_in_ms=source.lease_expires_in_ms,
         paths=encode_paths(source.paths),
         conversion=encode_conversion(source.conversion) if source.conversion else None,
+        disk_blocks=source.disk_blocks,
     )
 
 
@@ -382,6 +384,7 @@ def decode_kv_source(message: common_pb2.KvSource, field: str = "source") -> KvS
         lease_expires_in_ms=message.lease_expires_in_ms,
         paths=decode_paths(message.paths, f"{field}.paths"),
         conversion=decode_conversion(message.conversion) if message.HasField("conversion") else None,
+        disk_blocks=_at_least(0, message.disk_blocks, f"{field}.disk_blocks"),
     )
 
 
@@ -479,6 +482,18 @@ def decode_conversion(message: common_pb2.KvConversion) -> KvConversion:
     return KvConversion(message.wire_dtype, message.max_abs_error, message.relative_rms_error, message.non_finite)
 
 
+def encode_origins(origins: KvOrigins) -> common_pb2.KvOrigins:
+    return common_pb2.KvOrigins(
+        host_tokens=origins.host_tokens,
+        peer_tokens=origins.peer_tokens,
+        store_disk_tokens=origins.store_disk_tokens,
+    )
+
+
+def decode_origins(message: common_pb2.KvOrigins) -> KvOrigins:
+    return KvOrigins(message.host_tokens, message.peer_tokens, message.store_disk_tokens)
+
+
 def encode_summary(
     summary: GenerationSummary, plan: plan_pb2.ExecutionPlan | None = None
 ) -> inference_pb2.GenerationSummary:
@@ -507,6 +522,7 @@ def encode_summary(
         prefill_engine_ms=summary.prefill_engine_ms,
         decode_engine_ms=summary.decode_engine_ms,
         decode_cached_tokens=summary.decode_cached_tokens,
+        origins=encode_origins(summary.origins),
         plan=plan,
     )
 
@@ -538,6 +554,7 @@ def decode_summary(message: inference_pb2.GenerationSummary) -> GenerationSummar
         prefill_engine_ms=message.prefill_engine_ms,
         decode_engine_ms=message.decode_engine_ms,
         decode_cached_tokens=message.decode_cached_tokens,
+        origins=decode_origins(message.origins),
     )
 
 

@@ -12,10 +12,12 @@ import grpc
 from sagellm_common.core.errors import EngineFailed
 from sagellm_common.core.telemetry import current_carrier
 from sagellm_common.core.types import (
+    AT_HAND,
     FinishReason,
     GenerationRequest,
     HandoffTicket,
     KvConversion,
+    KvOrigins,
     KvSource,
     TokenLogprob,
     pack_int32,
@@ -48,6 +50,7 @@ class PrefillOutcome:
     store_fetch_ms: float
     engine_ms: float = 0.0
     store_conversion: KvConversion | None = None
+    origins: KvOrigins = AT_HAND
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class PromptKvReport:
     store_tokens: int
     store_fetch_ms: float
     store_conversion: KvConversion | None = None
+    origins: KvOrigins = AT_HAND
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +303,7 @@ def _decode_prefill(response: worker_pb2.PrefillResponse) -> PrefillOutcome:
         store_fetch_ms=response.store_fetch_ms,
         engine_ms=response.engine_ms,
         store_conversion=_conversion(response),
+        origins=codec.decode_origins(response.origins),
     )
 
 
@@ -334,5 +339,9 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
 
 def _prompt_kv(message: worker_pb2.PromptKv) -> PromptKvReport:
     return PromptKvReport(
-        message.cached_tokens, message.store_tokens, message.store_fetch_ms, store_conversion=_conversion(message)
+        message.cached_tokens,
+        message.store_tokens,
+        message.store_fetch_ms,
+        store_conversion=_conversion(message),
+        origins=codec.decode_origins(message.origins),
     )

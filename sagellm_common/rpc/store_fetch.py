@@ -70,6 +70,8 @@ class _Prompt:
     priority: int = 0
     lost: list[KvConversion] = field(default_factory=list)
     """What the stores say of blocks that they have not kept as they were."""
+    disk_blocks: list[int] = field(default_factory=list)
+    """Of what came, how many of the stores' blocks they had to read from their disks."""
 
 
 class StoreFetch:
@@ -93,7 +95,7 @@ class StoreFetch:
         cache_salt: str = "",
         priority: int = 0,
     ) -> int:
-        """Fills blocks after the cached ones with what the stores hold and raises `num_cached_tokens`.
+        """Fills blocks after the cached ones with what the stores hold, raises `num_cached_tokens` and notes `origins`.
 
         Returns the number of tokens gained. At least one token stays to be computed. Takes half of timeout_s at most.
         Raises no SageError.
@@ -128,7 +130,10 @@ class StoreFetch:
             allocation.num_cached_tokens = reached
             for lost in prompt.lost:
                 allocation.conversion = lost.beside(allocation.conversion)
-        return allocation.num_cached_tokens - before
+        gained = allocation.num_cached_tokens - before
+        from_disk = min(gained, sum(prompt.disk_blocks) * layout.block_size_tokens)
+        allocation.origins = replace(allocation.origins, store_disk_tokens=from_disk)
+        return gained
 
     async def _located(self, prompt: _Prompt) -> list[_Run]:
         """What is wanted and within reach, up to the first gap."""
@@ -219,6 +224,7 @@ class StoreFetch:
             self._releaser.release(source, committed)
         if source.conversion is not None:
             prompt.lost.append(source.conversion)
+        prompt.disk_blocks.append(source.disk_blocks)
         return len(source.block_table)
 
     async def _pull(self, prompt: _Prompt, source: KvSource, parts: Sequence[range], timeout_s: float) -> None:

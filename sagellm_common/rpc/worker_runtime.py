@@ -424,6 +424,11 @@ def _kv_health(health: KvHealth) -> Iterator[Metric]:
         "sagellm_worker_kv_corrupt_blocks", "Cached blocks found changed, and dropped.", health.corrupt_blocks
     )
     yield CounterMetricFamily("sagellm_worker_kv_moved_blocks", "Blocks moved to close gaps.", health.moved_blocks)
+    yield CounterMetricFamily(
+        "sagellm_worker_kv_rejected_hits",
+        "Blocks found by name that were not those asked for: of other tokens, or after others.",
+        health.rejected_hits,
+    )
     share = GaugeMetricFamily(
         "sagellm_worker_kv_fragmentation_ratio",
         "Token slots of held blocks that are for no token (internal); free blocks not in the longest run (external).",

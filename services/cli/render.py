@@ -241,12 +241,15 @@ SummaryRow = tuple[str, str]
 
 def summary_rows(summary: GenerationSummary) -> list[SummaryRow]:
     """What happened to one request, as label and value."""
-    computed, own_cache, stored = summary.kv_origins.values()
+    computed, own_cache, host, peer, stored, disk = summary.kv_origins.values()
     rows = [
         ("prompt tokens", str(summary.prompt_tokens)),
         ("  computed", str(computed)),
         ("  in its own cache", str(own_cache)),
+        ("  in its host memory", str(host)),
+        ("  from another worker", str(peer)),
         ("  from the store", str(stored)),
+        ("  from the store's disk", str(disk)),
         ("  on decode already", str(summary.decode_cached_tokens)),
         ("generated tokens", str(summary.completion_tokens)),
         ("prefill on", summary.prefill_worker_id or "–"),

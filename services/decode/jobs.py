@@ -9,9 +9,11 @@ from typing import Protocol, Self
 from sagellm_common.comm_backend.handoff import Party
 from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.core.types import (
+    AT_HAND,
     FinishReason,
     HandoffTicket,
     KvConversion,
+    KvOrigins,
     KvSource,
     SamplingParams,
     TokenIds,
@@ -113,6 +115,7 @@ class PromptKv:
     store_tokens: int = 0
     store_fetch_ms: float = 0.0
     store_conversion: KvConversion | None = None
+    origins: KvOrigins = AT_HAND
 
 
 @dataclass(slots=True, eq=False)

@@ -23,7 +23,7 @@ from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, Pa
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, KvExhausted, LeaseExpired
 from sagellm_common.core.telemetry import span
-from sagellm_common.core.types import FinishReason, HandoffTicket, KvSource, TokenIds, pack_int32
+from sagellm_common.core.types import FinishReason, HandoffTicket, KvOrigins, KvSource, TokenIds, pack_int32
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
@@ -182,8 +182,11 @@ class DecodeLoop:
                 priority=job.priority,
             )
         cached = min(allocation.num_cached_tokens, len(job.prompt))
-        fetch_ms = (time.monotonic() - began_s) * 1e3 if gained else 0.0
-        return PromptKv(cached, min(gained, cached), fetch_ms, allocation.conversion)
+        fetch_ms, gained = (time.monotonic() - began_s) * 1e3 if gained else 0.0, min(gained, cached)
+        # Emitted tokens, too, were known; the report is on the prompt's.
+        host, disk = min(allocation.origins.host_tokens, cached - gained), allocation.origins.store_disk_tokens
+        origins = KvOrigins(host_tokens=host, store_disk_tokens=min(disk, gained))
+        return PromptKv(cached, gained, fetch_ms, allocation.conversion, origins)
 
     async def _receive(self, job: DecodeJob, source: KvSource, blocks: OwnedBlocks) -> Transfer:
         """Has the prompt's KV in `blocks`: pulled ahead of this call, if that went well, or else by a pull now."""

@@ -195,6 +195,7 @@ def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: Dec
         response.prompt_kv.cached_tokens = chunk.prompt_kv.cached_tokens
         response.prompt_kv.store_tokens = chunk.prompt_kv.store_tokens
         response.prompt_kv.store_fetch_ms = chunk.prompt_kv.store_fetch_ms
+        response.prompt_kv.origins.CopyFrom(codec.encode_origins(chunk.prompt_kv.origins))
         if chunk.prompt_kv.store_conversion is not None:
             response.prompt_kv.store_conversion.CopyFrom(codec.encode_conversion(chunk.prompt_kv.store_conversion))
     if chunk.transfer is not None:

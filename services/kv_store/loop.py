@@ -138,8 +138,9 @@ class KvStore:
         check_backend(self._channel, backend)
         if not self._pool.check_layout(layout):
             return None
+        from_disk = 0
         if self._pool.below(hashes):
-            await asyncio.to_thread(self._pool.promote, hashes, token_ids, PROMOTE_TIMEOUT_S, contexts)
+            from_disk = await asyncio.to_thread(self._pool.promote, hashes, token_ids, PROMOTE_TIMEOUT_S, contexts)
         allocation = self._pool.get(hashes, token_ids, contexts)
         if not len(allocation.block_ids):
             self._pool.free(allocation)
@@ -168,6 +169,7 @@ class KvStore:
             tokens_ready=allocation.num_cached_tokens,
             paths=self._channel.paths,
             conversion=conversion(self._pool.notes(hashes[: len(allocation.block_ids)])),
+            disk_blocks=min(from_disk, len(allocation.block_ids)),
         )
 
     async def put(

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sagellm_common.comm_backend.handoff import Party
-from sagellm_common.core.types import FinishReason, KvConversion, KvSource, SamplingParams, TokenIds, TokenLogprob
+from sagellm_common.core.types import (
+    AT_HAND,
+    FinishReason,
+    KvConversion,
+    KvOrigins,
+    KvSource,
+    SamplingParams,
+    TokenIds,
+    TokenLogprob,
+)
 
 Announce = Callable[[KvSource], None]
 """Takes where a prompt's KV can be pulled while it is computed; on the event loop, it must not wait."""
@@ -60,6 +69,7 @@ class PrefillDone:
     engine_ms: float = 0.0
     store_fetch_ms: float = 0.0
     store_conversion: KvConversion | None = None
+    origins: KvOrigins = AT_HAND
 
 
 class Prefill(Protocol):

@@ -89,6 +89,7 @@ class PrefillLoop:
                 queue_ms=(allocated - began) * 1e3,
                 store_fetch_ms=(fetched - allocated) * 1e3,
                 store_conversion=blocks.allocation.conversion,
+                origins=blocks.allocation.origins,
             )
             epoch = self._leases.new_epoch(job.attempt)
             with self._announced(job, epoch, blocks.allocation) as progress:

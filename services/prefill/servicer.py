@@ -132,4 +132,5 @@ def encode_done(request: worker_pb2.PrefillRequest, done: PrefillDone) -> worker
         store_fetch_ms=done.store_fetch_ms,
         engine_ms=done.engine_ms,
         store_conversion=codec.encode_conversion(done.store_conversion) if done.store_conversion else None,
+        origins=codec.encode_origins(done.origins),
     )

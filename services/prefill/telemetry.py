@@ -20,7 +20,8 @@ STORE_FETCH_SECONDS = Histogram("sagellm_prefill_store_fetch_seconds", "Asking k
 
 # Looked up once: they stand between the first token and the wire.
 _DONE = REQUESTS.labels("done")
-_STORE, _CACHE, _COMPUTED = (TOKENS.labels(origin) for origin in ("store", "cache", "computed"))
+_ORIGINS = [TOKENS.labels(origin) for origin in ("computed", "cache", "host", "peer", "store", "store_disk")]
+"""As `KvOrigins.of` has them."""
 
 
 class ObservedPrefill:
@@ -47,9 +48,9 @@ class ObservedPrefill:
                 raise
             current.set_attributes({"cached_tokens": done.cached_tokens, "store_tokens": done.store_tokens})
         _DONE.inc()
-        _STORE.inc(done.store_tokens)
-        _CACHE.inc(done.cached_tokens - done.store_tokens)
-        _COMPUTED.inc(len(job.prompt) - done.cached_tokens)
+        origins = done.origins.of(len(job.prompt), done.cached_tokens, done.store_tokens)
+        for counter, tokens in zip(_ORIGINS, origins, strict=True):
+            counter.inc(tokens)
         COMPUTE_SECONDS.observe(done.compute_ms / 1e3)
         STORE_FETCH_SECONDS.observe(done.store_fetch_ms / 1e3)
         return done

@@ -192,6 +192,13 @@ class CachedBlocks:
                 lag.add_metric([known.worker_id], known.lag_s)
         yield staleness
         yield lag
+        held = GaugeMetricFamily(
+            "sagellm_router_index_worker_blocks", "Blocks known of each worker.", labels=["worker_id", "tier"]
+        )
+        for name, known in [*self._known.items()]:
+            for tier, blocks in self._index.held(name).items():
+                held.add_metric([known.worker_id, tier.name.lower()], blocks)
+        yield held
 
 
 def _name(worker_id: str, incarnation: str) -> str:

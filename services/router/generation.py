@@ -9,6 +9,7 @@ from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import EngineFailed, SageError
 from sagellm_common.core.telemetry import span
 from sagellm_common.core.types import (
+    AT_HAND,
     FinishReason,
     GenerationOutput,
     GenerationRequest,
@@ -155,6 +156,7 @@ class Generation:
             prefill_compute_ms=prefill.compute_ms if prefill else 0.0,
             store_fetch_ms=found.store_fetch_ms if found else 0.0,
             store_conversion=found.store_conversion if found else None,
+            origins=found.origins if found else AT_HAND,
             transfer_ms=transfer.transfer_ms if transfer else 0.0,
             kv_bytes_ahead=transfer.bytes_ahead if transfer else 0,
             transfer_exposed_ms=transfer.exposed_ms if transfer else 0.0,
@@ -186,9 +188,14 @@ class Generation:
 
     def _explain_kv(self, worker_id: str, found: PrefillOutcome | PromptKvReport) -> None:
         """Where the worker that has completed the prompt had its KV from."""
-        computed = len(self.request.prompt_token_ids) - found.cached_tokens
-        own = found.cached_tokens - found.store_tokens
-        detail = f"{worker_id}: {computed} tokens computed, {own} in its cache, {found.store_tokens} from the kv_store"
+        computed, own, host, peer, store, disk = found.origins.of(
+            len(self.request.prompt_token_ids), found.cached_tokens, found.store_tokens
+        )
+        detail = f"{worker_id}: {computed} tokens computed, {own} in its cache"
+        detail += f", {host} in its host memory" if host else ""
+        detail += f", {peer} from another worker" if peer else ""
+        detail += f", {store + disk} from the kv_store"
+        detail += f" ({disk} of them from its disk)" if disk else ""
         if found.store_conversion:
             detail += f", {found.store_conversion.said('kept')}"
         self._record("prompt KV", self._clock.now(), 0.0, detail)

@@ -75,7 +75,7 @@ async def test_counts(pair: tuple[Worker, Worker]) -> None:
         ("sagellm_prefill_requests_total", ("outcome", "done")): 2,
         ("sagellm_prefill_tokens_total", ("origin", "computed")): 14 + 2,
         ("sagellm_prefill_tokens_total", ("origin", "cache")): 12,
-        ("sagellm_prefill_tokens_total", ("origin", "store")): 0,
+        **{("sagellm_prefill_tokens_total", ("origin", o)): 0 for o in ("host", "peer", "store", "store_disk")},
         ("sagellm_decode_reservations_total", ("outcome", "done")): 2,
         ("sagellm_decode_requests_total", ("outcome", "length")): 2,
         ("sagellm_decode_tokens_total", None): 14,

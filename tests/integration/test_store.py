@@ -54,6 +54,7 @@ async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, t
         assert [list(d.token_ids) for d in done] == expected
         assert [d.summary.store_tokens for d in done] == [0, 0, 16, 48, 64, 96]
         assert (disk(cluster).hit_blocks, disk(cluster).torn_blocks) == (sum([0, 0, 1, 3, 4, 6]), 0)
+        assert [d.summary.kv_origins["store_disk"] for d in done] == [0, 0, 16, 48, 64, 96]
         await assert_nothing_leaked(cluster)
 
 
@@ -90,7 +91,8 @@ async def the_next_turn_reuses_what_was_generated(cluster: RunningCluster, model
     (second,) = await complete_all(cluster, [turn], 12)
     assert list(second.token_ids) == greedy(model, turn, 12)
     # Of 60 tokens that prefill computed three blocks are full, and of 95 that have KV in the end five.
-    assert second.summary.kv_origins == {"computed": len(turn) - 80, "prefill_cache": 48, "store": 32}
+    found = {origin: tokens for origin, tokens in second.summary.kv_origins.items() if tokens}
+    assert found == {"computed": len(turn) - 80, "prefill_cache": 48, "store": 32}
     assert second.summary.decode_cached_tokens == 80
     await assert_nothing_leaked(cluster)
 

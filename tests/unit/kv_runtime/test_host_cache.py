@@ -7,8 +7,8 @@ import pytest
 
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import ConfigError
-from sagellm_common.core.kv import Allocation, KvRegion
-from sagellm_common.core.types import TokenIds
+from sagellm_common.core.kv import Allocation, BlockEvent, KvRegion, Tier
+from sagellm_common.core.types import BlockHash, KvOrigins, TokenIds
 from sagellm_common.kv_runtime import host_cache
 from sagellm_common.kv_runtime.host_cache import HostCache
 from sagellm_common.kv_runtime.pool import KVPool
@@ -67,6 +67,7 @@ def test_what_the_pool_has_still_is_shared_and_the_rest_brought_back() -> None:
     allocation = pool.allocate(np.append(chain(5)[1], 7).astype(np.int32))
     assert 0 < allocation.num_shared_blocks < 5
     assert allocation.num_cached_tokens == 20
+    assert allocation.origins == KvOrigins(host_tokens=20 - 4 * allocation.num_shared_blocks)
     pool.pool.free(allocation)
 
 
@@ -100,6 +101,25 @@ def test_so_much_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pool.compute(5)
     pool.compute(5, 100)
     assert pool.compute(5) == 8
+
+
+def test_watchers_hear_of_both_tiers() -> None:
+    """What they have heard is what there is, and a block that goes down is never nowhere."""
+    pool = Pool(host_blocks=7)
+    held: dict[Tier, set[BlockHash]] = {Tier.DEVICE: set(), Tier.HOST: set()}
+
+    def follow(event: BlockEvent) -> None:
+        tier = held[event.tier or Tier.DEVICE]
+        tier.update(event.stored)
+        if event.tier is None:
+            assert all(block in held[Tier.HOST] for block in event.removed)
+        tier.difference_update(event.removed)
+
+    pool.pool.watch(follow)
+    for first_token in (0, 100, 0, 200, 100):
+        pool.compute(5, first_token)
+        assert held == {tier: set(hashes) for tier, hashes in pool.pool.cached_by_tier().items()}
+    assert len(held[Tier.HOST]) == 7
 
 
 def test_a_copy_that_fails_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +162,4 @@ def test_what_comes_before_is_compared() -> None:
     for before, expected in ((b"another", 0), (b"one", 1)):
         known = list(contexts(before, token_ids.tobytes(), 4 * BLOCK_TOKENS))
         assert cache.bring_back(hashes, token_ids, known, memory, slots) == expected
+    assert cache.rejected == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,3 +89,12 @@ def test_reading_a_sample_is_no_use_of_it() -> None:
     pool.cache.policy.access = seen.append  # type: ignore[method-assign, assignment]
     check(pool, pool.cached_hashes())
     assert seen == []
+
+
+def test_names_that_were_others_are_counted() -> None:
+    """As when two different blocks have one name."""
+    pool, asked = make(), tokens(5)
+    key = pool.cache[pool.cached_hashes()[0]].key
+    pool.cache[key.hash].key = replace(key, token_bytes=bytes(len(key.token_bytes)))
+    assert pool.allocate(asked, len(asked)).num_cached_tokens == 0
+    assert SelfCheck(pool).health().rejected_hits == 1

@@ -20,6 +20,7 @@ from sagellm_common.core.types import (
     HandoffTicket,
     KvConversion,
     KvHealth,
+    KvOrigins,
     KvSource,
     KvStats,
     SamplingParams,
@@ -47,6 +48,7 @@ SOURCE = KvSource(
     lease_expires_in_ms=30_000,
     layers_ready=2,
     tokens_ready=40,
+    disk_blocks=2,
 )
 TICKET = HandoffTicket("r1", 2, "decode-0", "i2", as_token_ids([1, 2]), 16, 30_000)
 SAMPLING = SamplingParams(
@@ -67,8 +69,9 @@ SUMMARY = GenerationSummary(
     **{
         f.name: f"s{i}" if f.type == "str" else (i + 0.5 if f.type == "float" else i)
         for i, f in enumerate(dataclasses.fields(GenerationSummary), start=1)
-        if not f.name.endswith("_conversion")
+        if not f.name.endswith("_conversion") and f.name != "origins"
     },
+    origins=KvOrigins(101, 102, 103),
     kv_conversion=KvConversion("int8/float32", 0.5, 0.25, 3),
     store_conversion=KvConversion("int4/float32", 1.5, 0.75, 0),
 )

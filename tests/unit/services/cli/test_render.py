@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from sagellm_common.client.router import ClusterView, Explanation, PlanEvent, WorkerEviction, WorkerView
-from sagellm_common.core.types import GenerationSummary, KvStats, WorkerRecord, WorkerRole
+from sagellm_common.core.types import GenerationSummary, KvOrigins, KvStats, WorkerRecord, WorkerRole
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
 from services.cli import render
 from services.cli.cluster import ClusterEvent
@@ -59,16 +59,23 @@ def test_explanation_lists_stages_in_order() -> None:
 
 
 def test_summaries_stand_side_by_side_and_tell_caches_apart() -> None:
-    one = GenerationSummary(prompt_tokens=40, cached_tokens=30, store_tokens=16, decode_cached_tokens=8)
+    origins = KvOrigins(host_tokens=3, peer_tokens=2, store_disk_tokens=5)
+    one = GenerationSummary(
+        prompt_tokens=40, cached_tokens=30, store_tokens=16, decode_cached_tokens=8, origins=origins
+    )
     two = GenerationSummary(prompt_tokens=7, transport="tcp", prefill_worker_id="prefill-0")
-    rows = {line[:25].strip(): line[25:].split() for line in printed(render.summaries_table([("a", one), ("b", two)]))}
+    rows = {line[:26].strip(): line[26:].split() for line in printed(render.summaries_table([("a", one), ("b", two)]))}
     assert rows["prompt tokens"] == ["40", "7"]
     assert rows["computed"] == ["10", "7"]
-    assert rows["in its own cache"] == ["14", "0"]
-    assert rows["from the store"] == ["16", "0"]
+    assert rows["in its own cache"] == ["9", "0"]
+    assert rows["in its host memory"] == ["3", "0"]
+    assert rows["from another worker"] == ["2", "0"]
+    assert rows["from the store"] == ["11", "0"]
+    assert rows["from the store's disk"] == ["5", "0"]
     assert rows["on decode already"] == ["8", "0"]
-    assert list(one.kv_origins) == ["computed", "decode_cache", "store"]
-    assert list(two.kv_origins) == ["computed", "prefill_cache", "store"]
+    assert list(one.kv_origins) == ["computed", "decode_cache", "host", "peer", "store", "store_disk"]
+    assert list(two.kv_origins)[1] == "prefill_cache"
+    assert sum(one.kv_origins.values()) == 40
     assert "attempts" not in rows
 
 

@@ -9,10 +9,13 @@ from prometheus_client import CollectorRegistry
 
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import IndexConfig
-from sagellm_common.core.kv import Tier
-from sagellm_common.rpc.block_journal import BlockChanges
+from sagellm_common.core.kv import KvRegion, Tier
+from sagellm_common.kv_runtime.host_cache import HostCache
+from sagellm_common.kv_runtime.pool import KVPool
+from sagellm_common.rpc.block_journal import BlockChanges, BlockJournal
 from services.router import cached_blocks
 from services.router.cached_blocks import CachedBlocks, EventsMissed
+from tests.support import kv_tiers
 
 A, B, C, D = (bytes([i]) * 16 for i in range(4))
 X = ("x", "x-1")
@@ -31,6 +34,10 @@ class Told:
 
     async def list_all(self, revision: int, stored: bytes, **more: object) -> None:
         await self.tell(revision, 0, stored, snapshot=True, **more)
+
+    async def follow(self, journal: BlockJournal, from_revision: int) -> None:
+        for changes in journal.after(from_revision):
+            await self.blocks.apply(*X, changes)
 
     def matched(self, hashes: bytes = A + B + C + D) -> dict[str, int]:
         return self.blocks.matched(hashes, 16)
@@ -134,6 +141,31 @@ async def test_a_long_listing_lets_others_have_their_turn_and_ends_when_the_work
     assert told.blocks._index.metrics.blocks == 0
 
 
+async def test_a_prefix_in_several_tiers_of_a_worker_counts_as_one() -> None:
+    """An engine's pool over host memory, as the router hears of it."""
+    told, size = Told(), kv_tiers.BLOCK_TOKENS
+    memory = KvRegion(memoryview(bytearray(6 * kv_tiers.BLOCK_BYTES)), kv_tiers.BLOCK_BYTES, 6)
+    pool = KVPool()
+    pool.open(kv_tiers.LAYOUT, memory)
+    pool.keep_below(HostCache(16 * kv_tiers.BLOCK_BYTES, kv_tiers.LAYOUT, told.clock))
+    journal = BlockJournal(pool, told.clock, 1000, Tier.DEVICE)
+    await told.follow(journal, 0)
+
+    for first_token in (0, 100):
+        token_ids = kv_tiers.chain(5, first_token)[1]
+        allocation = pool.allocate(token_ids, len(token_ids))
+        pool.publish(allocation, token_ids)
+        pool.free(allocation)
+    hashes, _ = kv_tiers.chain(5)
+    on_device = len(set(hashes) & set(pool.cached_hashes()))
+    assert 0 < on_device < 5
+    for from_revision in (1, 0):  # what came since, and everything
+        await told.follow(journal, from_revision)
+        (depths,) = told.blocks._index.lookup(b"".join(hashes)).values()
+        assert (depths[Tier.DEVICE], depths[Tier.HOST]) == (on_device, 5)
+        assert told.blocks.matched(b"".join(hashes), size) == {"x": 5 * size}
+
+
 async def test_metrics() -> None:
     told, registry = Told(max_blocks=2), CollectorRegistry()
     registry.register(told.blocks)
@@ -153,3 +185,5 @@ async def test_metrics() -> None:
     assert value("staleness_seconds", worker_id="x") == 1.0
     assert value("lag_seconds", worker_id="x") == 0.5
     assert value("staleness_seconds", worker_id="silent") is None
+    assert value("worker_blocks", worker_id="x", tier="device") == 2
+    assert value("worker_blocks", worker_id="x", tier="host") == 0

@@ -140,7 +140,7 @@ class HandoffTicket(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_cached_tokens: _Optional[int] = ..., expires_in_ms: _Optional[int] = ...) -> None: ...
 
 class KvSource(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "worker_id", "incarnation", "control_address", "data_address", "backend", "block_table", "num_tokens", "watermark", "lease_expires_in_ms", "paths", "conversion")
+    __slots__ = ("transfer_id", "epoch", "worker_id", "incarnation", "control_address", "data_address", "backend", "block_table", "num_tokens", "watermark", "lease_expires_in_ms", "paths", "conversion", "disk_blocks")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class KvSource(_message.Message):
     LEASE_EXPIRES_IN_MS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
     CONVERSION_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     worker_id: str
@@ -167,7 +168,18 @@ class KvSource(_message.Message):
     lease_expires_in_ms: int
     paths: _containers.RepeatedCompositeFieldContainer[DataPath]
     conversion: KvConversion
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_address: _Optional[str] = ..., data_address: _Optional[str] = ..., backend: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., watermark: _Optional[_Union[KvWatermark, _Mapping]] = ..., lease_expires_in_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[DataPath, _Mapping]]] = ..., conversion: _Optional[_Union[KvConversion, _Mapping]] = ...) -> None: ...
+    disk_blocks: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_address: _Optional[str] = ..., data_address: _Optional[str] = ..., backend: _Optional[str] = ..., block_table: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., watermark: _Optional[_Union[KvWatermark, _Mapping]] = ..., lease_expires_in_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[DataPath, _Mapping]]] = ..., conversion: _Optional[_Union[KvConversion, _Mapping]] = ..., disk_blocks: _Optional[int] = ...) -> None: ...
+
+class KvOrigins(_message.Message):
+    __slots__ = ("host_tokens", "peer_tokens", "store_disk_tokens")
+    HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORE_DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    host_tokens: int
+    peer_tokens: int
+    store_disk_tokens: int
+    def __init__(self, host_tokens: _Optional[int] = ..., peer_tokens: _Optional[int] = ..., store_disk_tokens: _Optional[int] = ...) -> None: ...
 
 class DataPath(_message.Message):
     __slots__ = ("backend", "address", "reach")

@@ -85,7 +85,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., summary: _Optional[_Union[GenerationSummary, _Mapping]] = ...) -> None: ...
 
 class GenerationSummary(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "store_tokens", "prefill_worker_id", "decode_worker_id", "kv_bytes_transferred", "queue_ms", "reserve_ms", "prefill_ms", "transfer_ms", "ttft_ms", "tpot_ms", "attempts", "plan", "transport", "prefill_compute_ms", "store_fetch_ms", "kv_bytes_ahead", "transfer_exposed_ms", "kv_conversion", "prefill_engine_ms", "decode_engine_ms", "decode_cached_tokens", "store_conversion")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "store_tokens", "prefill_worker_id", "decode_worker_id", "kv_bytes_transferred", "queue_ms", "reserve_ms", "prefill_ms", "transfer_ms", "ttft_ms", "tpot_ms", "attempts", "plan", "transport", "prefill_compute_ms", "store_fetch_ms", "kv_bytes_ahead", "transfer_exposed_ms", "kv_conversion", "prefill_engine_ms", "decode_engine_ms", "decode_cached_tokens", "store_conversion", "origins")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class GenerationSummary(_message.Message):
     DECODE_ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
     DECODE_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_CONVERSION_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -136,7 +137,8 @@ class GenerationSummary(_message.Message):
     decode_engine_ms: float
     decode_cached_tokens: int
     store_conversion: _common_pb2.KvConversion
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., kv_bytes_transferred: _Optional[int] = ..., queue_ms: _Optional[float] = ..., reserve_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., attempts: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., transport: _Optional[str] = ..., prefill_compute_ms: _Optional[float] = ..., store_fetch_ms: _Optional[float] = ..., kv_bytes_ahead: _Optional[int] = ..., transfer_exposed_ms: _Optional[float] = ..., kv_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ..., prefill_engine_ms: _Optional[float] = ..., decode_engine_ms: _Optional[float] = ..., decode_cached_tokens: _Optional[int] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
+    origins: _common_pb2.KvOrigins
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., kv_bytes_transferred: _Optional[int] = ..., queue_ms: _Optional[float] = ..., reserve_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., attempts: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., transport: _Optional[str] = ..., prefill_compute_ms: _Optional[float] = ..., store_fetch_ms: _Optional[float] = ..., kv_bytes_ahead: _Optional[int] = ..., transfer_exposed_ms: _Optional[float] = ..., kv_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ..., prefill_engine_ms: _Optional[float] = ..., decode_engine_ms: _Optional[float] = ..., decode_cached_tokens: _Optional[int] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ..., origins: _Optional[_Union[_common_pb2.KvOrigins, _Mapping]] = ...) -> None: ...
 
 class CancelGenerationRequest(_message.Message):
     __slots__ = ("request_id",)

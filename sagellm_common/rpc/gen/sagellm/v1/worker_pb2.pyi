@@ -123,7 +123,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., needed_ms: _Optional[float] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms", "engine_ms", "store_conversion")
+    __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms", "engine_ms", "store_conversion", "origins")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class PrefillResponse(_message.Message):
     STORE_FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
     STORE_CONVERSION_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: bytes
@@ -150,7 +151,8 @@ class PrefillResponse(_message.Message):
     store_fetch_ms: float
     engine_ms: float
     store_conversion: _common_pb2.KvConversion
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., store_fetch_ms: _Optional[float] = ..., engine_ms: _Optional[float] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
+    origins: _common_pb2.KvOrigins
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., store_fetch_ms: _Optional[float] = ..., engine_ms: _Optional[float] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ..., origins: _Optional[_Union[_common_pb2.KvOrigins, _Mapping]] = ...) -> None: ...
 
 class PrefillSessionRequest(_message.Message):
     __slots__ = ("prefill", "cancel")
@@ -325,16 +327,18 @@ class DecodeResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ..., prompt_kv: _Optional[_Union[PromptKv, _Mapping]] = ...) -> None: ...
 
 class PromptKv(_message.Message):
-    __slots__ = ("cached_tokens", "store_tokens", "store_fetch_ms", "store_conversion")
+    __slots__ = ("cached_tokens", "store_tokens", "store_fetch_ms", "store_conversion", "origins")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     STORE_CONVERSION_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
     cached_tokens: int
     store_tokens: int
     store_fetch_ms: float
     store_conversion: _common_pb2.KvConversion
-    def __init__(self, cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., store_fetch_ms: _Optional[float] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
+    origins: _common_pb2.KvOrigins
+    def __init__(self, cached_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., store_fetch_ms: _Optional[float] = ..., store_conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ..., origins: _Optional[_Union[_common_pb2.KvOrigins, _Mapping]] = ...) -> None: ...
 
 class TransferReport(_message.Message):
     __slots__ = ("bytes", "transfer_ms", "blocks", "blocks_reused", "backend", "bytes_ahead", "exposed_ms", "began_ahead_ms", "why", "conversion")
@@ -514,7 +518,7 @@ class TenantUsage(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., charged_blocks: _Optional[int] = ..., borrowed_blocks: _Optional[int] = ..., guaranteed_blocks: _Optional[int] = ..., limit_blocks: _Optional[int] = ..., rejections: _Optional[int] = ...) -> None: ...
 
 class KvHealth(_message.Message):
-    __slots__ = ("checks", "failed_checks", "problems", "sampled_blocks", "corrupt_blocks", "internal_fragmentation", "external_fragmentation", "moved_blocks", "tenants")
+    __slots__ = ("checks", "failed_checks", "problems", "sampled_blocks", "corrupt_blocks", "internal_fragmentation", "external_fragmentation", "moved_blocks", "tenants", "rejected_hits")
     CHECKS_FIELD_NUMBER: _ClassVar[int]
     FAILED_CHECKS_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
@@ -524,6 +528,7 @@ class KvHealth(_message.Message):
     EXTERNAL_FRAGMENTATION_FIELD_NUMBER: _ClassVar[int]
     MOVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_HITS_FIELD_NUMBER: _ClassVar[int]
     checks: int
     failed_checks: int
     problems: _containers.RepeatedScalarFieldContainer[str]
@@ -533,7 +538,8 @@ class KvHealth(_message.Message):
     external_fragmentation: float
     moved_blocks: int
     tenants: _containers.RepeatedCompositeFieldContainer[TenantUsage]
-    def __init__(self, checks: _Optional[int] = ..., failed_checks: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., sampled_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., internal_fragmentation: _Optional[float] = ..., external_fragmentation: _Optional[float] = ..., moved_blocks: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ...) -> None: ...
+    rejected_hits: int
+    def __init__(self, checks: _Optional[int] = ..., failed_checks: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., sampled_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., internal_fragmentation: _Optional[float] = ..., external_fragmentation: _Optional[float] = ..., moved_blocks: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., rejected_hits: _Optional[int] = ...) -> None: ...
 
 class ProbeWorkerLinksRequest(_message.Message):
     __slots__ = ("sources", "max_bytes")
