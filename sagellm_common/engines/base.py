@@ -11,6 +11,7 @@ from typing import Protocol
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.kv_progress import KvProgress
+from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.types import FinishReason, ModelInfo, SamplingParams, TokenIds, TokenLogprob
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 
@@ -92,6 +93,10 @@ class Engine(Protocol):
 
     @property
     def kv(self) -> KVBackendProtocol: ...
+
+    @property
+    def step_log(self) -> StepLog:
+        """What its last steps took. Empty where the engine does not tell: so far LMDeploy's does."""
 
     @property
     def ended(self) -> asyncio.Event:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TypeVar
 
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import Tier
+from sagellm_common.core.step_costs import StepCost
 from sagellm_common.core.topology import LinkCost
 from sagellm_common.core.types import (
     BLOCK_HASH_BYTES,
@@ -344,6 +346,38 @@ def decode_kv_health(message: worker_pb2.KvHealth) -> KvHealth:
         tenants=tuple(TenantUsage(**{name: getattr(t, name) for name in usage}) for t in message.tenants),
         **{name: getattr(message, name) for name in names},
     )
+
+
+def encode_step_cost(step: StepCost) -> worker_pb2.StepCost:
+    return worker_pb2.StepCost(
+        prompts=step.prompts,
+        prompt_tokens=step.prompt_tokens,
+        prompt_squares=step.prompt_squares,
+        sequences=step.sequences,
+        context_tokens=step.context_tokens,
+        ms=step.seconds * 1e3,
+        cpu_ms=step.cpu_seconds * 1e3,
+    )
+
+
+def decode_step_cost(message: worker_pb2.StepCost) -> StepCost:
+    """Raises InvalidRequest for what no step can have been."""
+    step = StepCost(
+        message.ms / 1e3,
+        message.prompts,
+        message.prompt_tokens,
+        message.prompt_squares,
+        message.sequences,
+        message.context_tokens,
+        message.cpu_ms / 1e3,
+    )
+    counts = step.prompts, step.prompt_tokens, step.prompt_squares, step.sequences, step.context_tokens
+    times_ok = 0 <= message.ms < math.inf and 0 <= message.cpu_ms < math.inf
+    if not times_ok or min(counts) < 0 or bool(step.prompts) == bool(step.sequences):
+        raise InvalidRequest(
+            f"steps has {step}, but a step is of prompts or of sequences, and nothing in it is negative"
+        )
+    return step
 
 
 # ---- handoff ----

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import grpc
 
+from sagellm_common.core.step_costs import StepCost
 from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.block_journal import BlockChanges
@@ -49,6 +50,8 @@ class WorkerStatus:
     indexed: IndexedBlocks | None = None
     """Only the router knows."""
     kv_health: KvHealth = field(default_factory=KvHealth)
+    steps: tuple[StepCost, ...] = ()
+    """Of its engine since the last message, the newest of them. Only `watch_status` tells."""
 
 
 async def get_status(channel: grpc.aio.Channel, *, timeout_s: float) -> WorkerStatus:
@@ -136,6 +139,7 @@ def decode_status(message: worker_pb2.WorkerStatus, record: WorkerRecord | None 
         transport_changes=tuple((c.key, c.loaded, c.now) for c in message.transport_changes),
         indexed=decode_indexed(message.indexed) if message.HasField("indexed") else None,
         kv_health=codec.decode_kv_health(message.kv_health),
+        steps=tuple(map(codec.decode_step_cost, message.steps)),
     )
 
 

@@ -31,6 +31,7 @@ from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, SageError, Unreachable, WorkerIdTaken
 from sagellm_common.core.kv import Tier
+from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.topology import Registration, TopologyStore
 from sagellm_common.core.types import KvHealth, KvStats, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
@@ -84,6 +85,7 @@ class WorkerRuntime:
         metrics_port: int | None = None,
         metrics: CollectorRegistry = REGISTRY,
         handoffs: HandoffLog | None = None,
+        step_log: StepLog | None = None,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -96,6 +98,7 @@ class WorkerRuntime:
         self._metrics_port = metrics_port
         self._metrics = metrics
         self._handoffs = handoffs
+        self._step_log = step_log
         self._engine_ended = engine_ended or asyncio.Event()
         memory = pool.pool if isinstance(pool, HierarchyManager) else pool
         self._self_check = SelfCheck(memory) if isinstance(memory, KVPool) else None
@@ -193,7 +196,7 @@ class WorkerRuntime:
             Registrar(
                 "sagellm.v1.WorkerService",
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-                WorkerServicer(self, self.journal, self._transport, self._pool, self._handoffs),
+                WorkerServicer(self, self.journal, self._transport, self._pool, self._handoffs, self._step_log),
             ),
             Registrar("sagellm.v1.KvTransferService", kv_pb2_grpc.add_KvTransferServiceServicer_to_server, transfer),
         ]

@@ -12,6 +12,7 @@ import grpc
 
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.rpc import codec
@@ -71,7 +72,7 @@ class _State(NamedTuple):
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """`handoffs` None: this worker keeps no records of them."""
+    """`handoffs` None: this worker keeps no records of them; `step_log` None: it has no engine."""
 
     def __init__(
         self,
@@ -80,8 +81,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         transport: TransportControl,
         pool: KVBackendProtocol,
         handoffs: HandoffLog | None = None,
+        step_log: StepLog | None = None,
     ) -> None:
         self._worker = worker
+        self._step_log = step_log or StepLog()
         self._journal = journal
         self._transport = transport
         self._pool = pool
@@ -133,15 +136,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         longest_s = max(request.max_interval_ms / 1000, interval_s) if request.max_interval_ms else float("inf")
         loop = asyncio.get_running_loop()
         seen = request.from_revision if request.incarnation == self._worker.record.incarnation else 0
-        told, told_s = None, loop.time()
+        told, told_s, step = None, loop.time(), self._step_log.last
         while True:
             now, parts = self._state(), self._journal.after(seen)
             changes = next(parts, None)
-            if changes is None and (now != told or loop.time() - told_s >= longest_s):
+            due = now != told or step != self._step_log.last or loop.time() - told_s >= longest_s
+            if changes is None and due:
                 changes = BlockChanges(seen, seen)
             while changes is not None:
                 message = self._encode(now)
                 message.block_events.CopyFrom(_events(changes))
+                step, costs = self._step_log.after(step)
+                message.steps.extend(map(codec.encode_step_cost, costs))
                 yield message
                 told, told_s, seen = now, loop.time(), changes.revision
                 changes = next(parts, None)

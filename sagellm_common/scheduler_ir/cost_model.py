@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.fitting import Estimate, OnlineFit
+from sagellm_common.core.step_costs import StepCost
 
 FORMAT = 1
 REGIME_STARTS = (1, 2, 5, 17, 65)
@@ -34,10 +35,16 @@ class DecodeFit:
         self._fits[self._regime(num_sequences)].observe((1.0, context_tokens, num_sequences), seconds)
 
     def predict(self, num_sequences: int, context_tokens: int) -> Estimate:
-        wanted = self._regime(num_sequences)
-        known = [i for i, fit in enumerate(self._fits) if fit.samples]
-        nearest = min(known, key=lambda i: (abs(i - wanted), i), default=wanted)
-        return self._fits[nearest].predict((1.0, context_tokens, num_sequences))
+        return self._nearest(num_sequences).predict((1.0, context_tokens, num_sequences))
+
+    def coefficients(self, num_sequences: int) -> tuple[float, ...]:
+        """(of a step, of a token of context, of a sequence), in seconds."""
+        return self._nearest(num_sequences).coefficients
+
+    @property
+    def known(self) -> list[int]:
+        """Smallest batches of the regimes that were seen."""
+        return [start for start, fit in zip(self._starts, self._fits, strict=True) if fit.samples]
 
     @property
     def samples(self) -> int:
@@ -59,6 +66,11 @@ class DecodeFit:
         self._fits = [OnlineFit(_DECODE_SCALE).load(fit) for fit in state["fits"]]
         return self
 
+    def _nearest(self, num_sequences: int) -> OnlineFit:
+        wanted = self._regime(num_sequences)
+        known = [i for i, fit in enumerate(self._fits) if fit.samples]
+        return self._fits[min(known, key=lambda i: (abs(i - wanted), i), default=wanted)]
+
     def _regime(self, num_sequences: int) -> int:
         return max(0, bisect.bisect_right(self._starts, num_sequences) - 1)
 
@@ -73,6 +85,12 @@ class CostModel:
         """(source, target) worker ids → fit of (1, bytes)."""
 
     # ---- what is measured ----
+
+    def observe_step(self, step: StepCost) -> None:
+        if step.prompts:
+            self.prefill.observe((1.0, step.prompt_tokens, step.prompt_squares), step.seconds)
+        else:
+            self.decode.observe(step.sequences, step.context_tokens, step.seconds)
 
     def observe_prefill(self, chunks: Iterable[tuple[int, int]], seconds: float, steps: int = 1) -> None:
         """So many steps computed tokens [start, end) of each of these prompts."""
@@ -90,6 +108,12 @@ class CostModel:
 
     def prefill_s(self, chunks: Iterable[tuple[int, int]]) -> Estimate:
         return self.prefill.predict(_prefill_features(chunks))
+
+    def step_s(self, step: StepCost) -> Estimate:
+        """Of one that was measured: to compare."""
+        if step.prompts:
+            return self.prefill.predict((1.0, step.prompt_tokens, step.prompt_squares))
+        return self.decode_s(step.sequences, step.context_tokens)
 
     def decode_s(self, num_sequences: int, context_tokens: int) -> Estimate:
         return self.decode.predict(num_sequences, context_tokens)

@@ -67,6 +67,7 @@ async def compose(args: WorkerArgs) -> None:
             topology=topology,
             model=engine.model,
             engine_ended=engine.ended,
+            step_log=engine.step_log,
             engine=engine.description,
             port=args.port,
             session_port=args.session_port,

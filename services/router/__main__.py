@@ -97,9 +97,10 @@ async def serving(
         cached_blocks = CachedBlocks(config.index, SystemClock())
         metrics.registry.register(cached_blocks)
         stack.callback(metrics.registry.unregister, cached_blocks)
-        workers = Workers(topology, channels, config.rpc.session, cached_blocks)
-        stack.push_async_callback(workers.close)
         costs, learner = await stack.enter_async_context(_costs(config.router, metrics.registry))
+        on_steps = learner.told if learner is not None else None
+        workers = Workers(topology, channels, config.rpc.session, cached_blocks, on_steps)
+        stack.push_async_callback(workers.close)
         pipeline = ObservedPipeline(
             Pipeline(
                 config.router,

@@ -1,19 +1,20 @@
-"""What the router measures of its workers, for the cost model: prefills, decode steps and transfers as they happen.
+"""What the router hears and measures of its workers, for the cost model: steps and transfers as they happen.
 
-What comes from the workers' own clocks is taken from there. While prompts queue, it is the router that sees how long a
-worker takes for several of them.
+An engine that tells what its steps took is believed. Of others it is the router that sees how long prompts and tokens
+take; while prompts queue, how long several of them do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from sagellm_common.core.clock import Clock
+from sagellm_common.core.step_costs import StepCost
 from sagellm_common.rpc.sessions import PrefillOutcome, TransferReport
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.ir_types import PlanNode
@@ -60,13 +61,24 @@ class CostLearner:
         self._queues: WeakKeyDictionary[WorkerLink, _Queue] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[WorkerLink, _Steps] = WeakKeyDictionary()
         self._paid_until_s: dict[str, float] = {}
+        self._telling: WeakSet[WorkerLink] = WeakSet()
 
     def needed_s(self, compute: PlanNode) -> float:
         """What a planned prefill is expected to take on a worker that does nothing else; 0: not known."""
         return self.costs.prefill_s([(compute.start_token, compute.end_token)]).seconds
 
+    def told(self, link: WorkerLink, steps: Sequence[StepCost]) -> None:
+        """By its engine."""
+        self._telling.add(link)
+        now_s = self._clock.now()
+        for step in steps:
+            if self._due("prefill" if step.prompts else "decode", now_s):
+                self.costs.observe_step(step)
+
     def prefilled(self, link: WorkerLink, prompt_tokens: int, outcome: PrefillOutcome) -> None:
         """Call it when the prompt is no longer counted in the worker's load."""
+        if link in self._telling:
+            return
         now_s, spell, queue = self._clock.now(), link.work.spells, self._queues.pop(link, None)
         if queue is not None and queue.spell != spell:
             queue = None  # it ended unheard: its last prompts failed
@@ -86,6 +98,8 @@ class CostLearner:
 
     def stepped(self, link: WorkerLink, sent: Sent, num_tokens: int) -> None:
         """One of its sequences has got tokens, by as many steps."""
+        if link in self._telling:
+            return
         window, now_s = self._steps.get(link), self._clock.now()
         if window is None or window.of.over:
             if window is not None and window.steps >= STEPS:

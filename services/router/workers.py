@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from sagellm_common.comm_backend.transcode import obstacles
 from sagellm_common.core.errors import SageError
+from sagellm_common.core.step_costs import StepCost
 from sagellm_common.core.topology import LinkCost, TopologySnapshot, TopologyStore
 from sagellm_common.core.types import KvLayout, ModelInfo, WorkerRecord, WorkerRole, WorkerState
 from sagellm_common.rpc.carriers import Choice
@@ -102,9 +103,16 @@ class Workers:
     """Between `start` and `close`, `usable` is never older than a second."""
 
     def __init__(
-        self, topology: TopologyStore, channels: ChannelPool, session: Choice, cached_blocks: CachedBlocks
+        self,
+        topology: TopologyStore,
+        channels: ChannelPool,
+        session: Choice,
+        cached_blocks: CachedBlocks,
+        on_steps: Callable[[WorkerLink, Sequence[StepCost]], None] | None = None,
     ) -> None:
+        """`on_steps` hears what the steps of the workers' engines took, where they tell."""
         self._session = session
+        self._on_steps = on_steps
         self._topology = topology
         self._channels = channels
         self._cached = cached_blocks
@@ -302,6 +310,8 @@ class Workers:
 
     def _update(self, link: WorkerLink, status: WorkerStatus) -> None:
         link.status, link.record, link.reachable = status, status.record, True
+        if self._on_steps is not None and status.steps:
+            self._on_steps(link, status.steps)
         link.foreign = max(0, status.running_requests + status.waiting_requests - link.outstanding)
         self._notify()
 

@@ -18,6 +18,7 @@ import xxhash
 from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.errors import ContextTooLong, EngineFailed, InvalidRequest, KvExhausted, SageError
 from sagellm_common.core.kv import Allocation, LayerPart
+from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.types import (
     FinishReason,
     KvLayout,
@@ -141,6 +142,7 @@ class SimulatedEngine:
         self._max_prefill_tokens = max_prefill_tokens
         self._sequences: dict[str, _Sequence] = {}
         self._steps = 0
+        self.step_log = StepLog()
         self._work = asyncio.Event()
         self._running = asyncio.Event()
         self._running.set()

@@ -193,6 +193,7 @@ async def worker(
             channel=channel,
             topology=topology,
             model=engine.model,
+            step_log=engine.step_log,
             metrics=CollectorRegistry(),
         )
         topology.runtime = runtime

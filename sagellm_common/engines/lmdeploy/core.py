@@ -25,6 +25,7 @@ from lmdeploy.pytorch.messages import MessageStatus
 from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.errors import ConfigError, EngineFailed, KvExhausted, LeaseExpired, SageError
 from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.step_costs import StepCost, StepLog
 from sagellm_common.core.types import FinishReason, KvLayout, TokenLogprob
 from sagellm_common.engines.base import EngineRequest, SequenceOutput
 from sagellm_common.engines.lmdeploy import hooks
@@ -45,6 +46,11 @@ log = logging.getLogger(__name__)
 FAILED = "the engine failed on this request; see the worker's log"
 BLOCKED_POLL_S = 0.02
 """How often a step is tried again while waiting sequences find no free blocks."""
+
+
+def _now() -> tuple[float, float]:
+    """Of the wall's clock, and of this thread's on a core."""
+    return time.monotonic(), time.thread_time()
 
 
 @dataclass(slots=True)
@@ -83,6 +89,8 @@ class EngineCore(LmdeployEngineBase):
         tells_layers: bool,
         direct: DirectDecode | None,
         watch: StepWatch,
+        step_log: StepLog,
+        on_cpu: bool,
         policy: EnginePolicy,
         eos_token_ids: frozenset[int],
         emit: Callable[[Sequence[SequenceOutput]], None],
@@ -96,6 +104,7 @@ class EngineCore(LmdeployEngineBase):
         self.kv.on_free(self.wake)
         agent = self.executor.model_agent
         self.watch, self._direct = watch, direct
+        self._step_log, self._timed_until, self._on_cpu = step_log, _now(), on_cpu
         self.progress = agent.progress = StepProgress(watch)
         # Where layers are not apart in a block nobody asks for them; a device's may be told before they are written.
         apart = isinstance(memory, KvRegion) and bool(memory.layer_parts)
@@ -223,9 +232,15 @@ class EngineCore(LmdeployEngineBase):
             with self.kv.lock:
                 known = self._runs()
             runs = [known[seq.session_id] for seq in batch]
-            output = await self._prefill(batch, runs) if is_prefill else await self._decode(batch, runs)
+            context = sum(seq.num_all_ids for seq in batch)
+            chunks: list[tuple[int, int]] = []
+            if is_prefill:
+                output, chunks = await self._prefill(batch, runs)
+            else:
+                output = await self._decode(batch, runs)
         except EngineFailed as error:
             log.exception("a step of %d sequences failed", len(batch))
+            self._timed_until = _now()
             if len(batch) == 1 and failed_before:
                 with self.kv.lock:
                     self._emit_all([self._end(batch[0], FinishReason.ERROR, error=error)])
@@ -242,7 +257,18 @@ class EngineCore(LmdeployEngineBase):
                 log.exception("the results of a step of %d sequences are lost", len(batch))
                 failure = EngineFailed(FAILED)
                 outputs = [self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)]
+        took_s, cpu_s = self._lap()
+        if is_prefill:
+            self._step_log.add(StepCost.prefill(chunks, took_s, cpu_s))
+        else:
+            self._step_log.add(StepCost(took_s, sequences=len(batch), context_tokens=context, cpu_seconds=cpu_s))
         self._emit_all(outputs)
+
+    def _lap(self) -> tuple[float, float]:
+        """(seconds, of these on a core) since the end of the step before, or since there was something to do again."""
+        before, self._timed_until = self._timed_until, _now()
+        took_s, cpu_s = (now - then for now, then in zip(self._timed_until, before, strict=True))
+        return took_s, cpu_s if self._on_cpu else 0.0
 
     async def _decode(self, batch: list[Any], runs: list[Running]) -> Any:
         """One more token of each: directly where that will do, else as LMDeploy does it. Raises EngineFailed."""
@@ -275,22 +301,29 @@ class EngineCore(LmdeployEngineBase):
         together = [seq for seq in batch if seq not in alone]
         return [part for part in (together, *([seq] for seq in alone)) if part]
 
-    async def _prefill(self, batch: list[Any], runs: list[Running]) -> Any:
+    async def _prefill(self, batch: list[Any], runs: list[Running]) -> tuple[Any, list[tuple[int, int]]]:
         """A step of prompts, or of one prompt chunk by chunk; of what nobody wants any more the rest is not computed.
+        With its output the tokens [start, end) of each prompt that the last step computed.
 
         LMDeploy samples after each chunk; only the last one's token counts, for draws depend on seed and position.
         """
         step = self._inputs(batch, is_prefill=True)
         chunks = [step["inputs"]]
+        computed = [(seq.num_history_ids, seq.num_all_ids) for seq in batch]
         if len(runs) == 1 and chunks[0].input_ids.numel() > (size := self._chunk_tokens(runs[0])):
             chunks = chunks[0].split(size)
+        starts = itertools.accumulate((chunk.input_ids.numel() for chunk in chunks), initial=computed[0][0])
         for place, chunk in enumerate(chunks):
             if place and all(run.cancelled for run in runs):
                 break
             if place:
+                self._step_log.add(StepCost.prefill(computed, *self._lap()))
                 await self._let_others_go(runs[0])
             output = await self._forward({**step, "inputs": chunk}, runs)
-        return output
+            if len(chunks) > 1:
+                start = next(starts)
+                computed = [(start, start + chunk.input_ids.numel())]
+        return output, computed
 
     async def _let_others_go(self, run: Running) -> None:
         """Between two chunks of this one's prompt: who waits and comes before it, and who decodes and has earned it."""
@@ -320,6 +353,7 @@ class EngineCore(LmdeployEngineBase):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
+        self._timed_until = _now()
 
     def _admit(self) -> list[SequenceOutput]:
         """Ends what was cancelled since the last step, and what LMDeploy gave up on."""

@@ -15,6 +15,7 @@ from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import Config
 from sagellm_common.core.config import EngineConfig as EngineSection
 from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest
+from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.types import KvLayout, ModelInfo
 from sagellm_common.engines.base import EngineRequest, EngineStats, StepCallback
 from sagellm_common.engines.checkpoint import eos_token_ids, model_fingerprint, read_model_config
@@ -67,6 +68,7 @@ class LmdeployEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed: BaseException | None = None
         self._watch = StepWatch(SystemClock())
+        self.step_log = StepLog()
         self._watchdog: asyncio.Task[None] | None = None
         self._stuck = False
         self._ended = asyncio.Event()
@@ -278,6 +280,8 @@ class LmdeployEngine:
             tells_layers=cfg.weights != "dtype",
             direct=self._direct_decode(core),
             watch=self._watch,
+            step_log=self.step_log,
+            on_cpu=self._device.kind is DeviceKind.CPU,
             policy=RankedPolicy(
                 order=cfg.policy,
                 cheap_recompute_tokens=cfg.max_prefill_tokens,

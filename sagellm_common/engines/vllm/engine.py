@@ -21,6 +21,7 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.config import EngineConfig as EngineSection
 from sagellm_common.core.errors import ConfigError, EngineFailed, InvalidRequest, Overloaded, SageError
 from sagellm_common.core.kv import Allocation
+from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.types import FinishReason, KvLayout, ModelInfo, TokenLogprob, as_token_ids
 from sagellm_common.engines.base import EngineRequest, EngineStats, SequenceOutput, StepCallback
 from sagellm_common.engines.checkpoint import eos_token_ids, model_fingerprint, read_model_config
@@ -91,6 +92,7 @@ class VllmEngine:
         self._state: SharedState | None = None
         self._thread: threading.Thread | None = None
         self._steps = 0
+        self.step_log = StepLog()
         self._step_began_s = 0.0
         # Guards what other threads and the engine's exchange.
         self._changed = threading.Condition()

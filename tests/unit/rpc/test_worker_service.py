@@ -6,9 +6,12 @@ from typing import Any, cast
 
 import pytest
 
+from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.core.step_costs import StepCost
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.prefix_reuse.hashing import unpack_hashes
+from sagellm_common.rpc import codec
 from sagellm_common.rpc.block_journal import BlockChanges
 from sagellm_common.rpc.worker_client import WorkerStatus, get_status, watch_status
 from tests.support.topology_server import topology_server
@@ -99,3 +102,28 @@ async def test_a_watch_gives_a_sign_of_life(decode: Worker) -> None:
         first, changes = await anext(watch)
         for _ in range(3):
             assert await anext(watch) == (first, BlockChanges(changes.revision, changes.revision))
+
+
+async def test_a_watch_tells_each_step_of_the_engine_once(decode: Worker) -> None:
+    steps = [StepCost(0.5, prompts=1, prompt_tokens=3, prompt_squares=9), StepCost(0.25, 0, 0, 0, 2, 7, 0.125)]
+    decode.engine.step_log.add(steps[0])
+    watch = cast("Any", watch_status(decode.channel, min_interval_s=0.01))
+    async with aclosing(watch):
+        status, _ = await anext(watch)
+        assert status.steps == (), "what was before nobody asked for"
+        for step in steps:
+            decode.engine.step_log.add(step)
+        status, changes = await anext(watch)
+        assert status.steps == tuple(steps)
+        assert changes == BlockChanges(changes.revision, changes.revision)
+        decode.engine.step_log.add(steps[1])
+        status, _ = await anext(watch)
+        assert status.steps == (steps[1],)
+
+
+@pytest.mark.parametrize(
+    "wrong", [StepCost(-1.0, prompts=1), StepCost(float("nan"), prompts=1), StepCost(1.0), StepCost(1.0, 1, -1)]
+)
+def test_what_no_step_can_have_been_is_refused(wrong: StepCost) -> None:
+    with pytest.raises(InvalidRequest, match="steps"):
+        codec.decode_step_cost(codec.encode_step_cost(wrong))

@@ -14,6 +14,7 @@ import pytest
 
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.step_costs import StepCost
 from sagellm_common.rpc.sessions import PrefillOutcome, TransferReport
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from services.router.cost_file import kept, load_costs
@@ -130,6 +131,24 @@ def test_a_short_sequence_counts_when_it_is_over() -> None:
                 learner.stepped(link, sent, 1)
     # The first was too short, the third is not known to be over.
     assert costs.steps == [(1, 106, 0.001)]
+
+
+def test_an_engine_that_tells_its_steps_is_believed() -> None:
+    clock, costs, link = ManualClock(), Recorded(), Link()
+    learner: Any = CostLearner(costs, clock)
+    prefill, decode = StepCost(0.5, 2, 300, 50_000), StepCost(0.02, 0, 0, 0, 3, 900)
+    learner.told(link, [prefill, decode])
+    learner.prefilled(link, 1000, outcome(0, 0.1))
+    with Sent(link.work, 100) as sent:
+        for _ in range(2 * STEPS):
+            clock.advance(0.02)
+            learner.stepped(link, sent, 1)
+    assert (costs.prefills, costs.steps) == ([], []), "what the router sees is told already"
+    assert costs.prefill.samples == costs.decode.samples == 1
+    assert costs.step_s(prefill).seconds == pytest.approx(0.5, rel=1e-3)
+    assert costs.step_s(decode).seconds == pytest.approx(0.02, rel=1e-3)
+    learner.prefilled(another := Link(), 1000, outcome(0, 0.1))
+    assert len(costs.prefills) == 1, f"{another} tells nothing"
 
 
 def test_each_part_learns_no_oftener_than_it_may() -> None:

@@ -462,7 +462,7 @@ class BlockEvents(_message.Message):
     def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored_hashes: _Optional[bytes] = ..., removed_hashes: _Optional[bytes] = ..., since_revision: _Optional[int] = ..., more: _Optional[bool] = ..., tier: _Optional[_Union[_common_pb2.KvTier, str]] = ..., age_ms: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session", "transport_changes", "indexed", "kv_health")
+    __slots__ = ("record", "kv", "running_requests", "waiting_requests", "reservations", "pinned_transfers", "block_events", "session", "transport_changes", "indexed", "kv_health", "steps")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -474,6 +474,7 @@ class WorkerStatus(_message.Message):
     TRANSPORT_CHANGES_FIELD_NUMBER: _ClassVar[int]
     INDEXED_FIELD_NUMBER: _ClassVar[int]
     KV_HEALTH_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     record: WorkerRecord
     kv: _common_pb2.KvStats
     running_requests: int
@@ -485,7 +486,26 @@ class WorkerStatus(_message.Message):
     transport_changes: _containers.RepeatedCompositeFieldContainer[TransportChange]
     indexed: IndexedBlocks
     kv_health: KvHealth
-    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ..., transport_changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ..., indexed: _Optional[_Union[IndexedBlocks, _Mapping]] = ..., kv_health: _Optional[_Union[KvHealth, _Mapping]] = ...) -> None: ...
+    steps: _containers.RepeatedCompositeFieldContainer[StepCost]
+    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvStats, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., reservations: _Optional[int] = ..., pinned_transfers: _Optional[int] = ..., block_events: _Optional[_Union[BlockEvents, _Mapping]] = ..., session: _Optional[str] = ..., transport_changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ..., indexed: _Optional[_Union[IndexedBlocks, _Mapping]] = ..., kv_health: _Optional[_Union[KvHealth, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[StepCost, _Mapping]]] = ...) -> None: ...
+
+class StepCost(_message.Message):
+    __slots__ = ("prompts", "prompt_tokens", "prompt_squares", "sequences", "context_tokens", "ms", "cpu_ms")
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SQUARES_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MS_FIELD_NUMBER: _ClassVar[int]
+    CPU_MS_FIELD_NUMBER: _ClassVar[int]
+    prompts: int
+    prompt_tokens: int
+    prompt_squares: int
+    sequences: int
+    context_tokens: int
+    ms: float
+    cpu_ms: float
+    def __init__(self, prompts: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_squares: _Optional[int] = ..., sequences: _Optional[int] = ..., context_tokens: _Optional[int] = ..., ms: _Optional[float] = ..., cpu_ms: _Optional[float] = ...) -> None: ...
 
 class IndexedBlocks(_message.Message):
     __slots__ = ("revision", "blocks", "staleness_ms", "lag_ms", "credited")
