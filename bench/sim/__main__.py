@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bench.sim.cluster import Outcome, SimCluster, Slo
 from bench.sim.peers import PEERS
-from bench.sim.profile import PROFILES, Profile
+from bench.sim.profile import PROFILES, Profile, load_profile
 from bench.sim.report import ATTAINMENT, goodput, summary
 from bench.sim.traces import FORMATS, SimRequest, generated, load_trace, scaled
 from sagellm_common.core.errors import ConfigError
@@ -85,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--slo-ttft-ms", type=float, default=2000.0)
     made.add_argument("--slo-tpot-ms", type=float, default=50.0)
     made.add_argument("--rate-scale", type=float, default=1.0, help="2: the same requests, twice as often")
-    made.add_argument("--profile", default="h200-8b", help=f"one of {', '.join(PROFILES)}")
+    made.add_argument(
+        "--profile", default="h200-8b", help=f"one of {', '.join(PROFILES)}; or a file of `bench calibrate`"
+    )
     made.add_argument("--eviction", default="cost-aware", help=f"one of {', '.join(EVICTION)}")
     made.add_argument("--no-goodput", action="store_true", help="this rate only, without the search for the highest")
     made.add_argument("--json", type=Path)
@@ -101,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
 def simulate(args: argparse.Namespace) -> dict[str, object]:
     check(args)
-    make, profile, slo = strategy_maker(args.strategy), PROFILES.get(args.profile), _slo(args)
+    make, profile, slo = strategy_maker(args.strategy), load_profile(args.profile), _slo(args)
     EVICTION.get(args.eviction)
     requests = workload(args)
 

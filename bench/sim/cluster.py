@@ -60,9 +60,11 @@ class SimCluster:
         block_tokens: int = 512,
         eviction: str = "cost-aware",
         max_waiting: int = 10_000,
+        costs: CostModel | None = None,
     ) -> None:
+        """`costs` are what the router has learned before; it goes on learning in them."""
         self.clock = VirtualClock()
-        self.costs = CostModel()
+        self.costs = costs or CostModel()
         self._strategy = make(self.costs)
         self._profile = profile
         self._slo = slo
@@ -98,7 +100,7 @@ class SimCluster:
 
         def plan_next() -> None:
             if (request := next(arrivals, None)) is not None:
-                self.clock.at(request.arrival_s, lambda: arrive(request))
+                self.clock.at(request.arrival_s + self._profile.overhead_s, lambda: arrive(request))
 
         plan_next()
         self.clock.run()

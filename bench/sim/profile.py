@@ -5,18 +5,23 @@ A profile comes from a file that a calibration wrote, or from the roofline of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.registry import Registry
+
+Costs = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Seconds: prefill step a + b·tokens + c·(end² − start²), decode step a + b·context + c·batch."""
 
-    prefill: tuple[float, float, float]
-    decode: tuple[float, float, float]
+    prefill: Costs
+    decode: Costs
     link_latency_s: float
     link_bytes_per_s: float
     """Of one worker's network card, each way."""
@@ -26,6 +31,42 @@ class Profile:
     """KV that fits into one worker."""
     max_batch: int = 256
     prefill_chunk_tokens: int = 8192
+    larger_batches: tuple[tuple[int, Costs], ...] = ()
+    """(sequences, decode costs from so many on), rising."""
+    overhead_s: float = 0.0
+    """Of a request outside the engines until its first token is there: client, router, sessions."""
+
+    def decode_costs(self, batch: int) -> Costs:
+        found = self.decode
+        for sequences, costs in self.larger_batches:
+            if batch < sequences:
+                break
+            found = costs
+        return found
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def load_profile(name: str) -> Profile:
+    """One of PROFILES, or of a file that `Profile.save` wrote. Raises ConfigError."""
+    path = Path(name)
+    if not path.suffix:
+        return PROFILES.get(name)
+    try:
+        state: dict[str, Any] = json.loads(path.read_bytes())
+        if (names := {field.name for field in fields(Profile)}) != state.keys():
+            raise ValueError(f"it has the keys {', '.join(state)}; {', '.join(sorted(names))} are needed")
+        state["prefill"], state["decode"] = _costs(state["prefill"]), _costs(state["decode"])
+        state["larger_batches"] = tuple((int(batch), _costs(costs)) for batch, costs in state["larger_batches"])
+        return Profile(**state)
+    except (OSError, ValueError, TypeError, AttributeError) as err:
+        raise ConfigError(f"--profile {path}: {err}; `sagellm bench calibrate` writes one") from err
+
+
+def _costs(values: Any) -> Costs:
+    a, b, c = (float(value) for value in values)
+    return a, b, c
 
 
 @dataclass(frozen=True, slots=True)

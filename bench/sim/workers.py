@@ -21,7 +21,7 @@ from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, SequenceView
 
 
 def step_seconds(profile: Profile, sequences: int, context_tokens: int) -> float:
-    a, b, c = profile.decode
+    a, b, c = profile.decode_costs(sequences)
     return a + b * context_tokens + c * sequences
 
 
@@ -132,7 +132,11 @@ class PrefillSim:
 
 
 class DecodeSim:
-    """Continuous batching: who comes joins at the end of the step under way, `max_batch` at most run at once."""
+    """Continuous batching: who comes joins at the end of the step under way, `max_batch` at most run at once.
+
+    A prompt computed elsewhere lacks the KV of its first token: those that join together have it computed in a step of
+    their own, a prefill of one token each, which gives their second. The others wait for it.
+    """
 
     def __init__(self, name: str, clock: VirtualClock, profile: Profile, kv: SimKv) -> None:
         self.name = name
@@ -152,6 +156,10 @@ class DecodeSim:
         """When step number `_steps` began, or will begin."""
         self._plan = 0
         """Number of the event that is planned; older ones are out of date."""
+        self._costs = profile.decode
+        """Of a step of as many sequences as run."""
+        self._joins_at_s = -math.inf
+        """When the newest step of those who join begins."""
 
     @property
     def sequences(self) -> int:
@@ -190,7 +198,7 @@ class DecodeSim:
         self.context_tokens += steps * batch
 
     def _seconds(self, steps: int) -> float:
-        a, b, c = self._profile.decode
+        a, b, c = self._costs
         batch = len(self._running)
         return steps * (a + c * batch) + b * (steps * self.context_tokens + batch * steps * (steps - 1) / 2)
 
@@ -198,7 +206,7 @@ class DecodeSim:
         """Fewest steps that last at least so long; 0 for a moment before the next step begins."""
         if seconds <= 0:
             return 0
-        a, b, c = self._profile.decode
+        a, b, c = self._costs
         batch = len(self._running)
         linear = a + c * batch + b * self.context_tokens - b * batch / 2
         square = b * batch / 2
@@ -209,14 +217,27 @@ class DecodeSim:
         """Lets waiting sequences in at the step boundary, and plans the next end of a sequence."""
         while self._waiting and len(self._running) < self._profile.max_batch:
             job, on_done = self._waiting.popleft()
-            context = job.request.prompt_tokens + 1
-            ends_at = self._steps + job.request.output_tokens - 1
-            heapq.heappush(self._running, (ends_at, next(self._numbers), job, on_done))
-            self.context_tokens += context
+            output, made = job.request.output_tokens, 1
+            if job.prefill_worker and output > 1:
+                self._join(job.request.prompt_tokens)
+                made = 2
+            heapq.heappush(self._running, (self._steps + output - made, next(self._numbers), job, on_done))
+            self.context_tokens += job.request.prompt_tokens + made
+        self._costs = self._profile.decode_costs(len(self._running))
         self._plan += 1
         if self._running:
             plan, steps = self._plan, self._running[0][0] - self._steps
             self._clock.at(self._since_s + self._seconds(steps), lambda: self._end(plan))
+
+    def _join(self, prompt_tokens: int) -> None:
+        """One more token in the step of those who join, which begins at the next boundary."""
+        a, b, c = self._profile.prefill
+        seconds = b + c * (2 * prompt_tokens + 1)
+        if self._joins_at_s < self._clock.now_s:
+            self._joins_at_s = self._since_s
+            seconds += a
+        self._since_s += seconds
+        self.busy_s += seconds
 
     def _end(self, plan: int) -> None:
         if plan != self._plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from bench.sim.cluster import SimCluster, Slo
 from bench.sim.kv import SimKv
 from bench.sim.network import Network
 from bench.sim.peers import PEERS
-from bench.sim.profile import PROFILES, Profile
+from bench.sim.profile import PROFILES, Profile, load_profile
 from bench.sim.report import attainment, goodput, meets, summary
 from bench.sim.traces import SimRequest, generated, load_trace
 from bench.sim.workers import DecodeSim, Job
@@ -87,9 +88,46 @@ def test_one_request_takes_what_the_formulas_say() -> None:
     num_bytes, last_step_s = 1500 * 1000, a + b * 500 + c * (1500**2 - 1000**2)
     left = num_bytes - min(num_bytes * 0.9, last_step_s * 1e9)
     transfer_s = 0.001 + left / 1e9
+    join_s = a + b + c * (1501**2 - 1500**2)  # the KV of the first token, and the second token from it
     d, e, f = PROFILE.decode
-    steps_s = sum(d + e * (1501 + step) + f for step in range(10))
-    assert job.end_s == pytest.approx(job.first_token_s + transfer_s + steps_s)
+    steps_s = sum(d + e * (1502 + step) + f for step in range(9))
+    assert job.end_s == pytest.approx(job.first_token_s + transfer_s + join_s + steps_s)
+
+
+def test_who_joins_together_joins_in_one_step_and_the_others_wait_for_it() -> None:
+    clock, ends = VirtualClock(), dict[str, float]()
+    worker = DecodeSim("d", clock, PROFILE, SimKv(1000, 100, "lru"))
+
+    def submit(name: str, output_tokens: int, prefill_worker: str) -> None:
+        job = Job(SimRequest(0.0, 100, output_tokens), SequenceView(name, 0), prefill_worker=prefill_worker)
+        worker.submit(job, lambda: ends.setdefault(name, clock.now_s))
+
+    submit("local", 5, "")
+    clock.at(0.001, lambda: submit("first", 3, "p"))
+    clock.at(0.002, lambda: submit("second", 3, "p"))
+    clock.run()
+    (a, b, c), (d, e, f) = PROFILE.prefill, PROFILE.decode
+    alone_s, join_s = d + e * 101 + f, a + 2 * (b + c * (101**2 - 100**2))
+    together_s = d + e * (102 + 2 * 102) + 3 * f
+    joined_s = alone_s + join_s + together_s
+    assert ends["first"] == ends["second"] == pytest.approx(joined_s)
+    assert ends["local"] == pytest.approx(joined_s + sum(d + e * context + f for context in (103, 104)))
+
+
+def test_larger_batches_may_cost_otherwise_and_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    profile = replace(PROFILE, larger_batches=((3, (0.5, 0.0, 0.0)),), overhead_s=0.25)
+    assert [profile.decode_costs(batch) for batch in (1, 2, 3, 9)] == [PROFILE.decode] * 2 + [(0.5, 0.0, 0.0)] * 2
+    profile.save(tmp_path / "p.json")
+    assert load_profile(str(tmp_path / "p.json")) == profile
+    for text in ("", "{}", "[1]", json.dumps({**asdict(profile), "decode": [1]})):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(ConfigError, match="broken.json"):
+            load_profile(str(tmp_path / "broken.json"))
+    make = strategy_maker("fifo")
+    jobs = {
+        p.overhead_s: SimCluster(p, 1, 1, make, SLO).run([SimRequest(1.0, 100, 2)]).jobs for p in (PROFILE, profile)
+    }
+    assert jobs[0.25][0].first_token_s == pytest.approx(jobs[0.0][0].first_token_s + 0.25)
 
 
 def test_transfers_through_one_card_share_it() -> None:
