@@ -55,7 +55,7 @@ class SequenceOutput:
     """One sequence's share of an engine step. A stop token ends the sequence and is not in `token_ids`.
 
     The last output of a sequence has finish_reason set; with ERROR also `error`. `held` then holds the blocks when
-    they were asked for: KV of `held.num_cached_tokens` tokens is valid.
+    they were asked for (`hold_blocks`, `Engine.take_out`): KV of `held.num_cached_tokens` tokens is valid.
 
     `engine_s` is what these tokens took in the engine, on its own thread's clock: a sequence's first ones since
     `submit`, later ones since their step began. The way to whoever gets them is not in it.
@@ -113,6 +113,11 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Ends a sequence at the next step: one last output with CANCELLED. A no-op for an unknown one."""
+
+    def take_out(self, request_id: str) -> None:
+        """As `cancel`, once the step under way has given its token: the last output holds the sequence's blocks, if it
+        has any, so that another engine can go on with them.
+        """
 
     def stats(self) -> EngineStats: ...
 

@@ -20,8 +20,10 @@ Take = Callable[[SequenceOutput], None]
 class _Sequence:
     """`last` gets the output that ends it; cancelled, nobody is interested any more."""
 
+    request_id: str
     take: Take
     last: asyncio.Future[SequenceOutput]
+    taken_out: bool = False
 
 
 class Sequences:
@@ -36,13 +38,15 @@ class Sequences:
         """Runs a sequence to its end, on `blocks` if there are any; returns its last output. `take` gets all outputs.
 
         The engine owns the blocks meanwhile. Afterwards, whatever ended it, `blocks` has those it gave back, if
-        `request.hold_blocks` asked for them. Raises what `submit` raises, the error the sequence ended with, and
-        Draining when the engine was stopped.
+        `request.hold_blocks` asked for them or it was taken out; then the output says CANCELLED. Raises what `submit`
+        raises, the error the sequence ended with, and Draining when the engine was stopped.
         """
         # Numbered, for a cancelled sequence may still be in the engine when its request comes again.
         engine_id = f"{request.request_id}#{next(self._numbers)}"
         allocation = blocks.allocation if blocks.held else None
-        sequence = self._running[engine_id] = _Sequence(take, asyncio.get_running_loop().create_future())
+        sequence = self._running[engine_id] = _Sequence(
+            request.request_id, take, asyncio.get_running_loop().create_future()
+        )
         try:
             self._engine.submit(replace(request, request_id=engine_id, allocation=allocation))
         except BaseException:
@@ -62,9 +66,16 @@ class Sequences:
         blocks.take(output.held)
         if output.error is not None:
             raise output.error
-        if output.finish_reason is FinishReason.CANCELLED:
+        if output.finish_reason is FinishReason.CANCELLED and not sequence.taken_out:
             raise Draining(f"request {request.request_id}: the engine of this worker was stopped")
         return output
+
+    def take_out(self, request_id: str) -> None:
+        """Ends the request's sequence after the step under way; whoever waits gets its blocks. A no-op for others."""
+        for engine_id, sequence in self._running.items():
+            if sequence.request_id == request_id:
+                sequence.taken_out = True
+                self._engine.take_out(engine_id)
 
     def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
         """Passes outputs on at once, and wakes whoever waits when a sequence ends."""

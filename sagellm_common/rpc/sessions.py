@@ -84,7 +84,8 @@ class PromptKvReport:
 class DecodeStep:
     """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
 
-    `engine_ms`, of the last one: what the engine took for all of this call's.
+    `engine_ms`, of the last one: what the engine took for all of this call's. The last one has finish_reason, CANCELLED
+    where it was `handed_over`.
     """
 
     index: int
@@ -94,6 +95,14 @@ class DecodeStep:
     transfer: TransferReport | None
     engine_ms: float = 0.0
     prompt_kv: PromptKvReport | None = None
+    handed_over: HandedOver | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """The worker has ended the generation for another to go on with; `source` None: it must compute the KV anew."""
+
+    source: KvSource | None
 
 
 class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker_pb2.PrefillResult]):
@@ -165,8 +174,11 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
         super().__init__(channel, address, "sagellm.v1.DecodeService", choice, *_describe(worker_id, address))
         self._worker_id = worker_id
 
-    async def reserve(self, request: GenerationRequest, attempt: int, *, timeout_s: float) -> HandoffTicket:
-        """Raises what the worker answers (KvExhausted, Draining, …), PeerLost, DeadlineExceeded, Cancelled."""
+    async def reserve(
+        self, request: GenerationRequest, attempt: int, emitted: Sequence[int] = (), *, timeout_s: float
+    ) -> HandoffTicket:
+        """For the prompt, and what was `emitted` elsewhere and comes with it. Raises what the worker answers
+        (KvExhausted, Draining, …), PeerLost, DeadlineExceeded, Cancelled."""
         message = worker_pb2.ReserveRequest(
             request_id=request.request_id,
             attempt=attempt,
@@ -176,6 +188,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             tenant=request.tenant,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
+            emitted_token_ids=pack_int32(emitted),
         )
         key = ("reserve", request.request_id, attempt)
         async with self._call(key, worker_pb2.DecodeSessionRequest(reserve=message), timeout_s, _what(key)) as replies:
@@ -262,6 +275,12 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
         cancel = worker_pb2.CancelRequest(request_id=request_id, attempt=attempt, by_client=by_client)
         self._send_soon(worker_pb2.DecodeSessionRequest(cancel=cancel))
 
+    def hand_over(self, request_id: str, attempt: int) -> None:
+        """Has the worker end the generation after its step, its KV pinned: `decode`'s last step says so. A no-op for
+        what it does not decode."""
+        hand_over = worker_pb2.HandOverRequest(request_id=request_id, attempt=attempt)
+        self._send_if_open(worker_pb2.DecodeSessionRequest(hand_over=hand_over))
+
     def release(self, request_id: str, attempt: int, *, by_client: bool = False) -> None:
         """Gives reserved blocks back. A no-op for what the worker does not know or decodes already."""
         self._abandon(("reserve", request_id, attempt), f"request {request_id}")
@@ -334,7 +353,12 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
         else None,
         engine_ms=response.engine_ms,
         prompt_kv=_prompt_kv(response.prompt_kv) if response.HasField("prompt_kv") else None,
+        handed_over=_handed_over(response.handed_over) if response.HasField("handed_over") else None,
     )
+
+
+def _handed_over(message: worker_pb2.HandedOver) -> HandedOver:
+    return HandedOver(codec.decode_kv_source(message.source) if message.HasField("source") else None)
 
 
 def _prompt_kv(message: worker_pb2.PromptKv) -> PromptKvReport:

@@ -18,16 +18,18 @@ from sagellm_common.core.types import (
     SamplingParams,
     TokenIds,
     TokenLogprob,
+    as_token_ids,
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReserveJob:
-    """Memory for one prompt's KV, wanted before anybody computes it."""
+    """Memory for one prompt's KV, wanted before anybody computes it; and for that of what was `emitted` elsewhere."""
 
     request_id: str
     attempt: int
     prompt: TokenIds
+    emitted: TokenIds = field(default_factory=lambda: as_token_ids(()))
     cache_salt: str = ""
     tenant: str = ""
     trace_context: Mapping[str, str] = field(default_factory=dict)
@@ -118,11 +120,18 @@ class PromptKv:
     origins: KvOrigins = AT_HAND
 
 
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """The generation goes on elsewhere: where its KV waits to be pulled; None: it must be computed anew."""
+
+    source: KvSource | None
+
+
 @dataclass(slots=True, eq=False)
 class DecodeChunk:
     """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
 
-    `engine_ms`, of the last one: what the engine took for all of them.
+    `engine_ms`, of the last one: what the engine took for all of them. `handed_over`: it is the last one here.
     """
 
     index: int
@@ -132,6 +141,7 @@ class DecodeChunk:
     transfer: Transfer | None = None
     prompt_kv: PromptKv | None = None
     engine_ms: float = 0.0
+    handed_over: HandedOver | None = None
 
 
 Emit = Callable[[DecodeChunk], None]
@@ -155,10 +165,13 @@ class Decode(Protocol):
         """Starts a reservation's time anew; returns the seconds it now has. Raises LeaseExpired."""
 
     async def decode(self, job: DecodeJob, emit: Emit) -> None:
-        """Emits every chunk up to the one with finish_reason STOP or LENGTH, then returns.
+        """Emits every chunk up to the one with finish_reason STOP or LENGTH, or `handed_over`, then returns.
 
         Raises SageError; then nothing is emitted any more. Cancelling the call gives everything back.
         """
+
+    def hand_over(self, request_id: str, attempt: int) -> None:
+        """Ends this attempt after the engine's step, with its KV pinned. A no-op for unknown ones."""
 
     def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Ends this attempt and older ones with Cancelled, reservations included. A no-op for unknown ones."""

@@ -1,11 +1,12 @@
-"""The heart of the decode service: reserve → pull (ahead of the call, or in it) → commit → submit → stream → offload.
+"""The heart of the decode service: reserve → pull (ahead of the call, or in it) → commit → submit → stream → offload,
+or hand over.
 
 Without a prefill worker to pull from: allocate → fetch what the kv_stores hold → submit, which computes the rest.
 
 Who owns the blocks on the way, and so who frees them when the request ends there:
 
     reserve ── the reservations ── claim ── this request ── submit ── the engine ── last output ── this request
-                    └ pull_ahead ── written ── take ┘                     offload ── the lease table ◄──┘
+                    └ pull_ahead ── written ── take ┘          offload, hand over ── the lease table ◄──┘
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 import xxhash
 
-from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, Party
+from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, Party, last_epoch
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, KvExhausted, LeaseExpired
 from sagellm_common.core.telemetry import span
@@ -28,10 +29,20 @@ from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
+from sagellm_common.rpc.kv_source import describe_source
 from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_service import Load, WorkerView
 from services.decode.ahead import PullsAhead
-from services.decode.jobs import DecodeChunk, DecodeJob, Emit, PromptKv, PullAheadJob, ReserveJob, Transfer
+from services.decode.jobs import (
+    DecodeChunk,
+    DecodeJob,
+    Emit,
+    HandedOver,
+    PromptKv,
+    PullAheadJob,
+    ReserveJob,
+    Transfer,
+)
 from services.decode.offload import Offloader
 from services.decode.pull import KvPuller
 from services.decode.running import RunningRequests
@@ -61,6 +72,12 @@ class _Tokens:
         self._transfer = self._prompt_kv = None
         self.new += output.token_ids
         failpoints.hit("decode.streaming")
+
+    def hand_over(self, source: KvSource | None) -> None:
+        """These were the last ones here."""
+        index, found = self._num_emitted + len(self.new), (self._transfer, self._prompt_kv)
+        handed_over = HandedOver(source)
+        self._emit(DecodeChunk(index, (), (), FinishReason.CANCELLED, *found, self._engine_s * 1e3, handed_over))
 
 
 class DecodeLoop:
@@ -94,10 +111,11 @@ class DecodeLoop:
     def reserve(self, job: ReserveJob) -> HandoffTicket:
         """Raises Draining, KvExhausted, InvalidRequest, ContextTooLong, LeaseExpired (for an older attempt)."""
         self._worker.check_accepting()
-        check_fits(self._engine, job.prompt)
+        known = _known_tokens(job)
+        check_fits(self._engine, known)
         # A repeated call replaces what the first one took: the request id may have come back with another prompt.
         self.release(job.request_id, job.attempt)
-        allocation = self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt, job.tenant)
+        allocation = self._pool.allocate(known, len(known), job.cache_salt, job.tenant)
         with OwnedBlocks(self._pool, allocation) as blocks:
             subject = _subject(job)
             reserved = self._reservations.reserve(job.request_id, job.attempt, blocks.allocation, subject)
@@ -127,6 +145,11 @@ class DecodeLoop:
     def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         self.release(request_id, attempt, by)
         self._running.cancel(request_id, attempt, by)
+        self._leases.release(request_id, last_epoch(attempt), committed=False, by=by)
+
+    def hand_over(self, request_id: str, attempt: int) -> None:
+        if self._running.hand_over(request_id, attempt):
+            self._sequences.take_out(_engine_id(request_id, attempt))
 
     # ---- the rest of it ----
 
@@ -154,8 +177,11 @@ class DecodeLoop:
                     found = await self._receive(job, job.source, blocks)
                     failpoints.hit("decode.pulled")
             failpoints.hit("decode.committed")
-            token_ids = await self._generate(job, blocks, found, emit)
-            if self._offload is not None and blocks.held:
+            tokens = _Tokens(len(job.emitted), found, emit)
+            token_ids = await self._generate(job, blocks, tokens)
+            if token_ids is None:
+                tokens.hand_over(self._pin(job, blocks))
+            elif self._offload is not None and blocks.held:
                 self._offload.offer(job.request_id, job.attempt, token_ids, job.cache_salt, blocks, job.tenant)
 
     async def _find(self, job: DecodeJob, blocks: OwnedBlocks) -> PromptKv | None:
@@ -224,13 +250,16 @@ class DecodeLoop:
                 raise
             self._worker.check_accepting()
 
-    async def _generate(
-        self, job: DecodeJob, blocks: OwnedBlocks, found: Transfer | PromptKv | None, emit: Emit
-    ) -> TokenIds:
-        """Streams the generation out of the engine; returns all tokens, and `blocks` has their KV if it is wanted."""
-        known, tokens = _known_tokens(job), _Tokens(len(job.emitted), found, emit)
+    async def _generate(self, job: DecodeJob, blocks: OwnedBlocks, tokens: _Tokens) -> TokenIds | None:
+        """Streams the generation out of the engine; returns all tokens, and `blocks` has their KV if it is wanted.
+
+        None, and `blocks` has what KV there is, when it is to go on elsewhere.
+        """
+        if self._running.handing_over(job.request_id):
+            return None
+        known = _known_tokens(job)
         request = EngineRequest(
-            request_id=f"{job.request_id}/{job.attempt}",
+            request_id=_engine_id(job.request_id, job.attempt),
             token_ids=known,
             sampling=job.sampling,
             num_emitted_tokens=len(job.emitted),
@@ -240,8 +269,28 @@ class DecodeLoop:
             timeout_s=job.timeout_s,
             hold_blocks=self._offload is not None,
         )
-        await self._sequences.run(request, blocks, tokens.take)
-        return np.concatenate([known, np.array(tokens.new, dtype=np.int32)])
+        last = await self._sequences.run(request, blocks, tokens.take)
+        if last.finish_reason is FinishReason.CANCELLED:
+            return None
+        generated: TokenIds = np.concatenate([known, np.array(tokens.new, dtype=np.int32)])
+        return generated
+
+    def _pin(self, job: DecodeJob, blocks: OwnedBlocks) -> KvSource | None:
+        """For whoever goes on with it to pull, as from a prefill worker. None: no KV is here."""
+        if not blocks.held or not blocks.allocation.num_cached_tokens:
+            return None
+        num_tokens, epoch = blocks.allocation.num_cached_tokens, self._leases.new_epoch(job.attempt)
+        pinned = self._leases.pin(job.request_id, epoch, blocks.allocation, num_tokens)
+        blocks.hand_over()
+        return describe_source(
+            self._worker.record,
+            self._pool.layout,
+            transfer_id=job.request_id,
+            epoch=epoch,
+            block_ids=pinned.block_ids,
+            num_tokens=num_tokens,
+            lease_ttl_s=self._leases.ttl_s,
+        )
 
     def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
         """The engine's callback."""
@@ -262,5 +311,9 @@ def _subject(job: ReserveJob | DecodeJob) -> bytes:
     return xxhash.xxh3_128_digest(b"%b\0%b" % (job.cache_salt.encode(), pack_int32(job.prompt)))
 
 
-def _known_tokens(job: DecodeJob) -> TokenIds:
+def _engine_id(request_id: str, attempt: int) -> str:
+    return f"{request_id}/{attempt}"
+
+
+def _known_tokens(job: ReserveJob | DecodeJob) -> TokenIds:
     return np.concatenate([job.prompt, job.emitted]).astype(np.int32, copy=False)

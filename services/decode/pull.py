@@ -70,7 +70,9 @@ class KvPuller:
         self, job: DecodeJob, source: KvSource, theirs: KvLayout, allocation: Allocation, pulling: Pulling
     ) -> Transfer:
         size = self._layout.block_size_tokens
-        ready = min(self._ready_tokens(source), len(job.prompt))
+        # One token at least is the engine's to compute; and a generation may have outgrown what was reserved for it.
+        most = min(len(job.prompt) + len(job.emitted) - 1, len(allocation.block_ids) * size)
+        ready = min(self._ready_tokens(source), most)
         begin = self._first_missing(allocation)
         end = -(-ready // size)
         if begin >= end:

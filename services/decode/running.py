@@ -16,6 +16,7 @@ class _Entry:
     attempt: int
     task: asyncio.Task[object]
     reason: SageError | None = None
+    handing_over: bool = False
 
     def end(self, reason: SageError) -> None:
         if self.reason is None:
@@ -60,6 +61,18 @@ class RunningRequests:
         finally:
             if self._entries.get(request_id) is entry:
                 del self._entries[request_id]
+
+    def hand_over(self, request_id: str, attempt: int) -> bool:
+        """Notes that this attempt is to end here and go on elsewhere; False when it does not run."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.attempt != attempt:
+            return False
+        entry.handing_over = True
+        return True
+
+    def handing_over(self, request_id: str) -> bool:
+        """Whether the running attempt is to end here."""
+        return self._entries[request_id].handing_over
 
     def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Ends this attempt or an older one with Cancelled. A no-op for unknown ones."""

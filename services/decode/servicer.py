@@ -51,6 +51,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         self._decode.cancel(request.request_id, request.attempt, canceller(request))
         return worker_pb2.CancelResponse()
 
+    async def HandOver(self, request: worker_pb2.HandOverRequest, context: Context) -> worker_pb2.HandOverResponse:
+        self._decode.hand_over(request.request_id, request.attempt)
+        return worker_pb2.HandOverResponse()
+
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
         async def write(message: worker_pb2.DecodeSessionResponse) -> None:
             for response in message.outputs:
@@ -80,6 +84,8 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                     case "cancel":
                         cancel = message.cancel
                         self._decode.cancel(cancel.request_id, cancel.attempt, canceller(cancel))
+                    case "hand_over":
+                        self._decode.hand_over(message.hand_over.request_id, message.hand_over.attempt)
                     case "release":
                         release = message.release
                         self._decode.release(release.request_id, release.attempt, canceller(release))
@@ -120,6 +126,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             request_id=_request_id(request.request_id),
             attempt=request.attempt,
             prompt=codec.decode_token_ids(request.prompt_token_ids, "prompt_token_ids"),
+            emitted=codec.decode_token_ids(request.emitted_token_ids, "emitted_token_ids"),
             cache_salt=request.cache_salt,
             tenant=request.tenant,
             trace_context=dict(request.trace_context),
@@ -191,6 +198,10 @@ def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: Dec
     if chunk.finish_reason is not None:
         response.finish_reason = codec.encode_finish_reason(chunk.finish_reason)
         response.engine_ms = chunk.engine_ms
+    if chunk.handed_over is not None:
+        response.handed_over.SetInParent()
+        if chunk.handed_over.source is not None:
+            response.handed_over.source.CopyFrom(codec.encode_kv_source(chunk.handed_over.source))
     if chunk.prompt_kv is not None:
         response.prompt_kv.cached_tokens = chunk.prompt_kv.cached_tokens
         response.prompt_kv.store_tokens = chunk.prompt_kv.store_tokens

@@ -114,6 +114,9 @@ class ObservedDecode:
                 REQUESTS.labels(outcome).inc()
                 meter.report()
 
+    def hand_over(self, request_id: str, attempt: int) -> None:
+        self._inner.hand_over(request_id, attempt)
+
     def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         self._inner.cancel(request_id, attempt, by)
 
@@ -144,7 +147,7 @@ class _Meter:
             self._first_s = self._last_s
         self.num_tokens += len(chunk.token_ids)
         if chunk.finish_reason is not None:
-            self.finish_reason = chunk.finish_reason.value
+            self.finish_reason = "handed_over" if chunk.handed_over else chunk.finish_reason.value
         if chunk.transfer is not None:
             self._transferred(chunk.transfer)
 

@@ -11,11 +11,12 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
@@ -38,6 +39,7 @@ from services.router.cached_blocks import CachedBlocks
 from services.router.cost_file import cost_path, kept, load_costs
 from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
+from services.router.moves import Moves
 from services.router.observed import ObservedPipeline, RouterMetrics
 from services.router.pipeline import Pipeline
 from services.router.servicer import InferenceServicer, explain_plan
@@ -101,6 +103,7 @@ async def serving(
         on_steps = learner.told if learner is not None else None
         workers = Workers(topology, channels, config.rpc.session, cached_blocks, on_steps)
         stack.push_async_callback(workers.close)
+        moves = Moves(workers)
         pipeline = ObservedPipeline(
             Pipeline(
                 config.router,
@@ -111,6 +114,7 @@ async def serving(
                 random.Random(),
                 TransferPlanner(config.transport, workers.cost),
                 learner,
+                moves,
             ),
             metrics,
         )
@@ -129,8 +133,20 @@ async def serving(
         bound = await server.start()
         stack.push_async_callback(server.stop, STOP_GRACE_S)
         workers.start()
+        await stack.enter_async_context(_running(moves.run(), "moves"))
         await server.set_serving(True)
         yield Router(f"{config.cluster.host}:{bound}", pipeline, workers, server)
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """For the time of the block."""
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @asynccontextmanager

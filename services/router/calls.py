@@ -42,13 +42,13 @@ class OpenCalls:
         """The decode worker has ended the generation: it has claimed its reservation and released the prefill's pin."""
         self._undo.clear()
 
-    def settle(self, *, keep_prefill: tuple[WorkerLink, int] | None = None, by_client: bool = False) -> None:
-        """Cancels and releases everything but the prefill `keep_prefill`, whose KV is still wanted. Idempotent.
+    def settle(self, *, keep: tuple[WorkerLink, int] | None = None, by_client: bool = False) -> None:
+        """Cancels and releases everything but the attempt `keep` on that worker, whose KV is still wanted. Idempotent.
 
         Workers note in their handoffs' records whether it was the client who wanted that.
         """
         for (what, link, attempt), undo in list(self._undo.items()):
-            if what == "prefill" and (link, attempt) == keep_prefill:
+            if what != "reserve" and (link, attempt) == keep:
                 continue
             del self._undo[what, link, attempt]
             undo(self._request_id, attempt, by_client=by_client)

@@ -17,16 +17,17 @@ from sagellm_common.core.types import (
     KvSource,
     TokenLogprob,
 )
-from sagellm_common.rpc.sessions import DecodeStep, PrefillOutcome, PromptKvReport, TransferReport
+from sagellm_common.rpc.sessions import DecodeStep, HandedOver, PrefillOutcome, PromptKvReport, TransferReport
 from services.router.explain import Explanation, PlanEvent
-from services.router.stages import Prefilled
+from services.router.stages import Pinned, Prefilled
 from services.router.workers import WorkerLink
 
 
 class Generation:
     """Counts tokens so that none is emitted twice or skipped, over any number of attempts, and keeps the times.
 
-    `attempts` numbers the attempts on the wire; the `rejections` among them, by full workers, are no failures.
+    `attempts` numbers the attempts on the wire; the `rejections` among them, by workers that are full or leave, are no
+    failures, nor are `moves` from a worker that leaves.
     `at_fault` is the worker whose call failed last.
     """
 
@@ -36,8 +37,9 @@ class Generation:
         self.emitted: list[int] = []
         self.attempts = 0
         self.rejections = 0
+        self.moves = 0
         self.at_fault: WorkerLink | None = None
-        self._pinned: Prefilled | None = None
+        self._pinned: Pinned | None = None
         self._pinned_until_s = 0.0
         self._clock = clock
         self._began_s = clock.now()
@@ -63,8 +65,8 @@ class Generation:
         return self._clock.now() - self._began_s
 
     @property
-    def pinned(self) -> Prefilled | None:
-        """A finished prefill whose KV nobody has pulled yet and whose lease still has time."""
+    def pinned(self) -> Pinned | None:
+        """KV that nobody has pulled yet and whose lease still has time."""
         return self._pinned if self._clock.now() < self._pinned_until_s else None
 
     def unpin(self) -> None:
@@ -106,9 +108,7 @@ class Generation:
         outcome = prefilled.outcome
         self._prefill, self._prefill_worker_id = outcome, prefilled.worker.worker_id
         self._explain_kv(self._prefill_worker_id, outcome)
-        if outcome.source:
-            self._pinned = prefilled
-            self._pinned_until_s = self._clock.now() + outcome.source.lease_expires_in_ms / 1e3
+        self._pin(prefilled.pinned)
         return self._emit(outcome.token_ids, outcome.logprobs, outcome.finish_reason)
 
     def take_step(self, link: WorkerLink, step: DecodeStep) -> GenerationOutput | None:
@@ -130,6 +130,15 @@ class Generation:
         if not step.token_ids and step.finish_reason is None:
             return None
         return self._emit(step.token_ids, step.logprobs, step.finish_reason)
+
+    def move(self, link: WorkerLink, handed_over: HandedOver, target: WorkerLink | None) -> None:
+        """The decode worker has ended the generation, for `target` to go on with it; None: for whoever can."""
+        self.moves += 1
+        source = handed_over.source
+        self._pin(Pinned(source, link, self.attempts, moved=True) if source else None)
+        kv = f"KV of {source.num_tokens} tokens" if source else "no KV"
+        whom = target.worker_id if target else "others"
+        self._record("hand over", self._clock.now(), 0.0, f"{link.worker_id}: {kv} for {whom}")
 
     def finish(self, reason: FinishReason) -> GenerationOutput:
         """The last output, without tokens."""
@@ -165,7 +174,7 @@ class Generation:
             decode_engine_ms=self._decode_engine_ms,
             ttft_ms=(first_s - self._began_s) * 1e3,
             tpot_ms=(self._last_token_s - first_s) * 1e3 / max(1, num_tokens - 1),
-            attempts=self.attempts - self.rejections,
+            attempts=self.attempts - self.rejections - self.moves,
         )
 
     def _emit(
@@ -186,6 +195,11 @@ class Generation:
             summary=self.summary() if finish_reason else None,
         )
 
+    def _pin(self, pinned: Pinned | None) -> None:
+        self._pinned = pinned
+        if pinned is not None:
+            self._pinned_until_s = self._clock.now() + pinned.source.lease_expires_in_ms / 1e3
+
     def _explain_kv(self, worker_id: str, found: PrefillOutcome | PromptKvReport) -> None:
         """Where the worker that has completed the prompt had its KV from."""
         computed, own, host, peer, store, disk = found.origins.of(
@@ -202,10 +216,11 @@ class Generation:
 
     def _take_transfer(self, link: WorkerLink, transfer: TransferReport) -> None:
         """Pulled and committed: the source is unpinned. The span is entered afterwards, from the worker's report."""
-        self._transfer = transfer
-        if link.record.model is not None:
-            reused = transfer.blocks_reused * link.record.model.kv_layout.block_size_tokens
-            self._on_decode_tokens = min(reused, len(self.request.prompt_token_ids))
+        if self._pinned is None or not self._pinned.moved:
+            self._transfer = transfer
+            if link.record.model is not None:
+                reused = transfer.blocks_reused * link.record.model.kv_layout.block_size_tokens
+                self._on_decode_tokens = min(reused, len(self.request.prompt_token_ids))
         self.unpin()
         blocks = f"{transfer.blocks} blocks, {transfer.blocks_reused} reused"
         over = f"{transfer.backend} ({transfer.why})" if transfer.why else transfer.backend

@@ -2,8 +2,8 @@
 
 admit → ( match → plan → reserve on decode → prefill → decode ) → release
            ▲                                            │
-           └──────── again elsewhere, after what ◄──────┘ a worker failed
-                     was emitted already
+           └──────── again elsewhere, after what ◄──────┘ a worker failed, or hands
+                     was emitted already                  over what runs: see `moves`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import RouterConfig
-from sagellm_common.core.errors import Cancelled, Draining, EngineFailed, NoWorker, PeerLost, SageError, UnknownModel
+from sagellm_common.core.errors import Cancelled, EngineFailed, NoWorker, PeerLost, SageError, UnknownModel
 from sagellm_common.core.types import (
     FinishReason,
     GenerationOutput,
@@ -38,9 +38,10 @@ from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
 from services.router.generation import Generation
 from services.router.load import Sent
+from services.router.moves import Move, Moved, Moves
 from services.router.placing import place, sent_of, ttft_target_s
 from services.router.retry import Retry, blames_source
-from services.router.stages import Admitted, Deadline, Matched, Prefilled, Reserved, Routed
+from services.router.stages import Admitted, Deadline, Matched, Pinned, Prefilled, Reserved, Routed
 from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink, Workers
 
@@ -62,8 +63,9 @@ class Pipeline:
         rng: random.Random,
         transfers: TransferPlanner,
         learner: CostLearner | None = None,
+        moves: Moves | None = None,
     ) -> None:
-        """`learner` hears what the workers took."""
+        """`learner` hears what the workers took; `moves`, which must run, what decodes where."""
         self._config = config
         self._workers = workers
         self._strategy = strategy
@@ -72,6 +74,7 @@ class Pipeline:
         self._rng = rng
         self._transfers = transfers
         self._learner = learner
+        self._moves = moves or Moves(workers)
         self._admission = Admission(config.max_queue)
 
     @property
@@ -90,18 +93,22 @@ class Pipeline:
         deadline = self._deadline(timeout_s)
         with self._admission.admit(request.request_id) as slot:
             generation = Generation(request, self._clock, self._explain.begin(request.request_id))
-            retry = Retry(self._config.max_attempts)
+            retry, move = Retry(self._config.max_attempts), None
             try:
                 with generation.stage("admit"):
                     admitted = await self._admit(request, deadline, slot)
                 while True:
                     try:
-                        async with aclosing(self._attempt(admitted, generation, retry, slot)) as outputs:
+                        async with aclosing(self._attempt(admitted, generation, retry, slot, move)) as outputs:
                             async for output in outputs:
                                 yield output
                         return
+                    except Moved as moved:
+                        slot.calls.check()
+                        move = moved.move
                     except SageError as error:
                         slot.calls.check()
+                        move = None
                         await self._before_retry(error, admitted, generation, retry, slot)
             except (GeneratorExit, asyncio.CancelledError):  # its client is gone
                 slot.calls.settle(by_client=True)
@@ -123,9 +130,12 @@ class Pipeline:
         await self._admission.drain()
 
     async def _attempt(
-        self, admitted: Admitted, generation: Generation, retry: Retry, slot: Slot
+        self, admitted: Admitted, generation: Generation, retry: Retry, slot: Slot, move: Move | None = None
     ) -> AsyncGenerator[GenerationOutput, None]:
-        """From match to the last token, once. Where tokens were emitted before, it goes on after them."""
+        """From match to the last token, once. Where tokens were emitted before, it goes on after them.
+
+        Raises Moved when it is to go on elsewhere.
+        """
         if generation.complete:
             yield generation.finish(FinishReason.LENGTH)
             return
@@ -133,17 +143,21 @@ class Pipeline:
         with generation.stage("match"):
             matched = self._match(admitted)
         with generation.stage("plan"):
-            routed = await self._route(admitted, matched, generation, retry, slot)
+            routed = await self._route(admitted, matched, generation, retry, slot, move)
         planned_s = generation.age_s
         with routed.decode.engaged(), sent_of(admitted, routed, len(generation.emitted)) as sent:
             source = generation.pinned
-            if routed.prefill is not None or source is not None:
+            if move is not None and move.target is not routed.decode:
+                move.undo()  # it left, too
+                move = None
+            if move is None and (routed.prefill is not None or source is not None):
                 reserved = await self._reserve(admitted, routed, generation, slot)
                 if routed.prefill is not None:
-                    source = await self._prefill(admitted, routed, routed.prefill, reserved, generation, slot, sent)
+                    prefilled = await self._prefill(admitted, routed, routed.prefill, reserved, generation, slot, sent)
                     if routed.expected_s:
                         generation.compare(routed.expected_s, planned_s)
-                    yield (output := generation.take_prefill(source))
+                    source = prefilled.pinned
+                    yield (output := generation.take_prefill(prefilled))
                     if output.finish_reason:
                         return
             async with aclosing(self._decode(admitted, routed, source, generation, slot, sent)) as outputs:
@@ -173,10 +187,18 @@ class Pipeline:
         return Matched(cached_tokens, stored_tokens)
 
     async def _route(
-        self, admitted: Admitted, matched: Matched, generation: Generation, retry: Retry, slot: Slot
+        self,
+        admitted: Admitted,
+        matched: Matched,
+        generation: Generation,
+        retry: Retry,
+        slot: Slot,
+        move: Move | None,
     ) -> Routed:
         def try_once() -> Routed:
             links = retry.preferred(self._workers.usable(admitted.model))
+            if move is not None and move.target in links:
+                links = [move.target]
             return place(admitted, matched, generation, links, self._strategy, self._transfers, self._config)
 
         # A request that lost its worker has work to lose: it waits for the restart. A fresh one is better told at once.
@@ -189,7 +211,9 @@ class Pipeline:
         timeout_s = admitted.deadline.budget_s()
         slot.calls.reserving(routed.decode, generation.attempts)
         with generation.stage("reserve", routed.decode):
-            ticket = await routed.decode.decode.reserve(admitted.request, generation.attempts, timeout_s=timeout_s)
+            ticket = await routed.decode.decode.reserve(
+                admitted.request, generation.attempts, generation.emitted, timeout_s=timeout_s
+            )
         return Reserved(ticket)
 
     async def _prefill(
@@ -246,7 +270,7 @@ class Pipeline:
         self,
         admitted: Admitted,
         routed: Routed,
-        source: Prefilled | None,
+        source: Pinned | None,
         generation: Generation,
         slot: Slot,
         sent: Sent,
@@ -255,24 +279,29 @@ class Pipeline:
         slot.calls.decoding(routed.decode, generation.attempts)
         generating, transfer = (routed.plan.node(kind) for kind in (PlanNodeKind.DECODE, PlanNodeKind.TRANSFER))
         assert generating is not None, "every plan ends in decoding"
-        with generation.stage("decode", routed.decode):
+        with (
+            generation.stage("decode", routed.decode),
+            self._moves.decoding(routed.decode, admitted, generation, slot.calls) as decoding,
+        ):
             steps = routed.decode.decode.decode(
                 replace(admitted.request, priority=generating.priority),
                 generation.attempts,
                 generation.emitted,
-                source.outcome.source if source else None,
+                source.source if source else None,
                 timeout_s=timeout_s,
                 wire_dtype=transfer.wire_dtype if transfer else "",
             )
             async with aclosing(steps):
                 async for step in steps:
                     self._count(routed.decode, step, source, sent)
+                    if step.handed_over is not None:
+                        raise decoding.handed_over(step.handed_over)
                     if step.finish_reason is FinishReason.CANCELLED:
-                        raise Draining(f"decode worker {routed.decode.worker_id} ended the request; it is stopping")
+                        raise Cancelled(f"decode worker {routed.decode.worker_id} ended the request; it is stopping")
                     if output := generation.take_step(routed.decode, step):
                         yield output
 
-    def _count(self, link: WorkerLink, step: DecodeStep, source: Prefilled | None, sent: Sent) -> None:
+    def _count(self, link: WorkerLink, step: DecodeStep, source: Pinned | None, sent: Sent) -> None:
         if step.token_ids:
             sent.step(len(step.token_ids))
         if self._learner is None:
@@ -289,7 +318,7 @@ class Pipeline:
     ) -> None:
         """Gives back what the failed attempt held and waits a little. Raises the error when it was the last attempt.
 
-        A prefill whose KV still waits to be pulled is kept for the next attempt, unless it is the culprit. It waits no
+        An attempt whose KV still waits to be pulled is kept for the next attempt, unless it is the culprit. It waits no
         more where the engine failed: the pull comes before.
         """
         at_fault, pinned = generation.at_fault, generation.pinned
@@ -299,7 +328,7 @@ class Pipeline:
         if pinned and (at_fault is pinned.worker or not pinned.worker.reachable or engine_failed):
             generation.unpin()
             pinned = None
-        slot.calls.settle(keep_prefill=(pinned.worker, pinned.attempt) if pinned else None)
+        slot.calls.settle(keep=(pinned.worker, pinned.attempt) if pinned else None)
         if isinstance(error, PeerLost | EngineFailed) and at_fault:
             self._workers.suspect(at_fault)
         delay_s = retry.delay_after(error, at_fault)

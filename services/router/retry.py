@@ -28,8 +28,9 @@ class Retry:
     """One request's failures so far.
 
     Failed attempts are bounded by `max_attempts`. A full worker is no failure: the request waits for room until its
-    deadline, asking the others in between; but a tenant that is at its limit everywhere is told so. `avoid` are
-    workers that failed it, `full` those without room in this round.
+    deadline, asking the others in between; but a tenant that is at its limit everywhere is told so. Nor is one that
+    leaves, of which the router had not heard yet. `avoid` are workers that failed it or leave, `full` those without
+    room in this round.
     """
 
     max_attempts: int
@@ -40,6 +41,7 @@ class Retry:
 
     def delay_after(self, error: SageError, at_fault: WorkerLink | None) -> float:
         """Seconds to wait before the next attempt. Raises `error` when there is none."""
+        leaves = isinstance(error, Draining)
         if isinstance(error, Cancelled):
             # Not by the client, that is handled before: the worker stops, and the request goes elsewhere.
             error = Draining(f"a worker cancelled the request: {error.message}")
@@ -52,6 +54,10 @@ class Retry:
             if at_fault is not None:
                 # Full for the second time: all its peers were asked in between, and a new round begins.
                 self.full = {at_fault.key} if at_fault.key in self.full else self.full | {at_fault.key}
+            return _backoff(self.rejections)
+        if leaves and at_fault is not None and at_fault.key not in self.avoid:
+            self.rejections += 1
+            self.avoid.add(at_fault.key)
             return _backoff(self.rejections)
         self.failures += 1
         if self.failures >= self.max_attempts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import DeadlineExceeded, EngineFailed
-from sagellm_common.core.types import GenerationRequest, HandoffTicket, ModelInfo
+from sagellm_common.core.types import GenerationRequest, HandoffTicket, KvSource, ModelInfo
 from sagellm_common.rpc.sessions import PrefillOutcome
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
 from services.router.workers import WorkerLink
@@ -73,6 +73,19 @@ class Reserved:
 
 
 @dataclass(frozen=True, slots=True)
+class Pinned:
+    """KV that waits on a worker to be pulled by the next decode worker; that worker's attempt has pinned it.
+
+    `moved`: with the generated tokens' KV, from a decode worker that has handed the generation over.
+    """
+
+    source: KvSource
+    worker: WorkerLink
+    attempt: int
+    moved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Prefilled:
     """First token known and KV pinned on the prefill worker; or the end of it all.
 
@@ -87,3 +100,8 @@ class Prefilled:
         outcome = self.outcome
         if outcome.finish_reason is None and (outcome.source is None or len(outcome.token_ids) != 1):
             raise EngineFailed(f"prefill worker {self.worker.worker_id} answered without a first token and its KV")
+
+    @property
+    def pinned(self) -> Pinned | None:
+        source = self.outcome.source
+        return Pinned(source, self.worker, self.attempt) if source is not None else None

@@ -73,6 +73,16 @@ class WorkerLink:
         """Takes new requests."""
         return self.reachable and not self.departed and self.record.state is WorkerState.SERVING
 
+    @property
+    def decodes(self) -> bool:
+        """Takes generations to decode, or would if it did not drain."""
+        return self.record.role in (WorkerRole.DECODE, WorkerRole.BOTH)
+
+    @property
+    def leaving(self) -> bool:
+        """What decodes there is to go on elsewhere."""
+        return self.record.state is WorkerState.DRAINING or not self.decodes
+
     def serves(self, model_name: str) -> bool:
         model = self.record.model
         return self.record.role is WorkerRole.KV_STORE or (model is not None and model.name == model_name)

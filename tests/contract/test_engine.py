@@ -9,6 +9,7 @@ import asyncio
 import importlib.metadata
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,6 +209,41 @@ async def test_cancel_frees_everything_running_or_waiting(kind: str, llama: Path
         assert stats.balanced
         assert stats.used_blocks == 0
         assert (driver.engine.stats().running, driver.engine.stats().waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 50, "seed": 7}], ids=["greedy", "seeded"])
+async def test_a_sequence_that_is_taken_out_goes_on_from_its_kv(
+    kind: str, llama: Path, sampling: dict[str, Any]
+) -> None:
+    tokens, other = prompts(15, (40, 20))
+    async with running_engine(llama, kind=kind, max_batch_size=2) as driver:
+        undisturbed, _ = await driver.run(tokens, 60, **sampling)
+        pool, found = driver.engine.kv, list[int]()
+        leaving, staying = driver.submit(tokens, 60, **sampling), driver.submit(other, 60)
+        waiting = driver.submit(other, 60)
+        driver.engine.take_out("unknown")
+        async for output in driver.outputs(leaving):
+            found += output.token_ids
+            if len(found) == 20:
+                driver.engine.take_out(leaving)
+                driver.engine.take_out(waiting)
+            last = output
+        held = last.held
+        assert last.finish_reason is FinishReason.CANCELLED and held is not None and len(found) < 60
+        assert 0 < held.num_cached_tokens < len(tokens) + len(found)
+        *_, never_ran = [output async for output in driver.outputs(waiting)]
+        assert never_ran.finish_reason is FinishReason.CANCELLED and never_ran.held is None
+        known = tokens + found
+        target = pool.allocate(as_token_ids(known), len(known), "a salt of its own, so that nothing is shared")
+        for source, destination in zip(held.block_ids, target.block_ids, strict=False):
+            pool.regions().block(int(destination))[:] = pool.regions().block(int(source))
+        target.num_cached_tokens = held.num_cached_tokens
+        pool.free(held)
+        request = {"allocation": target, "num_emitted_tokens": len(found)}
+        rest, _ = await driver.run(known, 60, request=request, **sampling)
+        assert found + rest == undisturbed
+        assert [t async for output in driver.outputs(staying) for t in output.token_ids] == greedy(llama, other, 60)
+        assert pool.get_utilization().used_blocks == 0
 
 
 async def test_sequences_that_outgrow_the_pool_are_preempted_and_still_right(kind: str, llama: Path) -> None:

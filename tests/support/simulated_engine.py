@@ -110,6 +110,7 @@ class _Sequence:
     num_generated: int
     allocation: Allocation | None
     cancelled: bool = False
+    taken_out: bool = False
     computed: int = field(default=0)
     layers: int = 0
     """Written of the chunk under way."""
@@ -177,6 +178,10 @@ class SimulatedEngine:
             self._sequences[request_id].cancelled = True
             self.cancelled.append(request_id)
 
+    def take_out(self, request_id: str) -> None:
+        if request_id in self._sequences:
+            self._sequences[request_id].taken_out = True
+
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self._sequences), waiting=0, steps=self._steps)
 
@@ -217,6 +222,8 @@ class SimulatedEngine:
         sequence = self._sequences[key]
         if sequence.cancelled:
             return self._finish(sequence, FinishReason.CANCELLED)
+        if sequence.taken_out and not sequence.layers:
+            return self._finish(sequence, FinishReason.CANCELLED, hold=True)
         if self.failure is not None:
             return self._finish(sequence, FinishReason.ERROR, error=self.failure)
         try:
@@ -285,10 +292,13 @@ class SimulatedEngine:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         error: SageError | None = None,
+        hold: bool = False,
     ) -> SequenceOutput:
         request, held = sequence.request, sequence.allocation
         del self._sequences[request.request_id]
-        if held is not None and not request.hold_blocks:
+        if held is not None and hold:
+            held.num_cached_tokens = sequence.computed
+        if held is not None and not (hold or request.hold_blocks):
             self.kv.free(held)
             held = None
         return SequenceOutput(request.request_id, token_ids, logprobs, reason, error, held, ENGINE_S)

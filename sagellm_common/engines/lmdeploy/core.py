@@ -63,6 +63,7 @@ class Running:
     submitted_s: float | None
     """Until its first tokens."""
     cancelled: bool = False
+    taken_out: bool = False
 
     def keeps_its_blocks(self) -> bool:
         """Whether it is computed in the blocks it came with; if not, its progress fails: others look at those."""
@@ -169,6 +170,13 @@ class EngineCore(LmdeployEngineBase):
             run = self._running.get(request_id)
             if run is not None:
                 run.cancelled = True
+        self.wake()
+
+    def take_out(self, request_id: str) -> None:
+        with self.kv.lock:
+            run = self._running.get(request_id)
+            if run is not None:
+                run.taken_out = True
         self.wake()
 
     def inject(self, plan: StepPlan | None) -> None:
@@ -356,8 +364,9 @@ class EngineCore(LmdeployEngineBase):
         self._timed_until = _now()
 
     def _admit(self) -> list[SequenceOutput]:
-        """Ends what was cancelled since the last step, and what LMDeploy gave up on."""
-        ended = [self._end(run.seq, FinishReason.CANCELLED) for run in list(self._running.values()) if run.cancelled]
+        """Ends what was cancelled or taken out since the last step, and what LMDeploy gave up on."""
+        left = [run for run in self._running.values() if run.cancelled or run.taken_out]
+        ended = [self._end(run.seq, FinishReason.CANCELLED) for run in left]
         aborted = list(self.scheduler.seq_manager.get_sequences(MessageStatus.ABORTED).values())
         full = KvExhausted("the sequence outgrew the KV cache; raise engine.num_blocks", retry_after_s=1.0)
         return ended + [self._end(seq, FinishReason.ERROR, error=full) for seq in aborted]
@@ -502,7 +511,10 @@ class EngineCore(LmdeployEngineBase):
         run = next(r for r in self._running.values() if r.seq is seq)
         del self._running[run.request.request_id]
         held = None
-        if run.request.hold_blocks and reason in (FinishReason.STOP, FinishReason.LENGTH):
+        well = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        # A step that was cancelled may have been abandoned half-way: nobody knows what is in its blocks.
+        out = reason is FinishReason.CANCELLED and run.taken_out and not run.cancelled and seq.num_history_ids > 0
+        if (run.request.hold_blocks and well) or out:
             held = self.kv.hold(seq.logical_blocks.get_real_blocks(), seq.num_history_ids)
         self.kv.cache.prefixes.pop(seq.session_id)
         self.steering.leave(seq.session_id)

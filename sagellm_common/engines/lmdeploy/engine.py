@@ -106,6 +106,9 @@ class LmdeployEngine:
     def cancel(self, request_id: str) -> None:
         self._started().cancel(request_id)
 
+    def take_out(self, request_id: str) -> None:
+        self._started().take_out(request_id)
+
     def inject(self, plan: StepPlan | None) -> None:
         """Puts a plan over the policy, from the next step on; None takes it away. Raises ConfigError when LMDeploy
         lacks the hook.

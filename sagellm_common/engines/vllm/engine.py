@@ -98,7 +98,8 @@ class VllmEngine:
         self._changed = threading.Condition()
         self._running: dict[str, VllmSequence] = {}
         self._submitted: list[VllmSequence] = []
-        self._cancelled: set[str] = set()
+        self._leaving: dict[str, bool] = {}
+        """Who was cancelled or (True) taken out since the last step."""
         self._stopping = False
         self._failure: SageError | None = None
         self._ended = asyncio.Event()
@@ -148,7 +149,13 @@ class VllmEngine:
     def cancel(self, request_id: str) -> None:
         with self._changed:
             if request_id in self._running:
-                self._cancelled.add(request_id)
+                self._leaving[request_id] = False
+                self._changed.notify()
+
+    def take_out(self, request_id: str) -> None:
+        with self._changed:
+            if request_id in self._running:
+                self._leaving.setdefault(request_id, True)
                 self._changed.notify()
 
     def stats(self) -> EngineStats:
@@ -304,19 +311,20 @@ class VllmEngine:
     def _wait_for_work(self) -> bool:
         """False once the engine is to stop."""
         with self._changed:
-            while not (self._stopping or self._submitted or self._cancelled or self._vllm.has_unfinished_requests()):
+            while not (self._stopping or self._submitted or self._leaving or self._vllm.has_unfinished_requests()):
                 self._changed.wait()
             return not self._stopping
 
     def _take_in(self) -> list[SequenceOutput]:
-        """Gives vLLM what came in since the last step, and takes back what was cancelled."""
+        """Gives vLLM what came in since the last step, and takes back what was cancelled or is taken out."""
         with self._changed:
             submitted, self._submitted = self._submitted, []
-            cancelled, self._cancelled = self._cancelled, set()
+            leaving, self._leaving = self._leaving, {}
         ended = [error for sequence in submitted if (error := self._add(sequence)) is not None]
-        for sequence in [self._running[id] for id in cancelled if id in self._running]:
-            self._vllm.abort_request([sequence.vllm_id], internal=True)
-            ended.append(self._end(sequence, FinishReason.CANCELLED))
+        for id, held in leaving.items():
+            if (sequence := self._running.get(id)) is not None:
+                self._vllm.abort_request([sequence.vllm_id], internal=True)
+                ended.append(self._end(sequence, FinishReason.CANCELLED, hold=held))
         return ended
 
     def _add(self, sequence: VllmSequence) -> SequenceOutput | None:
@@ -361,6 +369,7 @@ class VllmEngine:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         error: SageError | None = None,
+        hold: bool = False,
     ) -> SequenceOutput:
         """Makes a sequence's blocks findable when it ended well, and frees them or gives them back."""
         request, allocation = sequence.request, sequence.allocation
@@ -369,12 +378,14 @@ class VllmEngine:
         if allocation is None:
             return SequenceOutput(request.request_id, tokens, logprobs, reason, error, engine_s=self._took_s(sequence))
         held = None
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        well = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        hold = hold and sequence.num_saved_tokens > 0
+        if well or hold:
             allocation.num_cached_tokens = sequence.num_saved_tokens
             if self._config.prefix_caching:
                 known = as_token_ids([*request.token_ids.tolist(), *sequence.new_tokens])
                 self._pool.publish(allocation, known[: sequence.num_saved_tokens], request.cache_salt)
-            held = allocation if request.hold_blocks else None
+            held = allocation if hold or request.hold_blocks else None
         if held is None:
             self._pool.free(allocation)
         return SequenceOutput(request.request_id, tokens, logprobs, reason, error, held, self._took_s(sequence))

@@ -67,8 +67,9 @@ async def test_another_decode_worker_takes_over(
     assert generated.tokens == oracle(PROMPT, expected)
     assert generated.summary.decode_worker_id == "decode-1"
     # Right after the pull the router cannot know that the KV is gone at its source, and asks for it once more; unless
-    # the engine failed, which only sees a request after the pull.
-    assert generated.summary.attempts == (3 if point == "token:1" and fault != "fails" else 2)
+    # the engine failed, which only sees a request after the pull. That a worker drains is nobody's failure.
+    failures = 2 if point == "token:1" and fault != "fails" else 1
+    assert generated.summary.attempts == 1 + failures - (fault == "drains")
     await router.assert_nothing_held()
     assert not any(prefill.pins for prefill in prefills)
 
@@ -81,7 +82,7 @@ async def test_another_prefill_worker_takes_over(router: RouterHarness, point: s
     generated = await router.generate()
     assert generated.tokens == oracle(PROMPT, GREEDY_6)
     assert generated.summary.prefill_worker_id == "prefill-1"
-    assert generated.summary.attempts == 2
+    assert generated.summary.attempts == (1 if fault == "drains" else 2)
     await router.assert_nothing_held()
     assert [attempt for decode in decodes for attempt in decode.released] == [("r", 1)]
 

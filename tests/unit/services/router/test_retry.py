@@ -95,3 +95,13 @@ def test_while_a_worker_is_full_its_peers_are_asked_in_turn(links: dict[str, Wor
     only_one = [links["p0"], links["d1"]]
     retry.delay_after(KvExhausted("full"), links["p0"])
     assert retry.preferred(only_one) == only_one
+
+
+def test_a_worker_that_leaves_is_no_failure_once(links: dict[str, WorkerLink]) -> None:
+    retry = Retry(max_attempts=1)
+    for name in ("d0", "d1"):
+        retry.delay_after(Draining("leaves"), links[name])
+    assert (retry.failures, retry.rejections) == (0, 2)
+    assert links["p0"] in retry.preferred([*links.values()])
+    with pytest.raises(Draining):
+        retry.delay_after(Draining("still there"), links["d0"])

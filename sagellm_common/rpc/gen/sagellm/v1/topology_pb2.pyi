@@ -178,3 +178,19 @@ class WorkerEviction(_message.Message):
     cached_blocks: int
     error: str
     def __init__(self, worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., cached_blocks: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class SetWorkerRoleRequest(_message.Message):
+    __slots__ = ("worker_id", "change")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    change: _worker_pb2.SetRoleRequest
+    def __init__(self, worker_id: _Optional[str] = ..., change: _Optional[_Union[_worker_pb2.SetRoleRequest, _Mapping]] = ...) -> None: ...
+
+class DrainWorkerRequest(_message.Message):
+    __slots__ = ("worker_id", "grace_ms")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    GRACE_MS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    grace_ms: int
+    def __init__(self, worker_id: _Optional[str] = ..., grace_ms: _Optional[int] = ...) -> None: ...

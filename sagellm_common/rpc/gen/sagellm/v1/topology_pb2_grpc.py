@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from sagellm_common.rpc.gen.sagellm.v1 import topology_pb2 as sagellm_dot_v1_dot_topology__pb2
+from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2 as sagellm_dot_v1_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.81.0'
 GRPC_VERSION = grpc.__version__
@@ -81,6 +82,16 @@ class TopologyServiceStub:
                 request_serializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.FromString,
                 _registered_method=True)
+        self.SetWorkerRole = channel.unary_unary(
+                '/sagellm.v1.TopologyService/SetWorkerRole',
+                request_serializer=sagellm_dot_v1_dot_topology__pb2.SetWorkerRoleRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/sagellm.v1.TopologyService/DrainWorker',
+                request_serializer=sagellm_dot_v1_dot_topology__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class TopologyServiceServicer:
@@ -145,6 +156,19 @@ class TopologyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetWorkerRole(self, request, context):
+        """WorkerService's SetRole and Drain of a worker that is known here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TopologyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -192,6 +216,16 @@ def add_TopologyServiceServicer_to_server(servicer, server):
                     servicer.SetEviction,
                     request_deserializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.SerializeToString,
+            ),
+            'SetWorkerRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetWorkerRole,
+                    request_deserializer=sagellm_dot_v1_dot_topology__pb2.SetWorkerRoleRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.SetRoleResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=sagellm_dot_v1_dot_topology__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -439,6 +473,60 @@ class TopologyService:
             '/sagellm.v1.TopologyService/SetEviction',
             sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.SerializeToString,
             sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetWorkerRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.TopologyService/SetWorkerRole',
+            sagellm_dot_v1_dot_topology__pb2.SetWorkerRoleRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.TopologyService/DrainWorker',
+            sagellm_dot_v1_dot_topology__pb2.DrainWorkerRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

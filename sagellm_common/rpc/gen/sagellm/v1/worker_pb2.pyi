@@ -203,7 +203,7 @@ class CancelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "max_new_tokens", "cache_salt", "timeout_ms", "trace_context", "tenant")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "max_new_tokens", "cache_salt", "timeout_ms", "trace_context", "tenant", "emitted_token_ids")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,7 @@ class ReserveRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -227,7 +228,8 @@ class ReserveRequest(_message.Message):
     timeout_ms: int
     trace_context: _containers.ScalarMap[str, str]
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., max_new_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., tenant: _Optional[str] = ...) -> None: ...
+    emitted_token_ids: bytes
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., max_new_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., tenant: _Optional[str] = ..., emitted_token_ids: _Optional[bytes] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
     __slots__ = ("request_id", "attempt", "ticket")
@@ -303,7 +305,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., emitted_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("request_id", "attempt", "index", "token_ids", "logprobs", "finish_reason", "error", "transfer", "engine_ms", "prompt_kv")
+    __slots__ = ("request_id", "attempt", "index", "token_ids", "logprobs", "finish_reason", "error", "transfer", "engine_ms", "prompt_kv", "handed_over")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +316,7 @@ class DecodeResponse(_message.Message):
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_KV_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     index: int
@@ -324,7 +327,26 @@ class DecodeResponse(_message.Message):
     transfer: TransferReport
     engine_ms: float
     prompt_kv: PromptKv
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ..., prompt_kv: _Optional[_Union[PromptKv, _Mapping]] = ...) -> None: ...
+    handed_over: HandedOver
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ..., prompt_kv: _Optional[_Union[PromptKv, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ...) -> None: ...
+
+class HandOverRequest(_message.Message):
+    __slots__ = ("request_id", "attempt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class HandOverResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HandedOver(_message.Message):
+    __slots__ = ("source",)
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    source: _common_pb2.KvSource
+    def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class PromptKv(_message.Message):
     __slots__ = ("cached_tokens", "store_tokens", "store_fetch_ms", "store_conversion", "origins")
@@ -365,20 +387,22 @@ class TransferReport(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ..., bytes_ahead: _Optional[int] = ..., exposed_ms: _Optional[float] = ..., began_ahead_ms: _Optional[float] = ..., why: _Optional[str] = ..., conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
 
 class DecodeSessionRequest(_message.Message):
-    __slots__ = ("reserve", "decode", "cancel", "release", "renew", "pull_ahead")
+    __slots__ = ("reserve", "decode", "cancel", "release", "renew", "pull_ahead", "hand_over")
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     PULL_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     reserve: ReserveRequest
     decode: DecodeRequest
     cancel: CancelRequest
     release: ReleaseReservationRequest
     renew: RenewReservationRequest
     pull_ahead: PullAheadRequest
-    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ..., pull_ahead: _Optional[_Union[PullAheadRequest, _Mapping]] = ...) -> None: ...
+    hand_over: HandOverRequest
+    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ..., pull_ahead: _Optional[_Union[PullAheadRequest, _Mapping]] = ..., hand_over: _Optional[_Union[HandOverRequest, _Mapping]] = ...) -> None: ...
 
 class PullAheadRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "source", "timeout_ms", "trace_context", "priority", "wire_dtype")
@@ -640,6 +664,26 @@ class DrainResponse(_message.Message):
     UNFINISHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     unfinished_requests: int
     def __init__(self, unfinished_requests: _Optional[int] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("role", "grace_ms", "keep_engine")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    GRACE_MS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ENGINE_FIELD_NUMBER: _ClassVar[int]
+    role: _common_pb2.WorkerRole
+    grace_ms: int
+    keep_engine: bool
+    def __init__(self, role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., grace_ms: _Optional[int] = ..., keep_engine: _Optional[bool] = ...) -> None: ...
+
+class SetRoleResponse(_message.Message):
+    __slots__ = ("record", "before", "unfinished_requests")
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    record: WorkerRecord
+    before: _common_pb2.WorkerRole
+    unfinished_requests: int
+    def __init__(self, record: _Optional[_Union[WorkerRecord, _Mapping]] = ..., before: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., unfinished_requests: _Optional[int] = ...) -> None: ...
 
 class ListHandoffsRequest(_message.Message):
     __slots__ = ("request_id", "last", "failed")

@@ -226,6 +226,11 @@ class DecodeServiceStub:
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.CancelRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_worker__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.HandOver = channel.unary_unary(
+                '/sagellm.v1.DecodeService/HandOver',
+                request_serializer=sagellm_dot_v1_dot_worker__pb2.HandOverRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.HandOverResponse.FromString,
+                _registered_method=True)
         self.Session = channel.stream_stream(
                 '/sagellm.v1.DecodeService/Session',
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.DecodeSessionRequest.SerializeToString,
@@ -269,6 +274,14 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HandOver(self, request, context):
+        """Ends a generation after the engine's step, its KV pinned for another decode worker to pull: the last message of its
+        Decode call says where. A no-op for what does not run here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Session(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -302,6 +315,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=sagellm_dot_v1_dot_worker__pb2.CancelRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_worker__pb2.CancelResponse.SerializeToString,
+            ),
+            'HandOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOver,
+                    request_deserializer=sagellm_dot_v1_dot_worker__pb2.HandOverRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.HandOverResponse.SerializeToString,
             ),
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
@@ -457,6 +475,33 @@ class DecodeService:
             _registered_method=True)
 
     @staticmethod
+    def HandOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.DecodeService/HandOver',
+            sagellm_dot_v1_dot_worker__pb2.HandOverRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.HandOverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Session(request_iterator,
             target,
             options=(),
@@ -510,6 +555,11 @@ class WorkerServiceStub:
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/sagellm.v1.WorkerService/SetRole',
+                request_serializer=sagellm_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
         self.ListHandoffs = channel.unary_unary(
                 '/sagellm.v1.WorkerService/ListHandoffs',
                 request_serializer=sagellm_dot_v1_dot_worker__pb2.ListHandoffsRequest.SerializeToString,
@@ -552,7 +602,17 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """No new work from now on; answers when what runs has ended or moved to other workers, at the latest after the grace.
+        The process ends then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRole(self, request, context):
+        """Takes work of another role, prefill, decode or both, from now on. What runs of the old one goes on, here or elsewhere;
+        answers when none is left, at the latest after the grace. FAILED_PRECONDITION where the engine would have to be another.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -602,6 +662,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=sagellm_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=sagellm_dot_v1_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_worker__pb2.SetRoleResponse.SerializeToString,
             ),
             'ListHandoffs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListHandoffs,
@@ -707,6 +772,33 @@ class WorkerService:
             '/sagellm.v1.WorkerService/Drain',
             sagellm_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.WorkerService/SetRole',
+            sagellm_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            sagellm_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,
