@@ -6,7 +6,6 @@ links and time are simulated. What the cost model knows it learned here, from th
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -23,7 +22,9 @@ from sagellm_common.core.types import WorkerRole
 from sagellm_common.prefix_reuse.index import PrefixReuseIndex
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, SequenceView
+from sagellm_common.scheduler_ir.fairness import service_tokens
 from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, WorkerView
+from sagellm_common.scheduler_ir.waiting import Waiting, WaitingRoom
 
 W = TypeVar("W", PrefillSim, DecodeSim)
 
@@ -82,10 +83,11 @@ class SimCluster:
             for name in (f"prefill-{i}" for i in range(num_prefill))
         }
         self._decode = {
-            name: DecodeSim(name, self.clock, profile, kv()) for name in (f"decode-{i}" for i in range(num_decode))
+            name: DecodeSim(name, self.clock, profile, kv(), policy)
+            for name in (f"decode-{i}" for i in range(num_decode))
         }
         self._prefill_list, self._decode_list = list(self._prefill.values()), list(self._decode.values())
-        self._waiting: deque[Job] = deque()
+        self._waiting = WaitingRoom(self._strategy.order, fair=self._strategy.fair)
         self._steps = 0
         self._outcome = Outcome()
 
@@ -122,7 +124,8 @@ class SimCluster:
         elif len(self._waiting) >= self._max_waiting:
             job.rejected = "QUEUE_FULL"
         elif self._waiting or not self._start(job):
-            self._waiting.append(job)
+            tokens = service_tokens(request.prompt_tokens, request.output_tokens)
+            self._waiting.push(Waiting(view, request.tenant, tokens))
 
     def _start(self, job: Job) -> bool:
         """Places it and takes memory where it decodes; False when there is none."""
@@ -149,27 +152,33 @@ class SimCluster:
         decode.outstanding += 1
         decode.assigned += 1
         job.late = placement.late
+        decode.expect(job, 1)
         if placement.prefill_worker_id is None:
-            self._prefill_locally(job, decode)
+            self._prefill_locally(job, decode, placement.chunk_tokens)
             return True
         prefill = self._prefill[placement.prefill_worker_id]
         job.prefill_worker = prefill.name
         job.prefill_hit_tokens = job.computed_tokens = prefill.kv.hit_tokens(request.blocks, request.prompt_tokens)
-        needed_s = self.costs.prefill_s([(job.computed_tokens, request.prompt_tokens)]).seconds
-        job.view = replace(job.view, needed_s=needed_s)
+        self._expect(job)
         prefill.submit(job, lambda step_s: self._prefilled(job, prefill, decode, step_s))
         return True
 
-    def _prefill_locally(self, job: Job, decode: DecodeSim) -> None:
-        """The decode worker computes the prompt itself: all that decode there wait."""
-        request = job.request
-        job.prefill_hit_tokens = job.decode_hit_tokens
+    def _prefill_locally(self, job: Job, decode: DecodeSim, chunk_tokens: int) -> None:
+        """The decode worker computes the prompt itself, between the steps of those that decode there."""
+        job.prefill_hit_tokens = job.computed_tokens = job.decode_hit_tokens
+        self._expect(job)
         a, b, c = self._profile.prefill
-        start, end = job.decode_hit_tokens, request.prompt_tokens
-        seconds = a + b * (end - start) + c * (end * end - start * start)
-        self._learn_prefill([(start, end)], seconds)
-        ready_s = decode.stall(seconds)
-        self.clock.at(ready_s, lambda: self._decoding(job, decode, ready_s))
+        start, end = job.computed_tokens, job.request.prompt_tokens
+        self._learn_prefill([(start, end)], a + b * (end - start) + c * (end * end - start * start))
+
+        def done() -> None:
+            self._decoding(job, decode, self.clock.now_s)
+
+        decode.compute(job, chunk_tokens, done)
+
+    def _expect(self, job: Job) -> None:
+        needed_s = self.costs.prefill_s([(job.computed_tokens, job.request.prompt_tokens)]).seconds
+        job.view = replace(job.view, needed_s=needed_s)
 
     def _prefilled(self, job: Job, prefill: PrefillSim, decode: DecodeSim, step_s: float) -> None:
         request, now_s = job.request, self.clock.now_s
@@ -185,6 +194,7 @@ class SimCluster:
     def _decoding(self, job: Job, decode: DecodeSim, first_token_s: float) -> None:
         job.first_token_s = first_token_s
         self._computed(decode.name, decode.kv, job)
+        decode.expect(job, -1)
         if self._sampled(self.costs.decode.samples):
             context = decode.context_tokens + job.request.prompt_tokens
             seconds = step_seconds(self._profile, decode.sequences + 1, context)
@@ -195,8 +205,10 @@ class SimCluster:
         job.end_s = self.clock.now_s
         decode.outstanding -= 1
         decode.kv.give_back(job.reserved_blocks)
-        while self._waiting and self._start(self._waiting[0]):
-            self._waiting.popleft()
+        while (first := self._waiting.peek(self.clock.now_s)) is not None:
+            if not self._start(self._outcome.jobs[first.view.arrival]):
+                break
+            self._waiting.pop(self.clock.now_s)
 
     # ---- what the router knows ----
 
@@ -224,8 +236,10 @@ class SimCluster:
         decoders = [
             WorkerView(
                 *(w.name, WorkerRole.DECODE, w.outstanding, w.assigned, matched_tokens(w)),
-                sequences=w.sequences,
-                context_tokens=w.context_tokens,
+                queued_tokens=w.queued_tokens,
+                queued_squares=w.queued_squares,
+                sequences=w.sequences + w.coming,
+                context_tokens=w.context_tokens + w.coming_tokens,
             )
             for w in _shortlist(self._decode_list, matched, lambda w: w.context_tokens)
         ]
@@ -246,8 +260,8 @@ class SimCluster:
 def _shortlist(workers: list[W], matched: dict[str, int], load: Callable[[W], int]) -> list[W]:
     if len(workers) <= 2 * SHORTLIST:
         return workers
-    idle = sorted(workers, key=lambda worker: (load(worker), worker.assigned))[:SHORTLIST]
-    holders = sorted((w for w in workers if w.name in matched), key=lambda w: -matched[w.name])[:SHORTLIST]
+    idle: list[W] = sorted(workers, key=lambda worker: (load(worker), worker.assigned))[:SHORTLIST]
+    holders: list[W] = sorted((w for w in workers if w.name in matched), key=lambda w: -matched[w.name])[:SHORTLIST]
     return list(dict.fromkeys([*idle, *holders]))
 
 

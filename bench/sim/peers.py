@@ -28,6 +28,7 @@ class Peer:
     """One rule for both pools, as those routers have it; inside the engines, first come, first served."""
 
     order: Order = "fifo"
+    fair = False
 
     def __init__(self, name: str, pick: Pick) -> None:
         self.name = name

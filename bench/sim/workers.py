@@ -131,25 +131,57 @@ class PrefillSim:
         self.queued_squares += sign * (end * end - start * start)
 
 
+@dataclass(slots=True, eq=False)
+class _Prompt:
+    """One to be computed between the steps of those who decode, `tokens` at a time, `left` times more."""
+
+    job: Job
+    chunk_tokens: int
+    on_done: Callable[[], None]
+    tokens: float = 0.0
+    left: int = 0
+    computed: float = 0.0
+
+    def divide(self, most_tokens: int) -> None:
+        """What is left of it, in chunks of equal size."""
+        rest = self.job.request.prompt_tokens - self.computed
+        self.left = max(1, math.ceil(rest / most_tokens - 1e-9))
+        self.tokens = rest / self.left
+
+
 class DecodeSim:
     """Continuous batching: who comes joins at the end of the step under way, `max_batch` at most run at once.
 
     A prompt computed elsewhere lacks the KV of its first token: those that join together have it computed in a step of
-    their own, a prefill of one token each, which gives their second. The others wait for it.
+    their own, a prefill of one token each, which gives their second. The others wait for it. With each step goes a
+    chunk of the first of the prompts that are to be computed here.
     """
 
-    def __init__(self, name: str, clock: VirtualClock, profile: Profile, kv: SimKv) -> None:
+    def __init__(
+        self,
+        name: str,
+        clock: VirtualClock,
+        profile: Profile,
+        kv: SimKv,
+        policy: EnginePolicy | None = None,
+    ) -> None:
+        """`policy` None: prompts are computed as they came."""
         self.name = name
         self.kv = kv
         self.outstanding = 0
         self.assigned = 0
         self.context_tokens = 0
+        self.coming = 0
+        self.coming_tokens = 0
         self.busy_s = 0.0
         self._clock = clock
         self._profile = profile
+        self._policy = policy
         self._running: list[tuple[int, int, Job, Callable[[], None]]] = []
         """Heap by the step at whose end the sequence is done."""
         self._waiting: deque[tuple[Job, Callable[[], None]]] = deque()
+        self._prompts: list[_Prompt] = []
+        """The first of them is being computed."""
         self._numbers = itertools.count()
         self._steps = 0
         self._since_s = 0.0
@@ -165,56 +197,95 @@ class DecodeSim:
     def sequences(self) -> int:
         return len(self._running) + len(self._waiting)
 
+    @property
+    def queued_tokens(self) -> int:
+        """Of prompts that are to be computed here, the late ones left out."""
+        return round(sum(p.job.request.prompt_tokens - p.computed for p in self._prompts if not p.job.late))
+
+    @property
+    def queued_squares(self) -> int:
+        queued = (p for p in self._prompts if not p.job.late)
+        return round(sum(p.job.request.prompt_tokens**2 - p.computed**2 for p in queued))
+
+    def expect(self, job: Job, sign: int) -> None:
+        """It will decode here once its prompt is computed; or does so now. Late ones come when there is time."""
+        if not job.late:
+            self.coming += sign
+            self.coming_tokens += sign * job.request.prompt_tokens
+
     def submit(self, job: Job, on_done: Callable[[], None]) -> None:
         """Its KV is here, and its first token was sent. `on_done` after the last token."""
         self._advance(self._clock.now_s)
         self._waiting.append((job, on_done))
         self._replan()
 
-    def stall(self, seconds: float) -> float:
-        """The worker computes something else for so long, a prompt, in between two steps. Returns when that is done."""
+    def compute(self, job: Job, chunk_tokens: int, on_done: Callable[[], None]) -> None:
+        """Its prompt, from `computed_tokens` on, by so many with each step (0: all); `on_done` at its first token."""
         self._advance(self._clock.now_s)
-        self._since_s = max(self._since_s, self._clock.now_s) + seconds
-        self.busy_s += seconds
-        ready_s = self._since_s
+        prompt = _Prompt(job, chunk_tokens, on_done, computed=job.computed_tokens)
+        self._prompts.append(prompt)
+        self._order_prompts()
         self._replan()
-        return ready_s
+
+    def _order_prompts(self) -> None:
+        """Between two chunks those go first whom the engine's policy puts first."""
+        if self._policy is not None and len(self._prompts) > 1:
+            by_id = {prompt.job.view.request_id: prompt for prompt in self._prompts}
+            ordered = self._policy.order_waiting([p.job.view for p in self._prompts], self._clock.now_s)
+            self._prompts = [by_id[view.request_id] for view in ordered]
 
     def _advance(self, now_s: float) -> None:
         """Does the steps that have begun by now: the last of them may end later."""
-        if not self._running:
+        if not self._running and not self._prompts:
             self._since_s = max(self._since_s, now_s)
             return
-        last = self._running[0][0]
-        steps = min(self._steps_within(now_s - self._since_s), last - self._steps)
+        steps = min(self._steps_within(now_s - self._since_s), self._until_change())
         if steps > 0:
             self._run(steps)
 
+    def _until_change(self) -> int:
+        """Steps until the first sequence or the first prompt is done."""
+        sequences = (ends_at - self._steps for ends_at, *_ in self._running[:1])
+        return min([*sequences, *(prompt.left for prompt in self._prompts[:1])])
+
     def _run(self, steps: int) -> None:
-        seconds, batch = self._seconds(steps), len(self._running)
+        seconds = self._seconds(steps)
         self._since_s += seconds
         self.busy_s += seconds
         self._steps += steps
-        self.context_tokens += steps * batch
+        self.context_tokens += steps * len(self._running)
+        for prompt in self._prompts[:1]:
+            prompt.left -= steps
+            prompt.computed += steps * prompt.tokens
+
+    def _cost(self) -> tuple[float, float]:
+        """(seconds of the next step, how much longer each one after it is)"""
+        batch, first_s, more_s = len(self._running), 0.0, 0.0
+        if batch:
+            a, b, c = self._costs
+            first_s, more_s = a + b * self.context_tokens + c * batch, b * batch
+        for prompt in self._prompts[:1]:
+            a, b, c = self._profile.prefill
+            tokens, end = prompt.tokens, prompt.computed + prompt.tokens
+            first_s += a + b * tokens + c * (end * end - prompt.computed * prompt.computed)
+            more_s += 2 * c * tokens * tokens
+        return first_s, more_s
 
     def _seconds(self, steps: int) -> float:
-        a, b, c = self._costs
-        batch = len(self._running)
-        return steps * (a + c * batch) + b * (steps * self.context_tokens + batch * steps * (steps - 1) / 2)
+        first_s, more_s = self._cost()
+        return steps * first_s + more_s * steps * (steps - 1) / 2
 
     def _steps_within(self, seconds: float) -> int:
         """Fewest steps that last at least so long; 0 for a moment before the next step begins."""
         if seconds <= 0:
             return 0
-        a, b, c = self._costs
-        batch = len(self._running)
-        linear = a + c * batch + b * self.context_tokens - b * batch / 2
-        square = b * batch / 2
+        first_s, more_s = self._cost()
+        linear, square = first_s - more_s / 2, more_s / 2
         root = math.sqrt(linear * linear + 4 * square * seconds)
         return math.ceil(2 * seconds / (linear + root) - 1e-9)  # of the two forms, the one that divides by no zero
 
     def _replan(self) -> None:
-        """Lets waiting sequences in at the step boundary, and plans the next end of a sequence."""
+        """Lets waiting sequences in at the step boundary, and plans the next end of a sequence or of a prompt."""
         while self._waiting and len(self._running) < self._profile.max_batch:
             job, on_done = self._waiting.popleft()
             output, made = job.request.output_tokens, 1
@@ -224,9 +295,13 @@ class DecodeSim:
             heapq.heappush(self._running, (self._steps + output - made, next(self._numbers), job, on_done))
             self.context_tokens += job.request.prompt_tokens + made
         self._costs = self._profile.decode_costs(len(self._running))
+        for prompt in self._prompts[:1]:
+            chunk, most = prompt.chunk_tokens, prompt.job.request.prompt_tokens
+            # Nobody who decodes has to wait: as many as fit into a step.
+            prompt.divide(chunk or most if self._running else self._profile.prefill_chunk_tokens)
         self._plan += 1
-        if self._running:
-            plan, steps = self._plan, self._running[0][0] - self._steps
+        if self._running or self._prompts:
+            plan, steps = self._plan, self._until_change()
             self._clock.at(self._since_s + self._seconds(steps), lambda: self._end(plan))
 
     def _join(self, prompt_tokens: int) -> None:
@@ -242,12 +317,15 @@ class DecodeSim:
     def _end(self, plan: int) -> None:
         if plan != self._plan:
             return
-        self._run(self._running[0][0] - self._steps)
+        self._run(self._until_change())
         done = []
         while self._running and self._running[0][0] <= self._steps:
             _, _, job, on_done = heapq.heappop(self._running)
             self.context_tokens -= job.request.prompt_tokens + job.request.output_tokens
             done.append(on_done)
+        if self._prompts and not self._prompts[0].left:
+            done.append(self._prompts.pop(0).on_done)
+            self._order_prompts()
         self._replan()
         for on_done in done:
             on_done()

@@ -177,11 +177,12 @@ class RpcConfig(Section):
 
 class RouterConfig(Section):
     address: str = Field("", description="host:port; empty: from cluster.port_base")
-    strategy: Literal["fifo", "priority", "slo_aware", "hybrid"] = Field(
+    strategy: Literal["fifo", "priority", "slo_aware", "adaptive", "aegaeon", "hybrid"] = Field(
         "fifo",
         description="who gets a request: fifo and priority go by cached prefix and requests outstanding, slo_aware and "
         "hybrid by what they have learned that these cost in seconds: slo_aware by the soonest first token, hybrid by "
-        "the least work within the targets. Set engine.policy to what goes with it: fifo, aging, feasible, on_time",
+        "the least work within the targets; adaptive is fifo while there is little to do, and else hybrid; aegaeon "
+        "groups by model. Set engine.policy to what goes with it: fifo, aging, feasible, on_time, fifo, on_time",
     )
     ttft_target_ms: float = Field(0.0, ge=0, description="hybrid: first tokens are to come within; 0: no target")
     tpot_target_ms: float = Field(

@@ -3,6 +3,7 @@
     prefill step    a + b·Σ tokens + c·Σ (end² − start²)    the last term is attention: token i reads the i before it
     decode step     a + b·Σ context + c·batch                one fit per regime of batch sizes
     transfer        latency + bytes / bandwidth              one fit per link
+    switch          a                                        of a worker from one model to another
 
 The forms are those of DistServe's simulator (Zhong et al., OSDI'24, appendix A), with a chunk of a prompt in place of
 the whole. Coefficients are never negative: a step does not get cheaper by doing more.
@@ -83,6 +84,7 @@ class CostModel:
         self.decode = DecodeFit()
         self.links: dict[tuple[str, str], OnlineFit] = {}
         """(source, target) worker ids → fit of (1, bytes)."""
+        self.switch = OnlineFit((1.0,))
 
     # ---- what is measured ----
 
@@ -103,6 +105,10 @@ class CostModel:
 
     def observe_transfer(self, source_id: str, target_id: str, num_bytes: int, seconds: float) -> None:
         self.links.setdefault((source_id, target_id), OnlineFit(_LINK_SCALE)).observe((1.0, num_bytes), seconds)
+
+    def observe_switch(self, seconds: float) -> None:
+        """A worker has put one model in the place of another."""
+        self.switch.observe((1.0,), seconds)
 
     # ---- what will be ----
 
@@ -130,6 +136,9 @@ class CostModel:
         spread = math.sqrt(sum((estimate.seconds - mean) ** 2 for estimate in known) / len(known))
         return Estimate(mean, spread + max(estimate.std_s for estimate in known))
 
+    def switch_s(self) -> Estimate:
+        return self.switch.predict((1.0,))
+
     # ---- kept over a restart ----
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +151,7 @@ class CostModel:
                 {"source_id": source, "target_id": target, "fit": fit.to_dict()}
                 for (source, target), fit in self.links.items()
             ],
+            "switch": self.switch.to_dict(),
         }
 
     @classmethod
@@ -153,6 +163,8 @@ class CostModel:
                 raise ValueError(f"format {state['format']}")
             model.prefill.load(state["prefill"])
             model.decode.load(state["decode"])
+            if "switch" in state:  # older ones have none
+                model.switch.load(state["switch"])
             for link in state["links"]:
                 model.links[link["source_id"], link["target_id"]] = OnlineFit(_LINK_SCALE).load(link["fit"])
         except (KeyError, TypeError, ValueError) as err:

@@ -75,7 +75,7 @@ class RankedPolicy:
     prefill_tokens_per_decode_step: int = 0
 
     def order_waiting(self, waiting: Sequence[SequenceView], now_s: float = 0.0) -> list[SequenceView]:
-        ranked = sorted(waiting, key=self._rank)
+        ranked = sorted(waiting, key=self.rank)
         match self.order:
             case "on_time":
                 return on_time_first(ranked, now_s)
@@ -84,7 +84,7 @@ class RankedPolicy:
         return ranked
 
     def order_victims(self, sequences: Sequence[SequenceView]) -> list[SequenceView]:
-        lowest_first = sorted(sequences, key=self._rank, reverse=True)
+        lowest_first = sorted(sequences, key=self.rank, reverse=True)
         return sorted(lowest_first, key=self._dear)
 
     def prefill_next(self, load: EngineLoad) -> bool:
@@ -94,7 +94,7 @@ class RankedPolicy:
     def _dear(self, view: SequenceView) -> bool:
         return view.handed_over and view.computed_tokens > self.cheap_recompute_tokens
 
-    def _rank(self, view: SequenceView) -> tuple[float, ...]:
+    def rank(self, view: SequenceView) -> tuple[float, ...]:
         match self.order:
             case "fifo":
                 return (view.arrival,)

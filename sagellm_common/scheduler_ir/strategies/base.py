@@ -34,6 +34,16 @@ class RequestView:
     waited_s: float = 0.0
     ttft_target_s: float = math.inf
     tpot_target_s: float = math.inf
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWork:
+    """What one worker has to do for one model: requests that wait or decode, tokens queued or of context."""
+
+    model: str
+    requests: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,9 @@ class WorkerView:
     workers take turns), `matched_tokens` the leading prompt tokens whose KV it holds. `queued_tokens` are prompt tokens
     it was sent and has not computed, with `queued_squares` the Σ (end² − start²) of them; `sequences` decode there on
     `context_tokens` of KV.
+
+    Of a worker that hosts several models: which (`hosts`), which is loaded (`model`), the groups of prompts of one
+    model that are queued, in their order (`queue`), and what decodes there (`batches`).
     """
 
     worker_id: str
@@ -55,6 +68,10 @@ class WorkerView:
     queued_squares: int = 0
     sequences: int = 0
     context_tokens: int = 0
+    model: str = ""
+    hosts: tuple[str, ...] = ()
+    queue: tuple[ModelWork, ...] = ()
+    batches: tuple[ModelWork, ...] = ()
 
     @property
     def prefills(self) -> bool:
@@ -71,6 +88,8 @@ class Placement:
 
     `late`: its first token cannot come within the target, wherever; those that still can go first. `expected_s` are
     (worker's id, seconds until the first token if it prefills), the chosen one's first, as far as costs are known.
+    `chunk_tokens`: without a prefill worker, so many prompt tokens are computed between two steps of those who decode
+    there (0: as the worker is configured). `switch_worker_ids` have to load the request's model first.
     """
 
     decode_worker_id: str
@@ -80,16 +99,19 @@ class Placement:
     reason: str = ""
     late: bool = False
     expected_s: tuple[tuple[str, float], ...] = ()
+    chunk_tokens: int = 0
+    switch_worker_ids: tuple[str, ...] = ()
 
 
 class Strategy(Protocol):
     """Places one request. Pure: the same views, and the same costs learned, give the same answer.
 
-    `order` is that of the waiting inside the engines.
+    `order` is that of the waiting, inside the engines and before; `fair`, that tenants take turns there.
     """
 
     name: str
     order: Order
+    fair: bool
 
     def place(self, request: RequestView, workers: Sequence[WorkerView]) -> Placement:
         """Raises NoWorker when nobody among `workers` can decode."""

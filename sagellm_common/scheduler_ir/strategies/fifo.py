@@ -20,6 +20,7 @@ from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load, 
 class Fifo:
     name: str = "fifo"
     order: Order = "fifo"
+    fair = False
 
     def __init__(self, costs: CostModel | None = None) -> None:
         self._separator = PDSeparator()

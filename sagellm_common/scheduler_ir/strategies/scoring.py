@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from sagellm_common.scheduler_ir.strategies.base import RequestView, WorkerView
@@ -20,6 +21,11 @@ def load(worker: WorkerView, peers: Sequence[WorkerView]) -> float:
 def affinity_minus_load(request: RequestView, worker: WorkerView, peers: Sequence[WorkerView]) -> float:
     """Prefix affinity − load, shifted from [-1, 1] to [0, 1]."""
     return (1.0 + prefix_affinity(request, worker) - load(worker, peers)) / 2.0
+
+
+def promptness(seconds: float, target_s: float) -> float:
+    """1 for at once, a half after as long as the target, towards 0 for never; a second stands for a missing target."""
+    return 1.0 / (1.0 + seconds / (target_s if math.isfinite(target_s) else 1.0))
 
 
 def pick(candidates: Sequence[WorkerView], score: Callable[[WorkerView], float]) -> WorkerView:

@@ -10,16 +10,22 @@ from collections.abc import Sequence
 from sagellm_common.scheduler_ir.engine_policy import Order
 from sagellm_common.scheduler_ir.strategies.base import STRATEGIES, RequestView, WorkerView
 from sagellm_common.scheduler_ir.strategies.hybrid import DecodeCost, Hybrid, PrefillCost
+from sagellm_common.scheduler_ir.strategies.scoring import pick, promptness
 
 
 @STRATEGIES.register("slo_aware")
 class SloAware(Hybrid):
     name = "slo_aware"
     order: Order = "feasible"
+    fair = False
 
     def _best_prefill(self, request: RequestView, costs: Sequence[PrefillCost]) -> PrefillCost:
-        return min(costs, key=lambda cost: (cost[1], cost[0].assigned, cost[0].worker_id))
+        def score(cost: PrefillCost) -> float:
+            return promptness(cost.ttft_s, request.ttft_target_s)
+
+        return min(costs, key=lambda cost: (-score(cost), cost.worker.assigned, cost.worker.worker_id))
 
     def _best_decode(self, request: RequestView, costs: Sequence[DecodeCost]) -> WorkerView:
-        worker, _ = min(costs, key=lambda cost: (cost[1], cost[0].assigned, cost[0].worker_id))
-        return worker
+        steps_s = {worker.worker_id: step_s for worker, step_s in costs}
+        workers = [worker for worker, _ in costs]
+        return pick(workers, lambda worker: promptness(steps_s[worker.worker_id], request.tpot_target_s))

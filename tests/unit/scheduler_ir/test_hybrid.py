@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from sagellm_common.core.errors import NoWorker
@@ -10,7 +13,8 @@ from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.strategies import RequestView, WorkerView, make_strategy
 
 REQUEST = RequestView("r", 1000, ttft_target_s=1.0, tpot_target_s=0.05)
-DECODE = WorkerView("d0", WorkerRole.DECODE)
+DECODE = WorkerView("d0", WorkerRole.DECODE, sequences=100)
+"""Too busy for anybody's prompt."""
 
 
 def learned() -> CostModel:
@@ -64,14 +68,44 @@ def test_decode_goes_where_tokens_keep_their_pace(workers: list[WorkerView], cho
 def test_slo_aware_takes_the_soonest_and_looks_no_further() -> None:
     workers = [
         *(prefill("p0"), prefill("p1", queued=1000, matched=900)),
-        *(decode("d0", sequences=3), decode("d1", sequences=8, matched=800)),
+        *(decode("d0", sequences=20), decode("d1", sequences=23, matched=400)),
     ]
     both = {name: make_strategy(name, learned()).place(REQUEST, workers) for name in ("slo_aware", "hybrid")}
     chosen = {name: (found.prefill_worker_id, found.decode_worker_id) for name, found in both.items()}
     assert chosen == {"slo_aware": ("p0", "d0"), "hybrid": ("p1", "d1")}
     soonest, expected = both["slo_aware"].expected_s[0], both["hybrid"].expected_s
     assert soonest == ("p0", pytest.approx(0.1, rel=1e-3))
-    assert expected == (("p1", pytest.approx(0.11, rel=1e-3)), soonest)
+    assert expected[0] == ("p1", pytest.approx(0.11, rel=1e-3))
+    assert soonest in expected[1:]
+
+
+@pytest.mark.parametrize(
+    ("queued", "sequences", "where"),
+    [
+        (0, 3, ("p0", "d0")),  # nobody waits there: who decodes is left in peace
+        (8000, 3, (None, "d0")),  # 0.9 s there; here 34 ms of a step of 47.5 are left for it
+        (8000, 35, ("p0", "d0")),  # a step takes 46 ms as it is
+        (1500, 25, ("p0", "d0")),  # it would come later here
+    ],
+)
+def test_a_decode_worker_computes_prompts_between_its_steps_where_that_is_sooner(
+    queued: int, sequences: int, where: tuple[str | None, str]
+) -> None:
+    placement = make_strategy("hybrid", learned()).place(
+        REQUEST, [prefill("p0", queued=queued), decode("d0", sequences=sequences)]
+    )
+    assert (placement.prefill_worker_id, placement.decode_worker_id) == where
+    if where[0] is None:
+        assert placement.chunk_tokens == pytest.approx(345, rel=0.05)
+        assert placement.expected_s[0] == ("d0", pytest.approx(0.1 * 47.5 / 34.5, rel=0.05))
+    else:
+        assert placement.chunk_tokens == 0
+
+
+def test_without_a_target_for_later_tokens_nobody_is_held_up() -> None:
+    workers = [prefill("p0", queued=100_000), decode("d0", sequences=1)]
+    placement = make_strategy("hybrid", learned()).place(replace(REQUEST, tpot_target_s=math.inf), workers)
+    assert placement.prefill_worker_id == "p0"
 
 
 def test_before_anything_was_learned_it_goes_by_prefix_and_load() -> None:

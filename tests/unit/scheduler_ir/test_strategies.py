@@ -23,7 +23,7 @@ def place(*workers: WorkerView) -> Placement:
 
 
 def test_unknown_strategies_list_the_known() -> None:
-    with pytest.raises(ConfigError, match="'lifo'; known: fifo"):
+    with pytest.raises(ConfigError, match="'lifo'; known: adaptive, aegaeon, fifo"):
         make_strategy("lifo")
 
 
