@@ -244,11 +244,13 @@ class EngineUnderTest:
 
     async def decode(self, prompt: list[int], first: int, source: Any, new_tokens: int) -> dict[str, Any]:
         """Pulls, then goes on: tokens (the first included), and what the pull took."""
+        from sagellm_common.comm_backend.protocol import Pull
         from sagellm_common.core.types import as_token_ids
 
         allocation = self._engine.kv.allocate(as_token_ids(prompt), len(prompt))
         try:
-            moved = await self._channel.pull(source, source.block_table, allocation.block_ids, timeout_s=TIMEOUT_S)
+            asked = Pull(source, source.block_table, allocation.block_ids, timeout_s=TIMEOUT_S)
+            moved = await self._channel.pull(asked)
         except BaseException:
             self._engine.kv.free(allocation)
             raise

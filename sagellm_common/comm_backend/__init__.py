@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sagellm_common.comm_backend import topology
-from sagellm_common.comm_backend.backends import MODULES, End, load
+from sagellm_common.comm_backend.backends import End, load
 from sagellm_common.comm_backend.bridge import Encoder
 from sagellm_common.comm_backend.config import KVTransportConfig, check_depth
 from sagellm_common.comm_backend.fusion import MessagePlanner
@@ -19,7 +19,7 @@ from sagellm_common.comm_backend.protocol import LeasedBlocks, Memory, PullRpc
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
-from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import KvLayout
 
 log = logging.getLogger(__name__)
@@ -41,18 +41,12 @@ def _rdma(host: Host, end: End) -> str | None:
     return "rdma" if any(port.active for port in topology.rdma_ports(host)) else None
 
 
-def _cuda(host: Host, end: End) -> str | None:
-    on_device = not callable(end.memory) and not isinstance(end.memory, KvRegion)
-    return "cuda" if on_device and host.nodes("/dev/nvidia[0-9]*") else None
-
-
 AUTO: Sequence[_Candidate] = (
     _Candidate("shm", "both on one host", _same_host),
     _Candidate("rdma", "RDMA on both sides", _rdma),
-    _Candidate("nccl", "CUDA on both sides", _cuda),
 )
 """Best first; `tcp` follows for everybody else. Not among them is what is never faster than tcp: gloo, and Mooncake
-without RDMA."""
+without RDMA; and nccl, which has no place for two workers of one GPU and tells that late."""
 
 BASE = "tcp"
 OVERLAP_MIN_BYTES = 4 << 20
@@ -104,8 +98,6 @@ def _open_auto(end: End, machine: Host) -> list[OpenPath]:
     """Those of AUTO that can be offered here; says of each of the others why not."""
     found = []
     for backend, why, reach_of in AUTO:
-        if backend not in MODULES:
-            continue
         reach = reach_of(machine, end)
         if reach is None:
             log.info("transport.backend auto does not offer %s: this machine has nothing for it", backend)

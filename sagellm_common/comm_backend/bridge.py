@@ -1,15 +1,17 @@
 """Transcoding at the ends of a byte path, which moves blocks and knows no layouts.
 
     source     the pool ──reading──► Outgoing: its blocks in the dtype of the wire ──► the byte path
-    receiver   the byte path ──writing──► Incoming: blocks of the wire ──► the pool
+    receiver   the byte path ──filling──► Incoming: blocks of the wire ──► the pool
 
-Numbers are converted on a thread, while the next group of blocks is on its way. Bytes that only change their places are
-moved by whoever wrote them, out of its core's cache: that is sooner done than told to another core.
+Bytes that only change their places are written where they belong (`reshape`), if the pool is memory of the host. What
+else there is to do is done with staged blocks: numbers are converted on a thread, while the next group is on its way;
+bytes are moved by whoever wrote them, out of its core's cache, which is sooner done than told to another core.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import threading
 import time
@@ -20,7 +22,10 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from sagellm_common.comm_backend import native
 from sagellm_common.comm_backend.kv_dtypes import NAMES, Deviation, parse
+from sagellm_common.comm_backend.pieces import Pieces, blocks, copy
+from sagellm_common.comm_backend.reshape import reshape_between
 from sagellm_common.comm_backend.transcode import Transcoder, with_dtype
 from sagellm_common.core.errors import LayoutMismatch
 from sagellm_common.core.kv import KvMemory, KvRegion
@@ -64,7 +69,7 @@ class Incoming:
     sequence's block table from its token 0 on.
 
     For one writer at a time, which may begin anew at block 0 after another one failed. `wait` before anything else is
-    done with the target blocks. `on_thread`: leaving `writing` takes no time.
+    done with the target blocks.
     """
 
     def __init__(
@@ -74,20 +79,21 @@ class Incoming:
         target_blocks: BlockIds,
         tokens: range,
         buffers: Buffers,
-        *,
-        on_thread: bool = True,
     ) -> None:
         self.deviation = Deviation()
         self.seconds = 0.0
-        """Spent on transcoding."""
+        """Spent on transcoding what was staged."""
         self._transcoder = transcoder
         self._pool = pool
         self._target_blocks = target_blocks
         self._tokens = tokens
         self._buffers = buffers
-        self._on_thread = on_thread
+        self._on_thread = transcoder.source.dtype != transcoder.target.dtype
         self._size = transcoder.source.block_size_tokens
         self._first = tokens.start // self._size
+        self._reshape = reshape_between(transcoder.source, transcoder.target) if isinstance(pool, KvRegion) else None
+        self._whole = range(-(-tokens.start // self._size) - self._first, tokens.stop // self._size - self._first)
+        """Blocks of which all tokens are wanted: they can be written where they belong."""
         self.block_bytes = transcoder.source.block_bytes
         self.num_blocks = -(-tokens.stop // self._size) - self._first
         # A device's blocks are written whole: what is missing of the last one waits for the next group.
@@ -110,12 +116,7 @@ class Incoming:
     @contextmanager
     def writing(self, block_ids: BlockIds) -> Iterator[tuple[KvRegion, BlockIds]]:
         """See `KvMemory`. Blocks until what was written before the last time is transcoded."""
-        count = len(block_ids)
-        if self._next and count and block_ids[0] == 0:
-            self.wait()
-            self._restart()
-        if not np.array_equal(block_ids, np.arange(self._next, self._next + count)):
-            raise ValueError(f"blocks {block_ids.tolist()} were filled after {self._next} of {self.num_blocks}")
+        count = self._begin(block_ids)
         kept = len(self._kept) // self.block_bytes
         buffer = self._buffers.take((kept + count) * self.block_bytes)
         try:
@@ -140,6 +141,37 @@ class Incoming:
             self._job = _WORKERS.submit(self._move, buffer, region, start, tokens)
         else:
             self._move(buffer, region, start, tokens)
+
+    def stretches(self, block_ids: BlockIds) -> list[slice]:
+        """The blocks, which are in order, in runs to be filled at a time."""
+        first, end = (int(block_ids[0]), int(block_ids[-1]) + 1) if len(block_ids) else (0, 0)
+        cuts = {first, end, *(at for at in (self._whole.start, self._whole.stop) if first < at < end)}
+        return [slice(a - first, b - first) for a, b in itertools.pairwise(sorted(cuts))]
+
+    @contextmanager
+    def filling(self, block_ids: BlockIds) -> Iterator[Pieces]:
+        """`writing`, as the pieces to be filled in the order of the wire: the pool's own, where that can be."""
+        in_place = len(block_ids) and block_ids[0] in self._whole and block_ids[-1] in self._whole
+        if self._reshape is None or not in_place or native.library() is None:
+            with self.writing(block_ids) as (region, ids):
+                yield blocks(region, ids)
+            return
+        count = self._begin(block_ids)
+        self.wait()
+        start = (self._first + self._next) * self._size
+        assert isinstance(self._pool, KvRegion)
+        yield self._reshape.pieces(self._pool, self._target_blocks, start, count)
+        self._next, self._done = self._next + count, start + count * self._size
+
+    def _begin(self, block_ids: BlockIds) -> int:
+        """How many blocks. Raises ValueError unless they are the next ones, or the first: then all begins anew."""
+        count = len(block_ids)
+        if self._next and count and block_ids[0] == 0:
+            self.wait()
+            self._restart()
+        if not np.array_equal(block_ids, np.arange(self._next, self._next + count)):
+            raise ValueError(f"blocks {block_ids.tolist()} were filled after {self._next} of {self.num_blocks}")
+        return count
 
     def wait(self) -> None:
         """Until nothing is being transcoded. Raises what that failed with."""
@@ -168,6 +200,30 @@ class Incoming:
         finally:
             self._buffers.give_back(buffer)
             self.seconds += time.perf_counter() - began_s
+
+
+def stretches(memory: KvMemory, block_ids: BlockIds) -> list[slice]:
+    """The blocks in runs that `filling` takes, one after the other."""
+    return memory.stretches(block_ids) if isinstance(memory, Incoming) else [slice(None)]
+
+
+@contextmanager
+def filling(memory: KvMemory, block_ids: BlockIds) -> Iterator[Pieces]:
+    """`memory.writing`, as the pieces to be filled in the order of the wire; a unit (see `Pieces`) is a block."""
+    if isinstance(memory, Incoming):
+        with memory.filling(block_ids) as pieces:
+            yield pieces
+    else:
+        with memory.writing(block_ids) as (region, ids):
+            yield blocks(region, ids)
+
+
+def fill(memory: KvMemory, block_ids: BlockIds, staged: Pieces) -> None:
+    """Copies `staged`, a piece for each block in turn, into the blocks."""
+    for part in stretches(memory, block_ids):
+        with filling(memory, block_ids[part]) as into:
+            begins = into.within_units(staged.offsets[part])
+            copy(Pieces(staged.memory, begins, into.sizes, staged.region), into, digest=False)
 
 
 class Outgoing:

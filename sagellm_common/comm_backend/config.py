@@ -26,7 +26,7 @@ AT_RUN_TIME = (
 """Keys that each transfer looks up anew. The others are part of what was agreed with peers, or of open sockets."""
 
 
-BUFFERED = ("gloo",)
+BUFFERED = ("gloo", "nccl")
 """Byte paths that keep messages in buffers of their own; only they can have a `pipeline_depth` of them under way."""
 
 

@@ -38,22 +38,8 @@ def verify_segment(segment: Segment, actual: bytes, expected: bytes | bytearray,
         )
 
 
-def verify_blocks(
-    region: KvRegion,
-    block_ids: BlockIds,
-    expected: bytes | bytearray,
-    transfer_id: str,
-    names: BlockIds | None = None,
-) -> None:
-    """Raises KvCorrupt naming the first block whose bytes are not what the source sent.
-
-    `names` are the blocks' own numbers where the region is a copy.
-    """
-    verify_digests(block_digests(region, block_ids), expected, block_ids if names is None else names, transfer_id)
-
-
 def verify_digests(actual: bytes, expected: bytes | bytearray, block_ids: BlockIds, transfer_id: str) -> None:
-    """`verify_blocks` for digests that were taken on the way."""
+    """Raises KvCorrupt naming the first block whose bytes are not what the source sent."""
     if actual == expected:
         return
     for n, block_id in enumerate(block_ids.tolist()):

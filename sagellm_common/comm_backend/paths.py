@@ -11,16 +11,16 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from prometheus_client import Counter
 
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.links import LinkTable
-from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, TransferResult
+from sagellm_common.comm_backend.protocol import KVTransferChannel, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.errors import ConfigError, InvalidRequest, PeerLost
-from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, DataPath, KvSource
 
 log = logging.getLogger(__name__)
@@ -157,50 +157,19 @@ class PathsChannel:
         now = self._now_s()
         return sorted(able, key=lambda choice: self._avoid.get(_key(choice), now) > now)
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-        priority: int = 0,
-    ) -> TransferResult:
-        # What is converted on its way tells how fast that is, not the link.
-        encoded = encoding is not None or not isinstance(into, KvRegion | None)
-
+    async def pull(self, asked: Pull) -> TransferResult:
         async def over(choice: Choice, left_s: float) -> TransferResult:
-            result = await choice.path.channel.pull(
-                choice.source,
-                source_blocks,
-                target_blocks,
-                timeout_s=left_s,
-                into=into,
-                encoding=encoding,
-                priority=priority,
-            )
-            if not encoded:
-                self.links.observe(source.worker_id, choice.path.backend, result.bytes, result.seconds)
+            result = await choice.path.channel.pull(_on(asked, choice, left_s))
+            # What is converted on its way tells how fast that is, not the link.
+            if not asked.transcoded:
+                self.links.observe(asked.source.worker_id, choice.path.backend, result.bytes, result.seconds)
             return result
 
-        return await self._first_that_works(self.choices(source, encoded=encoded), over, timeout_s)
+        choices = self.choices(asked.source, encoded=asked.encoding is not None)
+        return await self._first_that_works(choices, over, asked.timeout_s)
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-        priority: int = 0,
-    ) -> TransferResult:
-        encoded = encoding is not None or not isinstance(into, KvRegion | None)
-        told = 0
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
+        source, told = asked.source, 0
 
         async def over(choice: Choice, left_s: float) -> TransferResult:
             here = 0
@@ -210,27 +179,19 @@ class PathsChannel:
                 nonlocal here, told
                 here += num_bytes
                 if here > told:
-                    on_bytes(here - told)
+                    asked.on_bytes(here - told)
                     told = here
 
-            result = await choice.path.channel.pull_along(
-                choice.source,
-                first_block,
-                target_blocks,
-                timeout_s=left_s,
-                on_bytes=count,
-                into=into,
-                encoding=encoding,
-                priority=priority,
-            )
-            if not encoded:
+            result = await choice.path.channel.pull_along(replace(_on(asked, choice, left_s), on_bytes=count))
+            if not asked.transcoded:
                 # Its seconds begin with the first byte.
                 known = self.links.find(source.worker_id, choice.path.backend)
                 latency_s = known.latency_s if known else 0.0
                 self.links.observe(source.worker_id, choice.path.backend, result.bytes, result.seconds + latency_s)
             return result
 
-        return await self._first_that_works(self.choices(source, along=True, encoded=encoded), over, timeout_s)
+        choices = self.choices(source, along=True, encoded=asked.encoding is not None)
+        return await self._first_that_works(choices, over, asked.timeout_s)
 
     async def _first_that_works(
         self, choices: list[Choice], over: Callable[[Choice, float], Awaitable[TransferResult]], timeout_s: float
@@ -238,7 +199,7 @@ class PathsChannel:
         began_s = self._now_s()
         failed = ""
         for choice, others in zip(choices, range(len(choices) - 1, -1, -1), strict=True):
-            tried_s = self._now_s()
+            tried_s = self._now_s() if failed else began_s
             try:
                 result = await over(choice, timeout_s - (tried_s - began_s))
             except (PeerLost, ConfigError) as err:
@@ -284,6 +245,16 @@ class PathsChannel:
         if backend and backend not in self.by_backend:
             raise InvalidRequest(f"backend is {backend!r}, but KV is served over {', '.join(self.by_backend)} here")
         return self.by_backend[backend or self.name]
+
+
+Asked = TypeVar("Asked", Pull, PullAlong)
+
+
+def _on(asked: Asked, choice: Choice, left_s: float) -> Asked:
+    """The same of this choice's source, within what time is left."""
+    if choice.source is asked.source and left_s == asked.timeout_s:
+        return asked
+    return replace(asked, source=choice.source, timeout_s=left_s)
 
 
 def _over(source: KvSource, path: DataPath) -> KvSource:

@@ -17,9 +17,6 @@ Offsets = NDArray[np.int64]
 Vectors = NDArray[np.uint64]
 """[n, 2]: address and length of each run, a `struct iovec` array."""
 
-SHORTEST_NATIVE_BYTES = 241
-"""What is shorter has another algorithm in XXH3, and is left to Python's xxhash."""
-
 FEW = 3
 """Fewer pieces are done one by one before the library is asked."""
 
@@ -33,6 +30,8 @@ class Pieces:
     sizes: Offsets
     region: KvRegion | None = None
     """Whose memory it is, if known: it knows where that is."""
+    parts: Offsets | None = None
+    """The first parts[0] of them are what one digest is of, then the next parts[1] …; None: each has its own."""
 
     @property
     def address(self) -> int:
@@ -71,7 +70,29 @@ class Pieces:
         bounds = zip(self.offsets.tolist(), self.sizes.tolist(), strict=True)
         return [self.memory[at : at + size] for at, size in bounds]
 
+    # What one digest is of is a unit: a piece, or several that lie apart.
+
+    @property
+    def unit_sizes(self) -> Offsets:
+        if self.parts is None:
+            return self.sizes
+        found: Offsets = np.add.reduceat(self.sizes, self._firsts(self.parts))
+        return found
+
+    def within_units(self, begins: Offsets) -> Offsets:
+        """Where the pieces' bytes are in memory that has units in one piece each: unit i from begins[i] on."""
+        if self.parts is None:
+            return begins
+        before = np.cumsum(self.sizes) - self.sizes
+        found: Offsets = np.repeat(begins - before[self._firsts(self.parts)], self.parts) + before
+        return found
+
+    @staticmethod
+    def _firsts(parts: Offsets) -> Offsets:
+        return np.cumsum(parts) - parts
+
     def __getitem__(self, part: slice) -> Pieces:
+        """Of pieces that have digests of their own."""
         return Pieces(self.memory, self.offsets[part], self.sizes[part], self.region)
 
 
@@ -80,6 +101,11 @@ def checked(memory: memoryview, offsets: Offsets, sizes: Offsets) -> Pieces:
     if len(offsets) and (offsets.min() < 0 or sizes.min() < 0 or (offsets + sizes).max() > len(memory)):
         raise IndexError(f"bytes {offsets.min()}..{(offsets + sizes).max()} are outside of a memory of {len(memory)}")
     return Pieces(memory, offsets, sizes)
+
+
+def in_order(memory: memoryview, count: int, size: int) -> Pieces:
+    """`count` pieces of `size` bytes, one after the other from the beginning of the memory on."""
+    return Pieces(memory, np.arange(count, dtype=np.int64) * size, np.full(count, size, dtype=np.int64))
 
 
 def blocks(region: KvRegion, block_ids: BlockIds) -> Pieces:
@@ -108,11 +134,22 @@ def of_segment(region: KvRegion, block_ids: BlockIds, segment: Segment, num_laye
 
 
 def digests(pieces: Pieces) -> bytes:
-    """8-byte xxh3 of each piece, in order."""
+    """8-byte xxh3 of each piece (or of each group of `parts`), in order."""
     library = native.library()
-    if library is None or len(pieces.sizes) < FEW or pieces.sizes.min() < SHORTEST_NATIVE_BYTES:
-        return b"".join([xxhash.xxh3_64_digest(view) for view in pieces.views()])
-    return _native(library, pieces, None, digest=True)
+    if library is not None and len(pieces.sizes) >= FEW:
+        found = _native(library, pieces, None, digest=True)
+        if found is not None:
+            return found
+    views = pieces.views()
+    if pieces.parts is None:
+        return b"".join([xxhash.xxh3_64_digest(view) for view in views])
+    found, begin = b"", 0
+    for count in pieces.parts.tolist():
+        digest = xxhash.xxh3_64()
+        for view in views[begin : begin + count]:
+            digest.update(view)
+        found, begin = found + digest.digest(), begin + count
+    return found
 
 
 def copy(source: Pieces, target: Pieces, *, digest: bool) -> bytes:
@@ -125,27 +162,29 @@ def copy(source: Pieces, target: Pieces, *, digest: bool) -> bytes:
         for at, to, size in bounds:
             target.memory[to : to + size] = source.memory[at : at + size]
     elif len(source.sizes):
-        fused = digest and bool(source.sizes.min() >= SHORTEST_NATIVE_BYTES)
-        taken = _native(library, source, target, digest=fused)
-        if fused:
+        taken = _native(library, source, target, digest=digest)
+        if taken is not None:
             return taken
+        _native(library, source, target, digest=False)
     return digests(target) if digest else b""
 
 
-def _native(library: native.Library, source: Pieces, target: Pieces | None, *, digest: bool) -> bytes:
-    """Without the GIL."""
-    found = np.empty(len(source.sizes) if digest else 0, dtype=np.uint64)
-    library.sage_pieces(
+def _native(library: native.Library, source: Pieces, target: Pieces | None, *, digest: bool) -> bytes | None:
+    """Without the GIL. None, and nothing is done, for digests that it does not know. Those are the target's `parts`."""
+    parts = (target or source).parts
+    found = np.empty(len((target or source).sizes if parts is None else parts) if digest else 0, dtype=np.uint64)
+    done = library.sage_pieces(
         source.address,
         pointer(source.offsets),
         target.address if target else None,
         pointer(target.offsets) if target else None,
         pointer(source.sizes),
         len(source.sizes),
+        pointer(parts) if parts is not None else None,
         pointer(found) if digest else None,
         library.isas[-1],
     )
-    return found.tobytes()
+    return found.tobytes() if done else None
 
 
 def address_of(memory: memoryview | bytes | bytearray) -> int:

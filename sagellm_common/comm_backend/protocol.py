@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sagellm_common.comm_backend.bridge import Outgoing
@@ -70,6 +70,50 @@ Raises LayoutMismatch where it cannot be made of the pool's.
 """
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pull:
+    """source_blocks[i] of the source is wanted in target_blocks[i] of the own pool, within `timeout_s`.
+
+    `into` is other memory than the pool, for blocks of another layout than the pool's: it is filled group by group, in
+    order (`bridge.filling`). With `encoding` (where the channel `encodes`) the source converts them first. Where pulls
+    take turns a higher `priority` goes first.
+    """
+
+    source: KvSource
+    source_blocks: BlockIds
+    target_blocks: BlockIds
+    _: KW_ONLY
+    timeout_s: float
+    into: KvMemory | None = None
+    encoding: Encoding | None = None
+    priority: int = 0
+
+    @property
+    def transcoded(self) -> bool:
+        """Whether blocks are not sent, or not taken, as they are."""
+        return self.encoding is not None or not isinstance(self.into, KvRegion | None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PullAlong:
+    """As `Pull`, of what is still being computed: target_blocks[i] is wanted from the source's block first_block + i in
+    token order, to the last one. `on_bytes` hears of each segment that is here, on a thread of the channel."""
+
+    source: KvSource
+    first_block: int
+    target_blocks: BlockIds
+    _: KW_ONLY
+    timeout_s: float
+    on_bytes: Callable[[int], None]
+    into: KvMemory | None = None
+    encoding: Encoding | None = None
+    priority: int = 0
+
+    @property
+    def transcoded(self) -> bool:
+        return self.encoding is not None or not isinstance(self.into, KvRegion | None)
+
+
 class LeasedBlocks(Protocol):
     """What a byte path asks before it sends: the source's lease table (`handoff.HandoffSource`)."""
 
@@ -104,8 +148,7 @@ class KVTransferChannel(Protocol):
     pulls_along: bool
     """Whether `pull_along` works here; else blocks are pulled when all of them are computed."""
     encodes: bool
-    """Whether the source sends in another dtype on request, and `into` may be any memory: written through `writing`
-    group by group, in order, when the digests are checked. Else blocks come as they are, into a `KvRegion`."""
+    """Whether the source sends in another dtype on request. Else it sends its blocks as they are."""
 
     @property
     def address(self) -> str:
@@ -114,38 +157,17 @@ class KVTransferChannel(Protocol):
     async def start(self) -> str:
         """Begins to serve as a source; returns the data address (host:port) peers connect to."""
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
-        """Copies source_blocks[i] of the source into target_blocks[i] of the own pool, digests checked.
+    async def pull(self, asked: Pull) -> TransferResult:
+        """Copies the blocks, digests checked.
 
-        `into` is other memory than the pool, for blocks of another layout than the pool's. With `encoding` (where the
-        channel `encodes`) the source converts them first. Raises LayoutMismatch unless blocks that arrive have the size
-        of those of `into` (of the pool), PeerLost (connection refused, reset, silent past the
-        deadline), LeaseExpired, KvCorrupt. After an error the target blocks hold garbage, the pool is otherwise intact.
+        Raises LayoutMismatch unless blocks that arrive have the size of those they go into, PeerLost (connection
+        refused, reset, silent past the deadline), LeaseExpired, KvCorrupt. After an error the target blocks hold
+        garbage, the memory is otherwise intact.
         """
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
         """As `pull`, of blocks that are still being computed, as they become ready: some layers of some blocks at a
-        time, a digest for each such segment. target_blocks[i] is filled from the source's block first_block + i in
-        token order, to the last one. `on_bytes` hears of each segment that is here, on a thread of the channel.
+        time, a digest for each such segment.
 
         Raises as `pull` does, whatever ended the computation instead, and InvalidRequest where not `pulls_along`.
         """
@@ -160,11 +182,10 @@ class KVTransferChannel(Protocol):
         """Stops serving and drops connections. Idempotent."""
 
 
-def as_they_are(channel: KVTransferChannel, into: KvMemory | None, encoding: Encoding | None) -> KvRegion | None:
-    """`into` of a channel that does not encode. Raises InvalidRequest for what only such a one can do."""
-    if encoding is not None or not isinstance(into, KvRegion | None):
-        raise InvalidRequest(f"over {channel.name} blocks come in the source's dtype, into memory of the host")
-    return into
+def check_encoding(channel: KVTransferChannel, asked: Pull | PullAlong) -> None:
+    """Raises InvalidRequest for what only a channel that encodes can do."""
+    if asked.encoding is not None and not channel.encodes:
+        raise InvalidRequest(f"over {channel.name} blocks come in the source's dtype, not in {asked.encoding.dtype}")
 
 
 class ReduceOp(enum.Enum):

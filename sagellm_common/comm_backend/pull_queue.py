@@ -6,18 +6,17 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections.abc import Callable
+from dataclasses import replace
 
-from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, TransferResult
+from sagellm_common.comm_backend.protocol import KVTransferChannel, Pull, PullAlong, TransferResult
 from sagellm_common.core.errors import QueueFull
-from sagellm_common.core.kv import KvMemory
-from sagellm_common.core.types import BlockIds, KvSource
+from sagellm_common.core.types import BlockIds
 
 RETRY_AFTER_S = 0.5
 
 
 class PullQueue:
-    """A channel whose pulls take turns. `priority`: higher goes first, equal ones in the order in which they came.
+    """A channel whose pulls take turns: those of a higher priority first, equal ones in the order in which they came.
 
     Pulls along a computation, which mostly wait for it, have turns of their own, as many: they hold nobody else up.
     `pull` and `pull_along` raise QueueFull too: when `max_waiting` wait already, all of them at least as urgent, or
@@ -39,48 +38,17 @@ class PullQueue:
     async def start(self) -> str:
         return await self._inner.start()
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-        priority: int = 0,
-    ) -> TransferResult:
-        left_s = await self._pulls.begin(priority, timeout_s)
+    async def pull(self, asked: Pull) -> TransferResult:
+        left_s = await self._pulls.begin(asked.priority, asked.timeout_s)
         try:
-            return await self._inner.pull(
-                source, source_blocks, target_blocks, timeout_s=left_s, into=into, encoding=encoding
-            )
+            return await self._inner.pull(asked if left_s == asked.timeout_s else replace(asked, timeout_s=left_s))
         finally:
             self._pulls.end()
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-        priority: int = 0,
-    ) -> TransferResult:
-        left_s = await self._along.begin(priority, timeout_s)
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
+        left_s = await self._along.begin(asked.priority, asked.timeout_s)
         try:
-            return await self._inner.pull_along(
-                source,
-                first_block,
-                target_blocks,
-                timeout_s=left_s,
-                on_bytes=on_bytes,
-                into=into,
-                encoding=encoding,
-            )
+            return await self._inner.pull_along(replace(asked, timeout_s=left_s))
         finally:
             self._along.end()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
@@ -10,10 +10,17 @@ from prometheus_client import Counter, Histogram
 
 from sagellm_common.comm_backend.handoff_record import HandoffRecord
 from sagellm_common.comm_backend.meter import PullMeter, digested_s, metering
-from sagellm_common.comm_backend.protocol import Encoding, KVTransferChannel, LeasedBlocks, Memory, TransferResult
-from sagellm_common.core.kv import Allocation, KvMemory
+from sagellm_common.comm_backend.protocol import (
+    KVTransferChannel,
+    LeasedBlocks,
+    Memory,
+    Pull,
+    PullAlong,
+    TransferResult,
+)
+from sagellm_common.core.kv import Allocation
 from sagellm_common.core.kv_progress import KvProgress
-from sagellm_common.core.types import BlockIds, KvSource
+from sagellm_common.core.types import BlockIds
 
 TRANSFER_BYTES = Counter(
     "sagellm_comm_transfer_bytes_total",
@@ -93,44 +100,13 @@ class InstrumentedChannel:
     async def start(self) -> str:
         return await self._inner.start()
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
+    async def pull(self, asked: Pull) -> TransferResult:
         with self._metered() as meter:
-            result = await self._inner.pull(
-                source, source_blocks, target_blocks, timeout_s=timeout_s, into=into, encoding=encoding
-            )
-            return self._counted(result, meter)
+            return self._counted(await self._inner.pull(asked), meter)
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
         with self._metered() as meter:
-            result = await self._inner.pull_along(
-                source,
-                first_block,
-                target_blocks,
-                timeout_s=timeout_s,
-                on_bytes=on_bytes,
-                into=into,
-                encoding=encoding,
-            )
-            return self._counted(result, meter)
+            return self._counted(await self._inner.pull_along(asked), meter)
 
     @contextmanager
     def _metered(self) -> Iterator[PullMeter]:

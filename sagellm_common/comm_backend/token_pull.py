@@ -19,16 +19,13 @@ from sagellm_common.comm_backend.bridge import Buffers, Incoming
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.paths import PathsChannel
-from sagellm_common.comm_backend.protocol import Encoding, TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.transcode import Transcoder
 from sagellm_common.comm_backend.wire_dtype import wire_layout
 from sagellm_common.core.config import TransportConfig
-from sagellm_common.core.errors import InvalidRequest, LayoutMismatch
+from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
-
-STAGING_BYTES = 4 << 20
-"""So much (but at least one block) is pulled at a time over a byte path that knows of no groups."""
 
 LinkSpeed = Callable[[KvSource], float]
 """Bytes per second from a source; 0: not known."""
@@ -108,24 +105,21 @@ class TokenPuller:
         table = source.block_table[way.theirs]
         if way.direct:
             ours = target_blocks[way.ours]
-            pulled = await self._channel.pull(
-                source, table, ours, timeout_s=timeout_s, encoding=way.encoding, priority=priority
-            )
+            asked = Pull(source, table, ours, timeout_s=timeout_s, encoding=way.encoding, priority=priority)
+            pulled = await self._channel.pull(asked)
             return _reported(way, pulled)
         began_s = time.monotonic()
         async with self._incoming(way, target_blocks) as incoming:
-            if self._channel.encodes:
-                pulled = await self._channel.pull(
-                    source,
-                    table,
-                    np.arange(len(table), dtype=np.int32),
-                    timeout_s=timeout_s,
-                    into=incoming,
-                    encoding=way.encoding,
-                    priority=priority,
-                )
-            else:
-                pulled = await self._pull_in_steps(source, table, incoming, timeout_s, priority)
+            asked = Pull(
+                source,
+                table,
+                np.arange(len(table), dtype=np.int32),
+                timeout_s=timeout_s,
+                into=incoming,
+                encoding=way.encoding,
+                priority=priority,
+            )
+            pulled = await self._channel.pull(asked)
         return _reported(way, replace(pulled, seconds=time.monotonic() - began_s), incoming)
 
     async def pull_along(
@@ -140,15 +134,12 @@ class TokenPuller:
         priority: int = 0,
         wire_dtype: str = "",
     ) -> TransferResult:
-        """As `pull`, of all tokens from `begin_token` on, while they are computed: see `KVTransferChannel`.
-
-        Raises LayoutMismatch for another layout over a byte path that brings whole pools' blocks only.
-        """
+        """As `pull`, of all tokens from `begin_token` on, while they are computed: see `KVTransferChannel`."""
         way = await self._way(source, source_layout, range(begin_token, source.num_tokens), wire_dtype)
         first, table = way.theirs.start, source.block_table[way.theirs]
         if way.direct:
             ours = target_blocks[way.ours]
-            pulled = await self._channel.pull_along(
+            asked = PullAlong(
                 source,
                 first,
                 ours,
@@ -157,15 +148,10 @@ class TokenPuller:
                 encoding=way.encoding,
                 priority=priority,
             )
+            pulled = await self._channel.pull_along(asked)
             return _reported(way, pulled)
-        if not self._channel.encodes:
-            differing = ", ".join(self._layout.differences(source_layout))
-            raise LayoutMismatch(
-                f"blocks of {source.worker_id!r} differ in {differing}: over {self._channel.name} they are transcoded "
-                "when all of them are computed"
-            )
         async with self._incoming(way, target_blocks) as incoming:
-            pulled = await self._channel.pull_along(
+            asked = PullAlong(
                 source,
                 first,
                 np.arange(len(table), dtype=np.int32),
@@ -175,6 +161,7 @@ class TokenPuller:
                 encoding=way.encoding,
                 priority=priority,
             )
+            pulled = await self._channel.pull_along(asked)
         return _reported(way, pulled, incoming)
 
     async def _way(self, source: KvSource, theirs: KvLayout, tokens: range, wire_dtype: str) -> _Way:
@@ -197,8 +184,7 @@ class TokenPuller:
     async def _incoming(self, way: _Way, target_blocks: BlockIds) -> AsyncIterator[Incoming]:
         """Left in whatever way, everything that was written to it is transcoded, and nothing more will be."""
         transcoder = Transcoder(way.wire, way.target)
-        on_thread = way.wire.dtype != way.target.dtype or not self._channel.encodes
-        incoming = Incoming(transcoder, self._pool, target_blocks, way.tokens, self._buffers, on_thread=on_thread)
+        incoming = Incoming(transcoder, self._pool, target_blocks, way.tokens, self._buffers)
         try:
             yield incoming
             await _in_thread(incoming.wait)
@@ -206,27 +192,6 @@ class TokenPuller:
             with contextlib.suppress(Exception):  # the error that is on its way came first
                 await _in_thread(incoming.wait)
             raise
-
-    async def _pull_in_steps(
-        self, source: KvSource, table: BlockIds, incoming: Incoming, timeout_s: float, priority: int
-    ) -> TransferResult:
-        """One group is transcoded while the next is pulled."""
-        deadline_s = time.monotonic() + timeout_s
-        num_bytes, seconds, step = 0, 0.0, max(1, STAGING_BYTES // incoming.block_bytes)
-        for at in range(0, len(table), step):
-            ids = np.arange(at, min(at + step, len(table)), dtype=np.int32)
-            with incoming.writing(ids) as (region, staged):
-                pulled = await self._channel.pull(
-                    source,
-                    table[ids],
-                    staged,
-                    timeout_s=deadline_s - time.monotonic(),
-                    into=region,
-                    priority=priority,
-                )
-                await _in_thread(incoming.wait)  # or leaving would block the loop
-            num_bytes, seconds = num_bytes + pulled.bytes, seconds + pulled.seconds
-        return TransferResult(num_bytes, seconds, len(table))
 
 
 def _blocks(tokens: range, layout: KvLayout) -> slice:

@@ -305,6 +305,7 @@ class Wire:
             pointer(pieces.offsets),
             pointer(pieces.sizes),
             len(pieces.sizes),
+            0 if pieces.parts is None else pointer(pieces.parts),
             address_of(tail),
             len(tail),
             address_of(taken) if taken else 0,

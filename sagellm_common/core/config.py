@@ -106,11 +106,11 @@ class TransportConfig(Section):
     preset: Literal["", "high-bw", "low-latency", "low-cost"] = Field(
         "", description="values for the keys of this section that are not set themselves; see core/presets.yaml"
     )
-    backend: Literal["auto", "tcp", "gloo", "shm", "mooncake", "rdma"] = Field(
+    backend: Literal["auto", "tcp", "gloo", "nccl", "shm", "mooncake", "rdma"] = Field(
         "tcp",
         description="auto: for each peer the best byte path that both sides have, and tcp where it fails; shm: workers "
-        "of one host copy KV out of each other's memory; mooncake: Mooncake's Transfer Engine over TCP; rdma: the same "
-        "over InfiniBand or RoCE",
+        "of one host copy KV out of each other's memory; nccl: between GPUs, one for each worker; mooncake: Mooncake's "
+        "Transfer Engine over TCP; rdma: the same over InfiniBand or RoCE",
     )
     digest: bool = Field(True, description="checks an xxh3 digest per block")
     wire_dtype: Literal["same", "auto", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
@@ -128,7 +128,7 @@ class TransportConfig(Section):
         description="KV in one message at most; 0: as it suits the byte path (4 MiB; tcp where KV is staged: 2 MiB)",
     )
     pipeline_depth: int = Field(
-        2, ge=1, le=16, description="messages under way at a time (gloo only: the others keep none in buffers)"
+        2, ge=1, le=16, description="messages under way at a time (gloo and nccl: the others keep none in buffers)"
     )
     fusion: Literal["auto", "off"] = Field(
         "auto",

@@ -20,6 +20,7 @@ import numpy as np
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.links import best_per_source, changed_noticeably, to_target
 from sagellm_common.comm_backend.paths import Choice, PathsChannel
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.core.errors import InvalidRequest, KvExhausted, SageError
 from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.topology import LinkCost
@@ -212,11 +213,13 @@ async def _pull_s(
     channel.messages.force(transfer_id, blocks_per_message)
     try:
         result = await choice.path.channel.pull(
-            replace(choice.source, block_table=blocks),
-            blocks,
-            targets[: len(blocks)],
-            timeout_s=PROBE_TIMEOUT_S,
-            into=scratch,
+            Pull(
+                replace(choice.source, block_table=blocks),
+                blocks,
+                targets[: len(blocks)],
+                timeout_s=PROBE_TIMEOUT_S,
+                into=scratch,
+            )
         )
     finally:
         channel.messages.force(transfer_id, 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from sagellm_common.comm_backend.protocol import TransferResult
+from sagellm_common.comm_backend.protocol import PullAlong, TransferResult
 from sagellm_common.core.errors import (
     EngineFailed,
     InvalidRequest,
@@ -62,7 +62,9 @@ class Computation:
         targets = TARGETS[self.first_block :]
         channel = self.target.channel
         self.pull = asyncio.create_task(
-            channel.pull_along(self.pinned, self.first_block, targets, timeout_s=TIMEOUT_S, on_bytes=self.count)
+            channel.pull_along(
+                PullAlong(self.pinned, self.first_block, targets, timeout_s=TIMEOUT_S, on_bytes=self.count)
+            )
         )
 
     def compute(self, end: int, layers: int = LAYERS) -> None:
@@ -245,7 +247,7 @@ async def test_refuses(workers: Cluster, mistake: object, error: type[SageError]
             targets: BlockIds = TARGETS[:1]
             with pytest.raises(error):
                 await target.channel.pull_along(
-                    it.pinned, it.first_block, targets, timeout_s=TIMEOUT_S, on_bytes=it.count
+                    PullAlong(it.pinned, it.first_block, targets, timeout_s=TIMEOUT_S, on_bytes=it.count)
                 )
 
 
@@ -295,6 +297,6 @@ async def test_others_say_that_they_cannot(backend: str) -> None:
     assert not target.channel.pulls_along
     with pytest.raises(InvalidRequest, match=backend):
         await target.channel.pull_along(
-            source.source("t", TABLE), 0, TARGETS, timeout_s=TIMEOUT_S, on_bytes=lambda _: None
+            PullAlong(source.source("t", TABLE), 0, TARGETS, timeout_s=TIMEOUT_S, on_bytes=lambda _: None)
         )
     await workers.close()

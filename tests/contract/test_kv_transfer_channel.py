@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import sys
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sagellm_common.comm_backend.backends import socket_source
 from sagellm_common.comm_backend.backends.mock import Faults
+from sagellm_common.comm_backend.backends.nccl_staging import DeviceStaging
+from sagellm_common.comm_backend.backends.torch_pair import HostStaging, TorchPair
+from sagellm_common.comm_backend.bridge import Buffers, Incoming
+from sagellm_common.comm_backend.protocol import Pull
+from sagellm_common.comm_backend.transcode import Transcoder, row_bytes
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core.errors import Draining, InvalidRequest, KvCorrupt, LayoutMismatch, LeaseExpired, PeerLost
-from sagellm_common.core.types import BlockIds
-from tests.support.kv_channels import BACKENDS, Cluster, Gate, Side, blocks_of
+from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.types import BlockIds, KvLayout
+from tests.support.kv_channels import BACKENDS, Cluster, Gate, Side, blocks_of, random_region
 
 TIMEOUT_S = 10.0
 DIGESTS = {
     "shm": "sagellm_common.comm_backend.backends.shm_source",
-    "gloo": "sagellm_common.comm_backend.backends.gloo",
     "mooncake": "sagellm_common.comm_backend.backends.mooncake_source",
     "mock": "sagellm_common.comm_backend.backends.mock",
 }
@@ -50,7 +57,7 @@ async def moved(source: Side, target: Side, source_blocks: BlockIds, target_bloc
     """Pulls, and checks every byte of the target's pool."""
     before = target.region.view.tobytes()
     pinned = source.pin("t", source_blocks)
-    result = await target.channel.pull(pinned, source_blocks, target_blocks, timeout_s=TIMEOUT_S)
+    result = await target.channel.pull(Pull(pinned, source_blocks, target_blocks, timeout_s=TIMEOUT_S))
     size = source.region.block_bytes
     assert (result.blocks, result.bytes) == (len(source_blocks), len(source_blocks) * size)
     expected = bytearray(before)
@@ -104,6 +111,40 @@ async def test_moves_blocks_of_any_size(workers: Cluster, block_bytes: int, dige
     await moved(source, target, permuted(num_blocks, 5), permuted(num_blocks, 6))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(4, 6), (4, 8), (6, 4)], ids=str)
+async def test_fills_blocks_of_another_layout(workers: Cluster, sizes: tuple[int, int], dtype: str) -> None:
+    """Where their bytes belong, whatever the byte path, also of blocks that are wanted in part."""
+    theirs = cut(sizes[0])
+    mine = cut(sizes[1], dtype)
+    source = await workers.side("source", block_bytes=theirs.block_bytes)
+    target = await workers.side("target", block_bytes=theirs.block_bytes)
+    of_numbers(source.region)
+    pool = random_region(40, mine.block_bytes, 5)
+    expected = KvRegion(memoryview(bytearray(pool.view)), mine.block_bytes, 40)
+    tokens, table, blocks = range(24, 99), permuted(40, 3), permuted(64, 4, 25)
+    transcoder = Transcoder(theirs, mine)
+    transcoder.move(source.region, blocks, expected, table, tokens)
+    into = Incoming(transcoder, pool, table, tokens, Buffers())
+    wanted = blocks[24 // sizes[0] : -(-99 // sizes[0])]
+    pinned, to = source.pin("t", blocks), np.arange(len(wanted), dtype=np.int32)
+    await target.channel.pull(Pull(pinned, wanted, to, timeout_s=TIMEOUT_S, into=into))
+    await asyncio.to_thread(into.wait)
+    assert pool.view.tobytes() == expected.view.tobytes()
+
+
+def cut(block_size_tokens: int, dtype: str = "float32") -> KvLayout:
+    """Rows of whole stripes in float32."""
+    layout = KvLayout("m", dtype, block_size_tokens, 2, 2, 8, 0)
+    return replace(layout, block_bytes=sum(row_bytes(layout)) * layout.num_layers * block_size_tokens)
+
+
+def of_numbers(region: KvRegion) -> None:
+    """No NaN, whose bits some conversions keep and some do not."""
+    numbers = np.frombuffer(region.view, np.float32)
+    numbers[:] = np.random.default_rng(1).standard_normal(len(numbers))
+
+
 async def test_one_connection_after_another(workers: Cluster) -> None:
     source, target = await workers.side("source"), await workers.side("target")
     for seed in range(5):
@@ -120,7 +161,7 @@ async def test_concurrent_pulls_of_two_sources_in_both_directions(workers: Clust
         jobs.append((source, target, pinned, to))
     async with asyncio.TaskGroup() as group:
         for _, target, pinned, to in jobs:
-            group.create_task(target.channel.pull(pinned, pinned.block_table, to, timeout_s=TIMEOUT_S))
+            group.create_task(target.channel.pull(Pull(pinned, pinned.block_table, to, timeout_s=TIMEOUT_S)))
     for source, target, pinned, to in jobs:
         assert blocks_of(target.region, to) == blocks_of(source.region, pinned.block_table)
 
@@ -135,10 +176,10 @@ async def test_refuses_what_is_not_leased(workers: Cluster) -> None:
         source.source("t", ids(1, 9), epoch=2),
     ]:
         with pytest.raises(LeaseExpired):
-            await target.channel.pull(wrong, wrong.block_table, ids(0, 1), timeout_s=TIMEOUT_S)
+            await target.channel.pull(Pull(wrong, wrong.block_table, ids(0, 1), timeout_s=TIMEOUT_S))
     source.clock.advance(30)
     with pytest.raises(LeaseExpired):
-        await target.channel.pull(source.source("t", ids(1, 2), 2), ids(1, 2), ids(0, 1), timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(source.source("t", ids(1, 2), 2), ids(1, 2), ids(0, 1), timeout_s=TIMEOUT_S))
     assert source.leases.expire() == 1
     # And goes on serving.
     await moved(source, target, ids(5), ids(6))
@@ -152,7 +193,7 @@ async def test_checks_the_target_blocks(workers: Cluster, target_blocks: BlockId
     before = target.region.view.tobytes()
     pinned = source.pin("t", ids(1, 2))
     with pytest.raises(InvalidRequest):
-        await target.channel.pull(pinned, ids(1, 2), target_blocks, timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(pinned, ids(1, 2), target_blocks, timeout_s=TIMEOUT_S))
     assert target.region.view.tobytes() == before
 
 
@@ -160,7 +201,7 @@ async def test_blocks_of_another_size_do_not_fit(workers: Cluster) -> None:
     source, target = await workers.side("source", block_bytes=64), await workers.side("target", block_bytes=128)
     pinned = source.pin("t", ids(1, 2))
     with pytest.raises(LayoutMismatch):
-        await target.channel.pull(pinned, ids(1, 2), ids(1, 2), timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(pinned, ids(1, 2), ids(1, 2), timeout_s=TIMEOUT_S))
 
 
 async def test_a_source_that_is_not_there_is_lost(workers: Cluster) -> None:
@@ -169,7 +210,7 @@ async def test_a_source_that_is_not_there_is_lost(workers: Cluster) -> None:
     await source.channel.close()
     del workers.sides["source"]
     with pytest.raises(PeerLost):
-        await target.channel.pull(pinned, ids(1, 2), ids(1, 2), timeout_s=2.0)
+        await target.channel.pull(Pull(pinned, ids(1, 2), ids(1, 2), timeout_s=2.0))
 
 
 async def test_a_closed_channel_pulls_no_more(workers: Cluster) -> None:
@@ -178,7 +219,7 @@ async def test_a_closed_channel_pulls_no_more(workers: Cluster) -> None:
     await target.channel.close()
     await target.channel.close()
     with pytest.raises(Draining):
-        await target.channel.pull(pinned, ids(1, 2), ids(1, 2), timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(pinned, ids(1, 2), ids(1, 2), timeout_s=TIMEOUT_S))
 
 
 async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +235,9 @@ async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest
             return send(wire, bytes(tail))
 
         monkeypatch.setattr(Wire, "send", blocks_first)
+    elif workers.backend == "gloo":
+        real_pair, lies = TorchPair.send, lambda told: told[:8] + bytes(8)
+        monkeypatch.setattr(TorchPair, "send", lambda *args, **how: lies(real_pair(*args, **how)))
     else:
         module = importlib.import_module(DIGESTS[workers.backend])
         real = module.block_digests
@@ -208,7 +252,7 @@ async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest
         monkeypatch.setattr(module, "block_digests", then_flip)
     pinned = source.pin("t", ids(1, 2))
     with pytest.raises(KvCorrupt, match=r"'t': block 9 ") as caught:
-        await target.channel.pull(pinned, ids(1, 2), ids(8, 9), timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(pinned, ids(1, 2), ids(8, 9), timeout_s=TIMEOUT_S))
     assert caught.value.metadata == {"transfer_id": "t", "block_id": "9"}
     monkeypatch.undo()
     source.leases.release("t", 1, committed=False)
@@ -217,11 +261,12 @@ async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest
 
 async def test_without_digests_nobody_looks(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = await workers.side("source", digest=False), await workers.side("target", digest=False)
-    monkeypatch.setattr(
-        importlib.import_module("sagellm_common.comm_backend.integrity"),
-        "block_digests",
-        lambda *_: pytest.fail("looked"),
-    )
+    """Neither end, wherever it takes digests."""
+    for name, module in list(sys.modules.items()):
+        for digests in ("digests", "block_digests", "segment_digest"):
+            if name.startswith("sagellm_common.comm_backend") and hasattr(module, digests):
+                monkeypatch.setattr(module, digests, lambda *_: pytest.fail("looked"))
+    monkeypatch.setattr(DeviceStaging, "digests", lambda *_: pytest.fail("looked"))
     await moved(source, target, ids(1, 2), ids(8, 9))
 
 
@@ -232,13 +277,20 @@ def gate(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> Gate:
         gate = Gate(socket_source.blocks, stop_at=1)
         monkeypatch.setattr(socket_source, "blocks", gate)
         return gate
+    if workers.backend == "gloo":
+        staging = DeviceStaging if workers.variant != "gloo" else HostStaging
+        gate = Gate(staging.digests, stop_at=0)
+        monkeypatch.setattr(staging, "digests", lambda *of: gate(*of))
+        return gate
     module = importlib.import_module(DIGESTS[workers.backend])
     gate = Gate(module.block_digests, stop_at=0)
     monkeypatch.setattr(module, "block_digests", gate)
     return gate
 
 
-threaded = pytest.mark.parametrize("workers", ["tcp", "staged", "shm", "vm-read", "gloo", "mooncake"], indirect=True)
+threaded = pytest.mark.parametrize(
+    "workers", ["tcp", "staged", "shm", "vm-read", "gloo", "nccl", "on-device", "mooncake"], indirect=True
+)
 """The mock's source has no thread that could be stopped: it runs on the event loop."""
 
 BIG = {"num_blocks": 16, "block_bytes": 1 << 20}
@@ -251,7 +303,7 @@ async def test_a_lease_that_ends_meanwhile_frees_after_the_send(workers: Cluster
     pinned = source.pin("t", permuted(16, 1, 8))
     to = permuted(16, 2, 8)
     with gate.opening():
-        pull = asyncio.create_task(target.channel.pull(pinned, pinned.block_table, to, timeout_s=TIMEOUT_S))
+        pull = asyncio.create_task(target.channel.pull(Pull(pinned, pinned.block_table, to, timeout_s=TIMEOUT_S)))
         await in_thread(gate.reached)
         if end == "release":
             source.leases.release("t", 1, committed=False)
@@ -268,7 +320,7 @@ async def test_a_lease_that_ends_meanwhile_frees_after_the_send(workers: Cluster
     await in_thread(source.watched.quiet)
     assert len(source.freed) == 1
     with pytest.raises(LeaseExpired):
-        await target.channel.pull(pinned, pinned.block_table, to, timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(pinned, pinned.block_table, to, timeout_s=TIMEOUT_S))
 
 
 @threaded
@@ -277,7 +329,7 @@ async def test_nothing_is_written_after_a_cancellation(workers: Cluster, gate: G
     pinned = source.pin("t", permuted(16, 1, 12))
     with gate.opening():
         pull = asyncio.create_task(
-            target.channel.pull(pinned, pinned.block_table, permuted(16, 2, 12), timeout_s=TIMEOUT_S)
+            target.channel.pull(Pull(pinned, pinned.block_table, permuted(16, 2, 12), timeout_s=TIMEOUT_S))
         )
         await in_thread(gate.reached)
         pull.cancel()
@@ -297,7 +349,7 @@ async def test_a_silent_source_is_lost_at_the_deadline(workers: Cluster, gate: G
     pinned = source.pin("t", permuted(16, 1, 12))
     with gate.opening():
         with pytest.raises(PeerLost):
-            await target.channel.pull(pinned, pinned.block_table, permuted(16, 2, 12), timeout_s=0.3)
+            await target.channel.pull(Pull(pinned, pinned.block_table, permuted(16, 2, 12), timeout_s=0.3))
         target.region.view[:] = bytes(len(target.region.view))
     await in_thread(source.watched.quiet)
     assert not any(target.region.view.tobytes())
@@ -310,7 +362,7 @@ async def test_closing_ends_running_pulls(workers: Cluster, gate: Gate) -> None:
     pinned = source.pin("t", permuted(16, 1, 12))
     with gate.opening():
         pull = asyncio.create_task(
-            target.channel.pull(pinned, pinned.block_table, permuted(16, 2, 12), timeout_s=TIMEOUT_S)
+            target.channel.pull(Pull(pinned, pinned.block_table, permuted(16, 2, 12), timeout_s=TIMEOUT_S))
         )
         await in_thread(gate.reached)
         await target.channel.close()
@@ -335,6 +387,6 @@ async def test_mock_faults(faults: Faults, error: type[Exception] | tuple[type[E
     source, target = await workers.side("source"), await workers.side("target", faults=faults)
     pinned = source.pin("t", ids(1, 2))
     with pytest.raises(error):
-        await target.channel.pull(pinned, ids(1, 2), ids(1, 2), timeout_s=0.1)
+        await target.channel.pull(Pull(pinned, ids(1, 2), ids(1, 2), timeout_s=0.1))
     assert source.watched.quiet.is_set()
     await workers.close()

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.core.errors import LayoutMismatch, PeerLost
 from sagellm_common.core.types import KvSource
 from sagellm_common.rpc.channels import ChannelPool
@@ -125,20 +126,20 @@ async def wiped_and_left_alone(side: Side) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_a_whole_pull_between_processes_and_a_kill_when_idle(backend: str) -> None:
     async with source_process(backend) as peer, receiver(backend) as side:
-        result = await side.channel.pull(peer.source, ALL, ALL[::-1].copy(), timeout_s=30.0)
+        result = await side.channel.pull(Pull(peer.source, ALL, ALL[::-1].copy(), timeout_s=30.0))
         assert result.bytes == NUM_BLOCKS * BLOCK_BYTES
         theirs = random_region(NUM_BLOCKS, BLOCK_BYTES, SEED)
         assert blocks_of(side.region, ALL[::-1]) == blocks_of(theirs, ALL)
         await peer.kill()
         async with asyncio.timeout(10):
             with pytest.raises(PeerLost):
-                await side.channel.pull(peer.source, ALL, ALL, timeout_s=60.0)
+                await side.channel.pull(Pull(peer.source, ALL, ALL, timeout_s=60.0))
 
 
 @at_steps(0, 1, 3, of_mooncake=1)
 async def test_a_source_killed_half_way_is_lost_long_before_the_deadline(backend: str, pause_at: int) -> None:
     async with source_process(backend, pause_at) as peer, receiver(backend) as side:
-        pull = asyncio.create_task(side.channel.pull(peer.source, ALL, ALL, timeout_s=60.0))
+        pull = asyncio.create_task(side.channel.pull(Pull(peer.source, ALL, ALL, timeout_s=60.0)))
         await peer.paused()
         await peer.kill()
         async with asyncio.timeout(10):
@@ -153,7 +154,7 @@ async def test_a_stopped_source_is_lost_at_the_deadline(backend: str, pause_at: 
         if pause_at < 0:
             peer.stop()
         async with asyncio.timeout(15):
-            pull = asyncio.create_task(side.channel.pull(peer.source, ALL, ALL, timeout_s=1.0))
+            pull = asyncio.create_task(side.channel.pull(Pull(peer.source, ALL, ALL, timeout_s=1.0)))
             if pause_at >= 0:
                 await peer.paused()
                 peer.stop()
@@ -199,15 +200,15 @@ async def test_a_source_behind_a_black_hole_is_lost_at_the_deadline_and_found_ag
     with network_of_its_own() as (name, ours, theirs):
         within = ("ip", "netns", "exec", name)
         async with source_process("tcp", within=within, host=theirs) as peer, receiver("tcp") as side:
-            await side.channel.pull(peer.source, ALL, ALL, timeout_s=30.0)
+            await side.channel.pull(Pull(peer.source, ALL, ALL, timeout_s=30.0))
             run(f"ip -n {name} route add blackhole {ours}/32")
             async with asyncio.timeout(15):
                 with pytest.raises(PeerLost) as lost:
-                    await side.channel.pull(peer.source, ALL, ALL, timeout_s=0.5)
+                    await side.channel.pull(Pull(peer.source, ALL, ALL, timeout_s=0.5))
             assert isinstance(lost.value.__cause__, TimeoutError)
             await wiped_and_left_alone(side)
             run(f"ip -n {name} route delete blackhole {ours}/32")
-            await side.channel.pull(peer.source, ALL, ALL, timeout_s=30.0)
+            await side.channel.pull(Pull(peer.source, ALL, ALL, timeout_s=30.0))
             assert blocks_of(side.region, ALL) == blocks_of(random_region(NUM_BLOCKS, BLOCK_BYTES, SEED), ALL)
 
 

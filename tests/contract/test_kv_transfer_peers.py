@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from sagellm_common.comm_backend.backends.mock import Faults
-from sagellm_common.comm_backend.protocol import KVTransferChannel, TransferResult
+from sagellm_common.comm_backend.protocol import KVTransferChannel, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.errors import KvCorrupt, LeaseExpired, PeerLost, QueueFull
 from sagellm_common.core.kv import Allocation
@@ -40,7 +39,7 @@ in_band = pytest.mark.parametrize("workers", IN_BAND, indirect=True)
 
 
 async def pulled(source: KvSource, target: Side, timeout_s: float = TIMEOUT_S) -> TransferResult:
-    return await target.channel.pull(source, FROM, TO, timeout_s=timeout_s)
+    return await target.channel.pull(Pull(source, FROM, TO, timeout_s=timeout_s))
 
 
 def untouched_beside(before: bytes, target: Side) -> bool:
@@ -132,12 +131,12 @@ class Held:
         self.most = 0
         self._now = 0
 
-    async def pull(self, *args: Any, **how: Any) -> TransferResult:
+    async def pull(self, asked: Pull) -> TransferResult:
         self._now += 1
         self.most = max(self.most, self._now)
         try:
             await self.let_go.wait()
-            return await self._channel.pull(*args, **how)
+            return await self._channel.pull(asked)
         finally:
             self._now -= 1
 
@@ -150,7 +149,9 @@ async def test_many_pulls_take_turns(workers: Cluster) -> None:
     pinned = [source.pin(f"t{n}", np.array([n, n + 20], dtype=np.int32)) for n in range(20)]
     to = [np.array([3 * n, 3 * n + 1], dtype=np.int32) for n in range(20)]
     pulls = [
-        asyncio.create_task(queue.pull(pinned[n], pinned[n].block_table, to[n], timeout_s=TIMEOUT_S, priority=n % 2))
+        asyncio.create_task(
+            queue.pull(Pull(pinned[n], pinned[n].block_table, to[n], timeout_s=TIMEOUT_S, priority=n % 2))
+        )
         for n in range(20)
     ]
     await eventually(lambda: sum(pull.done() for pull in pulls) == 5, lambda: "nobody was turned away")
@@ -179,7 +180,9 @@ async def test_the_mock_pulls_along_with_the_same_faults(faults: Faults, error: 
     progress = KvProgress(12, 0, 4)
     with source.leases.computing("t", 1, Allocation(FROM), progress):
         pull = asyncio.create_task(
-            target.channel.pull_along(source.source("t", FROM), 0, TO, timeout_s=0.5, on_bytes=lambda _: None)
+            target.channel.pull_along(
+                PullAlong(source.source("t", FROM), 0, TO, timeout_s=0.5, on_bytes=lambda _: None)
+            )
         )
         progress.chunk_begins(8)
         progress.chunk_done()

@@ -17,7 +17,6 @@ from typing import Any
 import grpc
 import pytest
 
-from sagellm_common.comm_backend import token_pull
 from sagellm_common.comm_backend.handoff import attempt_of
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.transcode import Transcoder
@@ -187,11 +186,8 @@ async def test_blocks_of_different_sizes(router: str, theirs: int, ours: int, ba
 
 
 @pytest.mark.parametrize("backend", ["tcp", "gloo"])
-async def test_a_long_pull_is_transcoded_group_by_group(
-    router: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_long_pull_is_transcoded_group_by_group(router: str, backend: str) -> None:
     """Five blocks of 4 tokens at a time, which end within blocks of ours, every time but one."""
-    monkeypatch.setattr(token_pull, "STAGING_BYTES", 5 * 4 * SLOT_BYTES)
     config = test_config(f"transport.backend={backend}", f"transport.chunk_bytes={5 * 4 * SLOT_BYTES}")
     async with (
         worker(WorkerRole.PREFILL, router, config=config) as prefill,

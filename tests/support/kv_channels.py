@@ -26,16 +26,25 @@ from sagellm_common.core.kv import Allocation, KvMemory, KvRegion, LayerPart
 from sagellm_common.core.kv_progress import KvProgress
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
-BACKENDS = ("tcp", "staged", "shm", "vm-read", "inline", "gloo", "mooncake", "mock")
+BACKENDS = ("tcp", "staged", "shm", "vm-read", "inline", "gloo", "nccl", "on-device", "mooncake", "mock")
 """`staged` is tcp between pools that are no host memory to it, as with a GPU; `vm-read` shm of pools in no file;
-`inline` shm whose small pulls come through the socket, as they usually do."""
-VARIANTS = {"staged": "tcp", "vm-read": "shm", "inline": "shm"}
+`inline` shm whose small pulls come through the socket, as they usually do; `on-device` nccl on a device that is the
+CPU, which NCCL cannot reach: Gloo moves the bytes."""
+VARIANTS = {"staged": "tcp", "vm-read": "shm", "inline": "shm", "nccl": "gloo", "on-device": "gloo"}
 HOST = "127.0.0.1"
+MOST_SIDES = 3
 
 
 @functools.cache
 def missing(backend: str) -> str:
     """Why the byte path cannot be tested here, and how it could; empty: it can."""
+    if backend == "nccl":
+        import torch
+
+        if not torch.distributed.is_nccl_available():
+            return f"NCCL needs a CUDA build of torch, this is {torch.__version__}"
+        if (found := torch.cuda.device_count()) < MOST_SIDES:
+            return f"NCCL wants a GPU for each of {MOST_SIDES} ends, this machine has {found}"
     if backend == "mooncake":
         try:
             import mooncake.engine  # noqa: F401
@@ -185,12 +194,22 @@ class Cluster:
                 lambda: region, watched, digest=digest, silence_s=silence_s, messages=end.planner(), **how
             )
         elif self.backend == "gloo":
-            from sagellm_common.comm_backend.backends.gloo import GlooChannel
+            from sagellm_common.comm_backend.backends.pair_channel import PairChannel
+            from tests.support.kv_device import a_staging, on_device
 
-            rpc = pull_rpc or self._pull_rpc
-            settings = end.planner().settings
-            channel = GlooChannel(
-                lambda: region, watched, HOST, 0, rpc, digest=digest, silence_s=silence_s, settings=settings
+            staging = a_staging(self.variant, len(self.sides))
+            memory = on_device(region) if self.variant in ("nccl", "on-device") else region
+            channel = PairChannel(
+                "nccl" if self.variant == "nccl" else "gloo",
+                staging,
+                lambda: memory,
+                watched,
+                HOST,
+                0,
+                pull_rpc or self._pull_rpc,
+                digest=digest,
+                silence_s=silence_s,
+                settings=end.planner().settings,
             )
         elif self.backend == "mooncake":
             config = TransportConfig(backend="mooncake", digest=digest, timeout_s=silence_s)
@@ -215,15 +234,15 @@ class Cluster:
 class Gate:
     """Stops a source between its digests and its bytes: at the n-th time, until opened."""
 
-    def __init__(self, wrapped: Callable[[KvRegion, BlockIds], bytes], stop_at: int = 0) -> None:
+    def __init__(self, wrapped: Callable[..., bytes], stop_at: int = 0) -> None:
         self._wrapped = wrapped
         self._stop_at = stop_at
         self._calls = 0
         self.reached = threading.Event()
         self.opened = threading.Event()
 
-    def __call__(self, region: KvRegion, block_ids: BlockIds) -> bytes:
-        digests = self._wrapped(region, block_ids)
+    def __call__(self, *of: Any) -> bytes:
+        digests = self._wrapped(*of)
         if self._calls == self._stop_at:
             self.reached.set()
             if not self.opened.wait(20):

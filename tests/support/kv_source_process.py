@@ -55,9 +55,9 @@ def pause(backend: str, at: int) -> None:
         source = importlib.import_module(f"sagellm_common.comm_backend.backends.{backend}_source")
         source.block_digests = pausing(source.block_digests, at)
     else:
-        from sagellm_common.comm_backend.backends.gloo_pair import GlooPair
+        from sagellm_common.comm_backend.backends.torch_pair import HostStaging
 
-        GlooPair._message = pausing(GlooPair._message, at)  # type: ignore[method-assign]
+        HostStaging.take = pausing(HostStaging.take, at)  # type: ignore[method-assign]
 
 
 async def serve(backend: str, host: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from bench.benchmarks.transfer.blocks import Contestant, MemoryCopy, Pool
 from bench.benchmarks.transfer.pair import BytePath, Pair, a_pair
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.core.errors import SageError
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -194,7 +195,7 @@ async def _peers_that_fail(backends: Sequence[str], rounds: int, found: Measured
                 """When, but for one that was through before anything happened."""
                 every = np.arange(pool.num_blocks, dtype=np.int32)
                 try:
-                    await path.channel.pull(path.source, every, every, timeout_s=timeout_s)
+                    await path.channel.pull(Pull(path.source, every, every, timeout_s=timeout_s))
                 except SageError:
                     return time.perf_counter()
                 return 0.0

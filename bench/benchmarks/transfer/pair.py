@@ -24,7 +24,7 @@ from bench.benchmarks.transfer.plain import (
 )
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
-from sagellm_common.comm_backend.protocol import KVTransferChannel
+from sagellm_common.comm_backend.protocol import KVTransferChannel, Pull
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError
@@ -125,7 +125,7 @@ class BytePath:
     source: KvSource
 
     async def pull(self, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
-        await self.channel.pull(self.source, source_blocks, target_blocks, timeout_s=TIMEOUT_S)
+        await self.channel.pull(Pull(self.source, source_blocks, target_blocks, timeout_s=TIMEOUT_S))
 
 
 @dataclass(slots=True)

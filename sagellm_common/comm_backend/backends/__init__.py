@@ -25,6 +25,7 @@ from sagellm_common.core.kv import KvMemory, KvRegion
 MODULES = {
     "gloo": "sagellm_common.comm_backend.backends.gloo",
     "mooncake": "sagellm_common.comm_backend.backends.mooncake",
+    "nccl": "sagellm_common.comm_backend.backends.nccl",
     "rdma": "sagellm_common.comm_backend.backends.rdma",
     "shm": "sagellm_common.comm_backend.backends.shm",
     "tcp": "sagellm_common.comm_backend.backends.tcp",

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from sagellm_common.comm_backend.integrity import block_digests, check_pull, check_targets, verify_blocks
-from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, Regions, TransferResult, as_they_are
+import xxhash
+
+from sagellm_common.comm_backend.bridge import fill
+from sagellm_common.comm_backend.integrity import DIGEST_BYTES, block_digests, check_pull, check_targets, verify_digests
+from sagellm_common.comm_backend.pieces import in_order
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Pull, PullAlong, Regions, TransferResult, check_encoding
 from sagellm_common.comm_backend.segments import SegmentCutter
 from sagellm_common.core.errors import Draining, InvalidRequest, LayoutMismatch, PeerLost
 from sagellm_common.core.kv import KvMemory, KvRegion
@@ -76,53 +80,40 @@ class MockChannel:
         self._network.channels[self.address] = self
         return self.address
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
-        region = as_they_are(self, into, encoding) or self._regions()
-        check_pull(region, source_blocks, target_blocks)
+    async def pull(self, asked: Pull) -> TransferResult:
+        check_encoding(self, asked)
+        memory, source, target_blocks = asked.into or self._regions(), asked.source, asked.target_blocks
+        check_pull(memory, asked.source_blocks, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")
         began_s = time.monotonic()
         if len(target_blocks):
             try:
-                async with asyncio.timeout(timeout_s):
-                    await self._copy(region, source, source_blocks, target_blocks)
+                async with asyncio.timeout(asked.timeout_s):
+                    await self._copy(memory, source, asked.source_blocks, target_blocks)
             except TimeoutError as err:
-                raise PeerLost(f"transfer {source.transfer_id!r}: the source was silent for {timeout_s:g} s") from err
-        num_bytes = len(target_blocks) * region.block_bytes
+                raise PeerLost(
+                    f"transfer {source.transfer_id!r}: the source was silent for {asked.timeout_s:g} s"
+                ) from err
+        num_bytes = len(target_blocks) * memory.block_bytes
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
-        region = as_they_are(self, into, encoding) or self._regions()
-        check_targets(region, target_blocks)
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
+        check_encoding(self, asked)
+        memory, source, target_blocks = asked.into or self._regions(), asked.source, asked.target_blocks
+        check_targets(memory, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")
         began_s = time.monotonic()
         if len(target_blocks):
             try:
-                async with asyncio.timeout(timeout_s):
-                    await self._copy_along(region, source, first_block, target_blocks, on_bytes)
+                async with asyncio.timeout(asked.timeout_s):
+                    await self._copy_along(memory, source, asked.first_block, target_blocks, asked.on_bytes)
             except TimeoutError as err:
-                raise PeerLost(f"transfer {source.transfer_id!r}: the source was silent for {timeout_s:g} s") from err
-        num_bytes = len(target_blocks) * region.block_bytes
+                raise PeerLost(
+                    f"transfer {source.transfer_id!r}: the source was silent for {asked.timeout_s:g} s"
+                ) from err
+        num_bytes = len(target_blocks) * memory.block_bytes
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
@@ -132,21 +123,16 @@ class MockChannel:
         self._closed = True
         self._network.channels.pop(self.address, None)
 
-    async def _copy(self, mine: KvRegion, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
+    async def _copy(self, mine: KvMemory, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds) -> None:
         peer, theirs = self._peer(source, mine)
         with peer._leases.reading(source.transfer_id, source.epoch, source_blocks):
-            digests = block_digests(theirs, source_blocks)
+            digests = block_digests(theirs, source_blocks) if self._digest else b""
             await asyncio.sleep(self.faults.delay_s)
-            for n, (theirs_id, mine_id) in enumerate(zip(source_blocks.tolist(), target_blocks.tolist(), strict=True)):
-                await self._fail(source, n * mine.block_bytes, mine.block_bytes)
-                mine.block(mine_id)[:] = theirs.block(theirs_id)
-            self._corrupt(mine, target_blocks)
-        if self._digest:
-            verify_blocks(mine, target_blocks, digests, source.transfer_id)
+            await self._bring(source, theirs, source_blocks, mine, target_blocks, digests)
 
     async def _copy_along(
         self,
-        mine: KvRegion,
+        mine: KvMemory,
         source: KvSource,
         first_block: int,
         target_blocks: BlockIds,
@@ -168,17 +154,34 @@ class MockChannel:
                 here = slice(segment.first_block - first_block, segment.end_block - first_block)
                 block_ids, into = allocation.block_ids[segment.first_block : segment.end_block], target_blocks[here]
                 with peer._leases.reading(source.transfer_id, source.epoch, block_ids):
-                    digests = block_digests(theirs, block_ids)
-                    for n, (theirs_id, mine_id) in enumerate(zip(block_ids.tolist(), into.tolist(), strict=True)):
-                        await self._fail(source, (here.start + n) * mine.block_bytes, mine.block_bytes)
-                        mine.block(mine_id)[:] = theirs.block(theirs_id)
-                if here.stop == len(target_blocks):
-                    self._corrupt(mine, target_blocks)
-                if self._digest:
-                    verify_blocks(mine, into, digests, source.transfer_id)
+                    digests = block_digests(theirs, block_ids) if self._digest else b""
+                    await self._bring(source, theirs, block_ids, mine, into, digests, here.start)
                 on_bytes(len(into) * mine.block_bytes)
 
-    def _peer(self, source: KvSource, mine: KvRegion) -> tuple[MockChannel, KvRegion]:
+    async def _bring(
+        self,
+        source: KvSource,
+        theirs: KvRegion,
+        source_blocks: BlockIds,
+        mine: KvMemory,
+        target_blocks: BlockIds,
+        digests: bytes,
+        first: int = 0,
+    ) -> None:
+        """The blocks one by one, of which `first` came before, with what goes wrong on the way."""
+        size = mine.block_bytes
+        for n, block_id in enumerate(source_blocks.tolist()):
+            await self._fail(source, (first + n) * size, size)
+            sent = bytearray(theirs.block(block_id))
+            at = self.faults.corrupt_at_byte
+            if at is not None and at // size == first + n:
+                sent[at % size] ^= 0xFF
+            expected = digests[n * DIGEST_BYTES : (n + 1) * DIGEST_BYTES]
+            fill(mine, target_blocks[n : n + 1], in_order(memoryview(sent), 1, size))
+            if self._digest:
+                verify_digests(xxhash.xxh3_64_digest(sent), expected, target_blocks[n : n + 1], source.transfer_id)
+
+    def _peer(self, source: KvSource, mine: KvMemory) -> tuple[MockChannel, KvRegion]:
         """Who is at the source's address, and its pool. Raises PeerLost, LayoutMismatch."""
         peer = self._network.channels.get(source.data_address)
         if peer is None:
@@ -195,9 +198,3 @@ class MockChannel:
             raise PeerLost(f"transfer {source.transfer_id!r}: source {source.worker_id!r} was lost")
         if stall_at is not None and begin <= stall_at < begin + size:
             await asyncio.Event().wait()
-
-    def _corrupt(self, region: KvRegion, target_blocks: BlockIds) -> None:
-        at = self.faults.corrupt_at_byte
-        if at is not None:
-            n, offset = divmod(at, region.block_bytes)
-            region.block(int(target_blocks[n]))[offset] ^= 0xFF

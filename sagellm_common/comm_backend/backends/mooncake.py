@@ -33,16 +33,18 @@ from sagellm_common.comm_backend.backends.mooncake_engine import (
     release,
 )
 from sagellm_common.comm_backend.backends.mooncake_source import ALL_READ, GROUP_READ, READING, MooncakeSource
+from sagellm_common.comm_backend.bridge import fill
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.frames import MalformedFrame
-from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_blocks
+from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, verify_digests
 from sagellm_common.comm_backend.meter import PullMeter
-from sagellm_common.comm_backend.protocol import Encoding, LeasedBlocks, Regions, TransferResult, as_they_are
+from sagellm_common.comm_backend.pieces import digests, in_order
+from sagellm_common.comm_backend.protocol import LeasedBlocks, Pull, PullAlong, Regions, TransferResult, check_encoding
 from sagellm_common.comm_backend.wire import split_address
 from sagellm_common.comm_backend.write_gate import WriteGate
 from sagellm_common.core.errors import Draining, InvalidRequest, PeerLost, error_for
-from sagellm_common.core.kv import KvMemory, KvRegion
+from sagellm_common.core.kv import KvMemory
 from sagellm_common.core.types import BlockIds, KvSource
 
 
@@ -105,17 +107,7 @@ class MooncakeChannel:
             await asyncio.to_thread(self._source.close)
             release(self._engine)
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
         raise InvalidRequest(f"over {self.name} nothing is pulled along the computation: whole blocks are read at once")
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
@@ -123,41 +115,32 @@ class MooncakeChannel:
             f"KvTransferService.Pull is for byte paths like gloo; over {self.name} the receiver asks in band"
         )
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
-        region = as_they_are(self, into, encoding) or self._regions()
-        check_pull(region, source_blocks, target_blocks)
+    async def pull(self, asked: Pull) -> TransferResult:
+        check_encoding(self, asked)
+        memory, source, target_blocks = asked.into or self._regions(), asked.source, asked.target_blocks
+        check_pull(memory, asked.source_blocks, target_blocks)
         if self._closed:
             raise Draining("this worker's KV byte path is closed")
         began_s = time.monotonic()
         if len(target_blocks):
             try:
-                async with asyncio.timeout(timeout_s):
-                    await self._pull(region, source, source_blocks, target_blocks, began_s + timeout_s)
+                async with asyncio.timeout(asked.timeout_s):
+                    await self._pull(memory, asked, began_s + asked.timeout_s)
             except (OSError, EOFError, MalformedFrame) as err:
                 raise PeerLost(
                     f"transfer {source.transfer_id!r}: source {source.worker_id!r} at {source.data_address} was lost: "
                     f"{err or 'it was silent'}"
                 ) from err
-        num_bytes = len(target_blocks) * region.block_bytes
+        num_bytes = len(target_blocks) * memory.block_bytes
         return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks))
 
-    async def _pull(
-        self, region: KvRegion, source: KvSource, source_blocks: BlockIds, target_blocks: BlockIds, deadline_s: float
-    ) -> None:
+    async def _pull(self, memory: KvMemory, asked: Pull, deadline_s: float) -> None:
+        source, source_blocks, target_blocks = asked.source, asked.source_blocks, asked.target_blocks
         request = frames.encode_pull(
             source.transfer_id,
             source.epoch,
             source_blocks,
-            block_bytes=region.block_bytes,
+            block_bytes=memory.block_bytes,
             digest=self._digest,
             timeout_s=deadline_s - time.monotonic(),
         )
@@ -171,15 +154,14 @@ class MooncakeChannel:
             num_bytes = DIGEST_BYTES * len(source_blocks) if self._digest else 0
             # Read along: it ends at once when the source dies, which the engine would notice late.
             rest = asyncio.ensure_future(_digests(reader, num_bytes))
-            reading = _Reading(self._engine, peer, region, target_blocks, self._silence_s, deadline_s)
+            write = _Writing(memory, target_blocks, meter.current(), digest=self._digest)
+            reading = _Reading(self._engine, peer, write, self._silence_s, deadline_s)
             loop = asyncio.get_running_loop()
-            metered = meter.current()
             job = in_daemon_thread(
                 "kv-mooncake",
                 lambda: reading.run(
-                    _runs(address, source_blocks, region.block_bytes),
+                    _runs(address, source_blocks, memory.block_bytes),
                     lambda: loop.call_soon_threadsafe(writer.write, GROUP_READ),
-                    metered,
                 ),
             )
             both: set[asyncio.Future[Any]] = {job, rest}
@@ -191,7 +173,7 @@ class MooncakeChannel:
                 await job
                 writer.write(ALL_READ)
                 async with asyncio.timeout(self._silence_s):
-                    digests = await rest
+                    told = await rest
             finally:
                 reading.give_up()
                 for future in both:
@@ -201,52 +183,67 @@ class MooncakeChannel:
             # Not awaited: the source may be gone.
             writer.transport.abort()
         if self._digest:
-            with metered.digesting():
-                await asyncio.to_thread(verify_blocks, region, target_blocks, digests, source.transfer_id)
+            verify_digests(write.digests(), told, target_blocks, source.transfer_id)
+
+
+class _Writing:
+    """Where one pull's blocks go, as long as nobody has shut it."""
+
+    def __init__(self, memory: KvMemory, targets: BlockIds, metered: PullMeter, *, digest: bool) -> None:
+        self.size = memory.block_bytes
+        self._memory, self._targets, self._metered = memory, targets, metered
+        self._digests: list[bytes] | None = [] if digest else None
+        self._gate = WriteGate()
+
+    def shut(self) -> None:
+        self._gate.shut()
+
+    def digests(self) -> bytes:
+        """Of the blocks that were written, in order."""
+        return b"".join(self._digests or ())
+
+    def copy(self, slot: Slot, which: slice) -> None:
+        """Those of the blocks that lie at the slot's beginning."""
+        targets = self._targets[which]
+        staged = in_order(slot.memory, len(targets), self.size)
+        if self._digests is not None:
+            with self._metered.digesting():
+                self._digests.append(digests(staged))
+        with self._gate:
+            if self._gate.open:
+                fill(self._memory, targets, staged)
+                self._metered.arrived(len(targets) * self.size, len(targets))
 
 
 class _Reading:
     """One pull's reads, on a thread that may be left behind: after `give_up` it writes to no block any more."""
 
-    def __init__(
-        self, engine: Engine, peer: str, region: KvRegion, targets: BlockIds, silence_s: float, deadline_s: float
-    ) -> None:
+    def __init__(self, engine: Engine, peer: str, into: _Writing, silence_s: float, deadline_s: float) -> None:
         self._engine = engine
         self._peer = peer
-        self._region = region
-        self._targets = targets
+        self._into = into
         self._silence_s = silence_s
         self._deadline_s = deadline_s
         self._stop = threading.Event()
-        self._write = WriteGate()
 
     def give_up(self) -> None:
         self._stop.set()
-        self._write.shut()
+        self._into.shut()
 
-    def run(self, reads: list[tuple[int, int]], on_group: Callable[[], object], metered: PullMeter) -> None:
+    def run(self, reads: list[tuple[int, int]], on_group: Callable[[], object]) -> None:
         """Group by group: one is copied to its blocks while the next is on its way. Raises as `Engine.reading`."""
-        size = self._region.block_bytes
+        size = self._into.size
         groups = list(_groups(reads, size))
         with self._engine.slots(size) as slots:
             here, end = slice(0, 0), 0
             for n, group in enumerate(groups):
                 deadline_s = min(self._deadline_s, time.monotonic() + self._silence_s)
                 with self._engine.reading(self._peer, group, slots[n % 2], deadline_s, self._stop):
-                    self._copy(slots[(n + 1) % 2], here)
+                    if n:
+                        self._into.copy(slots[(n + 1) % 2], here)
                 here = slice(end, end := end + sum(num_bytes for _, num_bytes in group) // size)
                 on_group()
-                if not self._stop.is_set():
-                    metered.arrived((here.stop - here.start) * size, here.stop - here.start)
-            self._copy(slots[(len(groups) - 1) % 2], here)
-
-    def _copy(self, slot: Slot, which: slice) -> None:
-        targets, size = self._targets[which], self._region.block_bytes
-        pool = np.frombuffer(self._region.view, dtype=np.uint8).reshape(-1, size)
-        rows = np.frombuffer(slot.memory, dtype=np.uint8, count=len(targets) * size).reshape(-1, size)
-        with self._write:
-            if self._write.open:
-                pool[targets] = rows
+            self._into.copy(slots[(len(groups) - 1) % 2], here)
 
 
 def _runs(address: int, block_ids: BlockIds, size: int) -> list[tuple[int, int]]:

@@ -15,16 +15,18 @@ from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends.peer_memory import MappedMemory, PeerMemory, ProcessMemory
 from sagellm_common.comm_backend.backends.shm_address import reachable_address
 from sagellm_common.comm_backend.backends.socket_receiver import SMALL_BYTES, SocketReceiver, Steps, expect_accepted
+from sagellm_common.comm_backend.bridge import filling, stretches
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, digest_of, verify_digests, verify_segment
 from sagellm_common.comm_backend.meter import PullMeter
-from sagellm_common.comm_backend.pieces import Pieces, blocks
+from sagellm_common.comm_backend.pieces import Pieces
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.kv import KvMemory, KvRegion
-from sagellm_common.core.types import BlockIds, KvSource
+from sagellm_common.core.types import KvSource
 
 RETRY_S = 0.002
 
@@ -99,42 +101,36 @@ class ShmReceiver(SocketReceiver):
             mapped = self._mapped[key] = MappedMemory(descriptors[0], num_bytes)
         return mapped
 
-    def _take_blocks(
-        self,
-        wire: Wire,
-        memory: KvMemory,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        group_blocks: int,
-    ) -> Steps[None]:
+    def _take_blocks(self, wire: Wire, memory: KvMemory, asked: Pull, group_blocks: int) -> Steps[None]:
         peer, size, metered = self._peers[wire], memory.block_bytes, meter.current()
-        groups = [frames.groups(ids, group_blocks) for ids in (source_blocks, target_blocks)]
+        groups = [frames.groups(ids, group_blocks) for ids in (asked.source_blocks, asked.target_blocks)]
         actual = []
         for from_blocks, to_blocks in zip(*groups, strict=True):
             if wire.readable(0):
                 raise ConnectionResetError("it gave the blocks up before they were copied")
             wire.check_peer()
-            with memory.writing(to_blocks) as (region, ids):
-                into = blocks(region, ids)
-                actual.append(peer.copy(from_blocks.astype(np.int64) * size, into, digest=self._digest))
-            metered.arrived(into.num_bytes)
+            begins = from_blocks.astype(np.int64) * size
+            for part in stretches(memory, to_blocks):
+                with filling(memory, to_blocks[part]) as into:
+                    actual.append(peer.copy(into.within_units(begins[part]), into, digest=self._digest))
+            metered.arrived(len(to_blocks) * size, len(to_blocks))
             wire.send(frames.COPIED)
-        expected_bytes = len(target_blocks) * DIGEST_BYTES if self._digest else 0
+        expected_bytes = len(asked.target_blocks) * DIGEST_BYTES if self._digest else 0
         yield expected_bytes + len(frames.TRAILER)
         told = wire.recv(expected_bytes + len(frames.TRAILER))
         if told[expected_bytes:] != frames.TRAILER:
             raise MalformedFrame(f"ended with {bytes(told[expected_bytes:])!r}")
-        verify_digests(b"".join(actual), told[:expected_bytes], target_blocks, source.transfer_id)
+        verify_digests(b"".join(actual), told[:expected_bytes], asked.target_blocks, asked.source.transfer_id)
 
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
         (count,) = frames.PIECES.unpack(wire.recv(frames.PIECES.size))
-        if count != len(into.sizes):
-            raise MalformedFrame(f"cut {segment} into {count} pieces, not {len(into.sizes)}")
+        expected_sizes = into.unit_sizes
+        if count != len(expected_sizes):
+            raise MalformedFrame(f"cut {segment} into {count} pieces, not {len(expected_sizes)}")
         offsets, sizes = frames.decode_pieces(wire.recv(16 * count))
-        if not np.array_equal(sizes, into.sizes):
+        if not np.array_equal(sizes, expected_sizes):
             raise MalformedFrame(f"cut {segment} into pieces of other sizes")
-        actual = self._peers[wire].copy(offsets, into, digest=self._digest)
+        actual = self._peers[wire].copy(into.within_units(offsets), into, digest=self._digest)
         metered.arrived(into.num_bytes)
         wire.send(frames.COPIED)
         # Not before it says so may the copy be believed, digest or not.

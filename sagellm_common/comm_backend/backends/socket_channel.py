@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from sagellm_common.comm_backend.backends.socket_receiver import SocketReceiver
 from sagellm_common.comm_backend.backends.socket_source import SocketSource
-from sagellm_common.comm_backend.protocol import Encoding, TransferResult
+from sagellm_common.comm_backend.protocol import Pull, PullAlong, TransferResult
 from sagellm_common.core.errors import InvalidRequest
-from sagellm_common.core.kv import KvMemory
-from sagellm_common.core.types import BlockIds, KvSource
+from sagellm_common.core.types import BlockIds
 
 
 class SocketChannel:
@@ -29,40 +27,11 @@ class SocketChannel:
         self.address = self._source.start()
         return self.address
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
-        return await self._receiver.pull(
-            source, source_blocks, target_blocks, timeout_s=timeout_s, into=into, encoding=encoding
-        )
+    async def pull(self, asked: Pull) -> TransferResult:
+        return await self._receiver.pull(asked)
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
-        return await self._receiver.pull_along(
-            source,
-            first_block,
-            target_blocks,
-            timeout_s=timeout_s,
-            on_bytes=on_bytes,
-            into=into,
-            encoding=encoding,
-        )
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
+        return await self._receiver.pull_along(asked)
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         raise InvalidRequest(

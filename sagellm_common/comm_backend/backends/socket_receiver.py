@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
@@ -14,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm_common.comm_backend import frames, meter
+from sagellm_common.comm_backend.bridge import filling, stretches
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, check_targets, verify_digests
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.meter import PullMeter
-from sagellm_common.comm_backend.pieces import Pieces, blocks, of_segment
-from sagellm_common.comm_backend.protocol import Encoding, Memory, TransferResult
+from sagellm_common.comm_backend.pieces import Pieces, of_segment
+from sagellm_common.comm_backend.protocol import Encoding, Memory, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.segments import Segment, layers_apart
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core import failpoints
@@ -64,53 +66,35 @@ class SocketReceiver(ABC):
         self._active: dict[Wire, asyncio.Future[Any]] = {}
         self._closed = False
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
+    async def pull(self, asked: Pull) -> TransferResult:
         """See `KVTransferChannel.pull`. When it returns or raises, nobody writes to the target blocks any more."""
-        memory = into or self._memory()
-        check_pull(memory, source_blocks, target_blocks)
-        began_s, num_bytes, deviation = time.monotonic(), len(target_blocks) * memory.block_bytes, None
-        if len(target_blocks):
+        memory = asked.into or self._memory()
+        check_pull(memory, asked.source_blocks, asked.target_blocks)
+        began_s, count, deviation = time.monotonic(), len(asked.target_blocks), None
+        num_bytes = count * memory.block_bytes
+        if count:
             deviation = await self._run(
-                source,
-                began_s + timeout_s,
-                lambda wire: self._transfer(wire, memory, source, source_blocks, target_blocks, encoding),
+                asked.source,
+                began_s + asked.timeout_s,
+                lambda wire: self._transfer(wire, memory, asked),
                 # Memory that is staged may have to be waited for: not on the event loop.
-                small=isinstance(memory, KvRegion) and num_bytes <= SMALL_BYTES and len(target_blocks) <= SMALL_BLOCKS,
+                small=isinstance(memory, KvRegion) and num_bytes <= SMALL_BYTES and count <= SMALL_BLOCKS,
             )
-        return TransferResult(num_bytes, time.monotonic() - began_s, len(target_blocks), deviation)
+        return TransferResult(num_bytes, time.monotonic() - began_s, count, deviation)
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
         """See `KVTransferChannel.pull_along`, and `pull`."""
-        memory = into or self._memory()
-        check_targets(memory, target_blocks)
+        memory, count = asked.into or self._memory(), len(asked.target_blocks)
+        check_targets(memory, asked.target_blocks)
         seconds, deviation = 0.0, None
-        if len(target_blocks):
+        if count:
             seconds, deviation = await self._run(
-                source,
-                time.monotonic() + timeout_s,
-                lambda wire: self._transfer_along(wire, memory, source, first_block, target_blocks, on_bytes, encoding),
+                asked.source,
+                time.monotonic() + asked.timeout_s,
+                lambda wire: self._transfer_along(wire, memory, asked),
                 small=False,
             )
-        return TransferResult(len(target_blocks) * memory.block_bytes, seconds, len(target_blocks), deviation)
+        return TransferResult(count * memory.block_bytes, seconds, count, deviation)
 
     async def close(self) -> None:
         """Ends all pulls. Idempotent."""
@@ -134,15 +118,7 @@ class SocketReceiver(ABC):
         """Raises what the source refuses with."""
 
     @abstractmethod
-    def _take_blocks(
-        self,
-        wire: Wire,
-        memory: KvMemory,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        group_blocks: int,
-    ) -> Steps[None]:
+    def _take_blocks(self, wire: Wire, memory: KvMemory, asked: Pull, group_blocks: int) -> Steps[None]:
         """What `SocketSource._send_blocks` sends, once accepted."""
 
     def _take_answer(self, wire: Wire) -> Steps[None]:
@@ -150,27 +126,25 @@ class SocketReceiver(ABC):
         yield frames.ANSWER.size
         yield from expect_accepted(wire, wire.recv(frames.ANSWER.size))
 
-    def _take_inline(
-        self, wire: Wire, memory: KvMemory, source: KvSource, target_blocks: BlockIds, group_blocks: int
-    ) -> Steps[None]:
+    def _take_inline(self, wire: Wire, memory: KvMemory, asked: Pull, group_blocks: int) -> Steps[None]:
         """What `SocketSource._send_inline` sends, once accepted."""
-        metered, digest_bytes = meter.current(), DIGEST_BYTES if self._digest else 0
+        target_blocks, metered, digest_bytes = asked.target_blocks, meter.current(), DIGEST_BYTES if self._digest else 0
         actual, done = bytearray(len(target_blocks) * digest_bytes), 0
         tail = bytearray(len(actual) + len(frames.TRAILER))
-        groups = frames.groups(target_blocks, group_blocks)
+        groups = [g[part] for g in frames.groups(target_blocks, group_blocks) for part in stretches(memory, g)]
         for n, group in enumerate(groups, start=1):
             last = tail if n == len(groups) else bytearray()
             yield len(group) * memory.block_bytes + len(last)
-            with memory.writing(group) as (region, ids):
-                taken = memoryview(actual)[done : done + len(ids) * digest_bytes]
-                digest_s = wire.recv_into(bytearray(), blocks(region, ids), last, taken if self._digest else None)
+            with filling(memory, group) as into:
+                taken = memoryview(actual)[done : done + len(group) * digest_bytes]
+                digest_s = wire.recv_into(bytearray(), into, last, taken if self._digest else None)
             done += len(taken)
             metered.arrived(len(group) * memory.block_bytes, len(group))
             metered.digest_s += digest_s
         told, trailer = tail[: len(actual)], tail[len(actual) :]
         if trailer != frames.TRAILER:
             raise MalformedFrame(f"ended with {bytes(trailer)!r}")
-        verify_digests(bytes(actual), told, target_blocks, source.transfer_id)
+        verify_digests(bytes(actual), told, target_blocks, asked.source.transfer_id)
 
     @abstractmethod
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
@@ -224,69 +198,54 @@ class SocketReceiver(ABC):
         finally:
             del self._active[wire]
 
-    def _transfer(
-        self,
-        wire: Wire,
-        memory: KvMemory,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        encoding: Encoding | None,
-    ) -> Steps[Deviation | None]:
+    def _transfer(self, wire: Wire, memory: KvMemory, asked: Pull) -> Steps[Deviation | None]:
         """The whole exchange of a pull."""
-        size, inline = memory.block_bytes, len(target_blocks) * memory.block_bytes <= self.inline_bytes
-        most = frames.max_group_blocks(size)
+        source, count, size = asked.source, len(asked.target_blocks), memory.block_bytes
+        inline, most = count * size <= self.inline_bytes, frames.max_group_blocks(size)
         default = self.group_bytes if isinstance(memory, KvRegion) else frames.GROUP_BYTES
-        plan = self._messages.plan(source, len(target_blocks), size, default_bytes=default, max_blocks=most)
+        plan = self._messages.plan(source, count, size, default_bytes=default, max_blocks=most)
         wire.send(
             frames.encode_pull(
                 source.transfer_id,
                 source.epoch,
-                source_blocks,
+                asked.source_blocks,
                 block_bytes=size,
                 digest=self._digest,
                 timeout_s=wire.deadline_s - time.monotonic(),
-                encoding=encoding,
+                encoding=asked.encoding,
                 group_blocks=plan.blocks_per_message,
                 inline=inline,
             )
         )
         yield from self._take_answer(wire) if inline else self._take_accepted(wire, source)
         failpoints.hit("receiver.pulling")
-        group_blocks = plan.blocks_per_message
-        if inline:
-            yield from self._take_inline(wire, memory, source, target_blocks, group_blocks)
-        else:
-            yield from self._take_blocks(wire, memory, source, source_blocks, target_blocks, group_blocks)
-        return (yield from _deviation(wire, encoding))
+        take = self._take_inline if inline else self._take_blocks
+        yield from take(wire, memory, asked, plan.blocks_per_message)
+        return (yield from _deviation(wire, asked.encoding))
 
-    def _transfer_along(
-        self,
-        wire: Wire,
-        memory: KvMemory,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        on_bytes: Callable[[int], None],
-        encoding: Encoding | None,
-    ) -> Steps[tuple[float, Deviation | None]]:
+    def _transfer_along(self, wire: Wire, memory: KvMemory, asked: PullAlong) -> Steps[tuple[float, Deviation | None]]:
         """The whole exchange of a pull along; returns the seconds in which bytes moved, too."""
-        num_layers, metered = layers_apart(memory), meter.current()
+        source, count, num_layers, metered = (
+            asked.source,
+            len(asked.target_blocks),
+            layers_apart(memory),
+            meter.current(),
+        )
         wire.send(
             frames.encode_along(
                 source.transfer_id,
                 source.epoch,
-                first_block,
-                len(target_blocks),
+                asked.first_block,
+                count,
                 num_layers,
                 block_bytes=memory.block_bytes,
                 digest=self._digest,
                 timeout_s=wire.deadline_s - time.monotonic(),
-                encoding=encoding,
+                encoding=asked.encoding,
             )
         )
         yield from self._take_accepted(wire, source)
-        layers_here, seconds = np.zeros(len(target_blocks), dtype=np.int32), 0.0
+        layers_here, seconds = np.zeros(count, dtype=np.int32), 0.0
         while True:
             yield frames.SEGMENT.size
             kind, segment = frames.decode_segment(wire.recv(frames.SEGMENT.size))
@@ -298,16 +257,15 @@ class SocketReceiver(ABC):
                 yield from expect_accepted(wire, wire.recv(frames.ANSWER.size))
             if kind == frames.SEGMENT_DATA:
                 began_s = time.monotonic()
-                here = _next_layers(layers_here, segment, first_block, num_layers)
-                with memory.writing(target_blocks[here]) as (region, ids):
-                    into = of_segment(region, ids, segment, num_layers)
+                here = _next_layers(layers_here, segment, asked.first_block, num_layers)
+                with _filling(memory, asked.target_blocks[here], segment, num_layers) as into:
                     self._take_segment(wire, source, segment, into, metered)
-                on_bytes(into.num_bytes)
+                asked.on_bytes(into.num_bytes)
                 seconds += time.monotonic() - began_s
                 failpoints.hit("receiver.pulling")
         if (layers_here != num_layers).any():
             raise MalformedFrame("ended before all blocks were sent")
-        return seconds, (yield from _deviation(wire, encoding))
+        return seconds, (yield from _deviation(wire, asked.encoding))
 
     async def _connection(self, source: KvSource, deadline_s: float) -> Wire:
         """An idle connection to the peer that is still good, or a new one. Raises as `_connect`."""
@@ -335,6 +293,17 @@ class SocketReceiver(ABC):
                 wire.close()
             if not wires:
                 del self._idle[address]
+
+
+@contextlib.contextmanager
+def _filling(memory: KvMemory, block_ids: BlockIds, segment: Segment, num_layers: int) -> Iterator[Pieces]:
+    """Where the segment's bytes go."""
+    if segment.num_layers == num_layers:
+        with filling(memory, block_ids) as pieces:
+            yield pieces
+    else:
+        with memory.writing(block_ids) as (region, ids):
+            yield of_segment(region, ids, segment, num_layers)
 
 
 def _deviation(wire: Wire, encoding: Encoding | None) -> Steps[Deviation | None]:

@@ -15,11 +15,12 @@ from sagellm_common.comm_backend.integrity import (
 )
 from sagellm_common.comm_backend.meter import PullMeter
 from sagellm_common.comm_backend.pieces import Pieces
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.comm_backend.wire import Wire, split_address
 from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.kv import KvMemory
-from sagellm_common.core.types import BlockIds, KvSource
+from sagellm_common.core.types import KvSource
 
 
 class TcpReceiver(SocketReceiver):
@@ -43,16 +44,8 @@ class TcpReceiver(SocketReceiver):
     def _take_accepted(self, wire: Wire, source: KvSource) -> Steps[None]:
         yield from self._take_answer(wire)
 
-    def _take_blocks(
-        self,
-        wire: Wire,
-        memory: KvMemory,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        group_blocks: int,
-    ) -> Steps[None]:
-        yield from self._take_inline(wire, memory, source, target_blocks, group_blocks)
+    def _take_blocks(self, wire: Wire, memory: KvMemory, asked: Pull, group_blocks: int) -> Steps[None]:
+        yield from self._take_inline(wire, memory, asked, group_blocks)
 
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
         digest = bytearray(DIGEST_BYTES if self._digest else 0)

@@ -45,7 +45,7 @@ def probe(host: Host) -> CapabilityDescriptor:
         found.driver_version,
         dtypes=("float16",) if old else ("bfloat16", "float16"),
         kv_quant_bits=(0, 4, 8),
-        transport=TransportProfile(("tcp",), staged=True, collective="nccl"),
+        transport=TransportProfile(("tcp", "gloo", "nccl"), staged=True, collective="nccl"),
         lmdeploy_device_type="cuda",
         missing=tuple(missing),
     )

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import logging
 import struct
-from ctypes import c_double, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ def build() -> Path:
     return cxx.compile_library(SOURCE, FLAGS, library_path())
 
 
-MESSAGE = struct.Struct("@PqPPPqPqPdddii")
-"""`SageMessage`: head, its bytes; base, offsets, sizes, their number; tail, its bytes; digests; silence_s, deadline_s,
-digest_s; socket, isa."""
-MESSAGE_DIGEST_S = struct.calcsize("@PqPPPqPqPdd")
+MESSAGE = struct.Struct("@PqPPPqPPqPdddii")
+"""`SageMessage`: head, its bytes; base, offsets, sizes, their number; parts; tail, its bytes; digests; silence_s,
+deadline_s, digest_s; socket, isa."""
+MESSAGE_DIGEST_S = struct.calcsize("@PqPPPqPPqPdd")
 CLOSED, TOO_SHORT = -1, -2
 """What `sage_stream` returns beside an errno."""
 
@@ -63,7 +63,8 @@ def library() -> Library | None:
         return None
     found = ctypes.CDLL(str(path))
     found.sage_pieces_isas.restype, found.sage_pieces_isas.argtypes = c_int, ()
-    found.sage_pieces.restype, found.sage_pieces.argtypes = None, (*(c_void_p,) * 5, c_int64, c_void_p, c_int)
+    found.sage_pieces.restype = c_bool
+    found.sage_pieces.argtypes = (*(c_void_p,) * 5, c_int64, c_void_p, c_void_p, c_int)
     found.sage_stream.restype, found.sage_stream.argtypes = c_int, (c_void_p, c_int)
     found.sage_has_soon.restype, found.sage_has_soon.argtypes = c_int, (c_int, c_int64, c_double)
     isas = range(found.sage_pieces_isas())

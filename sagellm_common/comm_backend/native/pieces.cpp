@@ -2,24 +2,39 @@
 
 #include "stream.h"
 
+static bool may_digest(const sage::Pieces& pieces, const int64_t* parts) {
+    if (parts) return sage::may_join(pieces, parts);
+    for (int64_t i = 0; i < pieces.count; ++i)
+        if (pieces.sizes[i] <= 240) return false;
+    return true;
+}
+
 extern "C" {
 
 // See `sage::num_isas`; the `isa` of the others is below it.
 int sage_pieces_isas() { return sage::num_isas(); }
 
 // Piece i: sizes[i] bytes from source + source_at[i] on, to target + target_at[i]. `target` null: only digests.
-// `digests` null: only copies. Else digests[i] is the digest in big-endian order, and every size above 240.
-void sage_pieces(uint8_t* source, const int64_t* source_at, uint8_t* target, const int64_t* target_at,
-                 const int64_t* sizes, int64_t count, uint64_t* digests, int isa) {
+// `digests` null: only copies. Else digests[i] is the digest of piece i, or where `parts` is not null of the next parts[i]
+// of them together, in big-endian order. False, and nothing was done, for pieces that cannot be digested here.
+bool sage_pieces(uint8_t* source, const int64_t* source_at, uint8_t* target, const int64_t* target_at,
+                 const int64_t* sizes, int64_t count, const int64_t* parts, uint64_t* digests, int isa) {
     const sage::Pieces from{source, source_at, sizes, count}, to{target, target_at, sizes, count};
-    if (digests) return sage::copy_and_digest(from, target ? &to : nullptr, digests, isa);
+    if (digests) {
+        if (!may_digest(from, parts)) return false;
+        sage::Joint joint{parts, sizes, digests};
+        sage::copy_and_digest(from, target ? &to : nullptr, digests, isa, parts ? &joint : nullptr);
+        return true;
+    }
     for (int64_t i = 0; i < count; ++i) std::memcpy(to.piece(i), from.piece(i), static_cast<size_t>(sizes[i]));
+    return true;
 }
 
-// `native.MESSAGE` packs it: one argument is passed sooner than fifteen.
+// `native.MESSAGE` packs it: one argument is passed sooner than sixteen.
 struct SageMessage {
     sage::Bytes head;
     sage::Pieces pieces;
+    const int64_t* parts;  // as above
     sage::Bytes tail;
     uint64_t* digests;  // of the pieces, which may lie in the tail; null: none are taken
     double silence_s, deadline_s;
@@ -28,14 +43,14 @@ struct SageMessage {
 };
 
 // The whole message through a blocking socket, out (`out` not 0) or in. Waits as `sage::Stream` says. Returns 0, an errno,
-// -1 when the peer closed before the first byte, or -2, and nothing was done, for pieces too short to be digested here.
+// -1 when the peer closed before the first byte, or -2, and nothing was done, for pieces that cannot be digested here.
 int sage_stream(SageMessage* message, int out) {
-    const sage::Pieces& pieces = message->pieces;
-    for (int64_t i = 0; message->digests && i < pieces.count; ++i)
-        if (pieces.sizes[i] <= 240) return -2;
+    if (message->digests && !may_digest(message->pieces, message->parts)) return -2;
     const sage::Stream stream{message->socket, message->silence_s, message->deadline_s};
+    sage::Joint joint{message->parts, message->pieces.sizes, message->digests};
     const auto move = out ? sage::move<true> : sage::move<false>;
-    return move(stream, message->head, pieces, message->tail, message->digests, message->isa, &message->digest_s);
+    return move(stream, message->head, message->pieces, message->tail, message->digests,
+                message->parts && message->digests ? &joint : nullptr, message->isa, &message->digest_s);
 }
 
 // See `sage::has_soon`; `until_s` is less than a second away.

@@ -97,10 +97,10 @@ inline int64_t runs_of(const Bytes& head, const Pieces& pieces, const Bytes& tai
 }
 
 // `head`, the pieces and `tail` through the socket, out or in; with `digests` those of the pieces, which may lie in the
-// tail. *digest_s grows by what the digests took. Returns as `Stream::all` does.
+// tail, or by `joint`. *digest_s grows by what the digests took. Returns as `Stream::all` does.
 template <bool kOut>
-int move(const Stream& stream, const Bytes& head, const Pieces& pieces, const Bytes& tail, uint64_t* digests, int isa,
-         double* digest_s) {
+int move(const Stream& stream, const Bytes& head, const Pieces& pieces, const Bytes& tail, uint64_t* digests, Joint* joint,
+         int isa, double* digest_s) {
     iovec runs[kBatchPieces + 2];
     int64_t first = 0;
     do {
@@ -111,7 +111,7 @@ int move(const Stream& stream, const Bytes& head, const Pieces& pieces, const By
         const auto digest_batch = [&] {
             if (!digests || !batch.count) return;
             const double began_s = now_s();
-            copy_and_digest(batch, nullptr, digests + first, isa);
+            copy_and_digest(batch, nullptr, digests + first, isa, joint);
             *digest_s += now_s() - began_s;
         };
         if (kOut) digest_batch();

@@ -124,7 +124,7 @@ inline uint64_t folded(uint64_t a, uint64_t b) {
     return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-uint64_t finished(const Lanes& acc, int64_t size) {
+inline uint64_t finished(const Lanes& acc, int64_t size) {
     uint64_t hash = static_cast<uint64_t>(size) * kPrime64_1;
     for (int i = 0; i < 4; ++i)
         hash += folded(acc.lane[2 * i] ^ load64(kSecret + 11 + 16 * i), acc.lane[2 * i + 1] ^ load64(kSecret + 19 + 16 * i));

@@ -57,9 +57,7 @@ class TensorKvMemory:
         """See `KvMemory`."""
         with self._staging(len(block_ids)) as staging:
             with staging.stream():
-                ids, rows = self._on_device(block_ids), staging.device[: len(block_ids)]
-                for part, into in zip(self._parts, self._split(rows), strict=True):
-                    into.copy_(part.index_select(1, ids).transpose(0, 1))
+                self.gather(block_ids, staging.device[: len(block_ids)])
                 staging.to_host(len(block_ids))
             yield staging.region, np.arange(len(block_ids), dtype=np.int32)
 
@@ -70,9 +68,23 @@ class TensorKvMemory:
             yield staging.region, np.arange(len(block_ids), dtype=np.int32)
             with staging.stream():
                 staging.to_device(len(block_ids))
-                ids, rows = self._on_device(block_ids), staging.device[: len(block_ids)]
-                for part, source in zip(self._parts, self._split(rows), strict=True):
-                    part.index_copy_(1, ids, source.transpose(0, 1))
+                self.scatter(staging.device[: len(block_ids)], block_ids)
+
+    # For byte paths that reach the device themselves (`DeviceKvMemory`): on the caller's stream.
+
+    def gather(self, block_ids: BlockIds, rows: Tensor) -> None:
+        """Blocks into rows [blocks, block_bytes] of uint8 on the device."""
+        with torch.inference_mode():
+            ids = self._on_device(block_ids)
+            for part, into in zip(self._parts, self._split(rows.view(self._parts[0].dtype)), strict=True):
+                into.copy_(part.index_select(1, ids).transpose(0, 1))
+
+    def scatter(self, rows: Tensor, block_ids: BlockIds) -> None:
+        """The way back."""
+        with torch.inference_mode():
+            ids = self._on_device(block_ids)
+            for part, source in zip(self._parts, self._split(rows.view(self._parts[0].dtype)), strict=True):
+                part.index_copy_(1, ids, source.transpose(0, 1))
 
     def _on_device(self, block_ids: BlockIds) -> Tensor:
         """Raises IndexError outside the pool: a device would only tell much later, and stop working."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import REGISTRY
 
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError, InvalidRequest, LeaseExpired
@@ -50,10 +52,10 @@ async def test_a_measured_pull(backend: str) -> None:
         metric("sagellm_comm_transfer_failures_total", backend=backend, error="LeaseExpired"),
     ]
     try:
-        await two.pull(source, IDS, IDS, timeout_s=10)
+        await two.pull(Pull(source, IDS, IDS, timeout_s=10))
         leases.release("t", 1, committed=True)
         with pytest.raises(LeaseExpired):
-            await two.pull(source, IDS, IDS, timeout_s=10)
+            await two.pull(Pull(source, IDS, IDS, timeout_s=10))
     finally:
         await one.close()
         await two.close()
@@ -73,14 +75,18 @@ async def test_gloo_needs_a_way_to_ask() -> None:
         make_channel(TransportConfig(backend="gloo"), random_region(1, 1), leases, HOST, 0)
 
 
-async def test_gloo_refuses_memory_that_is_not_the_hosts() -> None:
-    async def pull_rpc(source: KvSource, blocks: BlockIds, pair_id: str, timeout_s: float) -> bytes:
-        raise AssertionError
-
+async def test_shm_refuses_memory_that_is_not_the_hosts() -> None:
     leases = HandoffSource(10, ManualClock(), lambda _: None)
-    memory = staged(random_region(4, 64))
-    with pytest.raises(ConfigError, match=r"transport\.backend: 'gloo' .* use 'tcp'"):
-        make_channel(TransportConfig(backend="gloo"), memory, leases, HOST, 0, pull_rpc)
+    with pytest.raises(ConfigError, match=r"transport\.backend: 'shm' .* use 'tcp'"):
+        make_channel(TransportConfig(backend="shm"), staged(random_region(4, 64)), leases, HOST, 0)
+
+
+async def test_nccl_says_what_it_lacks() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has what nccl needs")
+    leases = HandoffSource(10, ManualClock(), lambda _: None)
+    with pytest.raises(ConfigError, match=r"transport\.backend: 'nccl' .*(CUDA build|GPU)"):
+        make_channel(TransportConfig(backend="nccl"), random_region(1, 1), leases, HOST, 0)
 
 
 async def test_tcp_asks_in_band() -> None:

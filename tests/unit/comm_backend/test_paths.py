@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -17,11 +16,11 @@ from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.links import LinkTable
 from sagellm_common.comm_backend.paths import AVOID_S, OpenPath, PathsChannel
-from sagellm_common.comm_backend.protocol import Encoding, TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, Pull, PullAlong, TransferResult
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
 from sagellm_common.core.errors import ConfigError, InvalidRequest, KvCorrupt, LeaseExpired, PeerLost
-from sagellm_common.core.kv import Allocation, KvMemory
+from sagellm_common.core.kv import Allocation
 from sagellm_common.core.types import BlockIds, DataPath, KvSource
 from tests.support.kv_channels import HOST, blocks_of, random_region
 from tests.support.recorded_machines import RecordedHost
@@ -54,38 +53,20 @@ class FakeChannel:
             raise self.start_error
         return self.address
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-        priority: int = 0,
-    ) -> TransferResult:
-        self.pulls.append((source, timeout_s))
+    async def pull(self, asked: Pull) -> TransferResult:
+        return self._pulled(asked)
+
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
+        for num_bytes in self.brings:
+            asked.on_bytes(num_bytes)
+        return self._pulled(asked)
+
+    def _pulled(self, asked: Pull | PullAlong) -> TransferResult:
+        self.pulls.append((asked.source, asked.timeout_s))
         self.clock.advance(self.takes_s)
         if self.error is not None:
             raise self.error
-        return TransferResult(128, 0.5, len(target_blocks))
-
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        on_bytes: Callable[[int], None],
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-        priority: int = 0,
-    ) -> TransferResult:
-        for num_bytes in self.brings:
-            on_bytes(num_bytes)
-        return await self.pull(source, target_blocks, target_blocks, timeout_s=timeout_s)
+        return TransferResult(128, 0.5, len(asked.target_blocks))
 
     async def serve_pull(self, transfer_id: str, epoch: int, block_ids: BlockIds, pair_id: str) -> bytes:
         return self.name.encode()
@@ -113,7 +94,7 @@ class Worker:
         return [channel.name for channel in (self.shm, self.rdma, self.tcp) for _ in channel.pulls]
 
     async def pull(self, source: KvSource, timeout_s: float = 10.0) -> TransferResult:
-        return await self.channel.pull(source, IDS, IDS, timeout_s=timeout_s)
+        return await self.channel.pull(Pull(source, IDS, IDS, timeout_s=timeout_s))
 
 
 def a_source(*paths: str, host: str = "here", worker_id: str = "w") -> KvSource:
@@ -210,21 +191,21 @@ async def test_along_goes_over_a_path_that_can_and_tells_bytes_once() -> None:
     worker.shm.error, worker.shm.brings = PeerLost("half-way"), (10, 10)
     worker.tcp.brings = (8, 8, 24)
     result = await worker.channel.pull_along(
-        a_source("shm", "rdma", "tcp"), 0, IDS, timeout_s=10.0, on_bytes=told.append
+        PullAlong(a_source("shm", "rdma", "tcp"), 0, IDS, timeout_s=10.0, on_bytes=told.append)
     )
     assert (result.backend, worker.used) == ("tcp", ["shm", "tcp"])
     assert sum(told) == 40
     with pytest.raises(InvalidRequest, match="over rdma nothing is pulled along"):
-        await worker.channel.pull_along(a_source("rdma"), 0, IDS, timeout_s=10.0, on_bytes=told.append)
+        await worker.channel.pull_along(PullAlong(a_source("rdma"), 0, IDS, timeout_s=10.0, on_bytes=told.append))
 
 
 async def test_what_the_source_converts_goes_over_a_path_that_can() -> None:
     worker = Worker()
     encoding = Encoding("int8", 16, 4)
-    result = await worker.channel.pull(a_source("shm", "tcp"), IDS, IDS, timeout_s=10.0, encoding=encoding)
+    result = await worker.channel.pull(Pull(a_source("shm", "tcp"), IDS, IDS, timeout_s=10.0, encoding=encoding))
     assert (result.backend, worker.used) == ("tcp", ["tcp"])
     with pytest.raises(InvalidRequest, match="over shm nothing is converted"):
-        await worker.channel.pull(a_source("shm"), IDS, IDS, timeout_s=10.0, encoding=encoding)
+        await worker.channel.pull(Pull(a_source("shm"), IDS, IDS, timeout_s=10.0, encoding=encoding))
 
 
 def test_the_speed_of_a_link_is_measured_or_as_configured() -> None:
@@ -245,7 +226,7 @@ async def test_links_learn_from_transfers() -> None:
 
 async def test_what_is_converted_on_its_way_teaches_nothing_of_the_link() -> None:
     worker = Worker()
-    await worker.channel.pull(a_source("tcp"), IDS, IDS, timeout_s=10.0, encoding=Encoding("int8", 16, 4))
+    await worker.channel.pull(Pull(a_source("tcp"), IDS, IDS, timeout_s=10.0, encoding=Encoding("int8", 16, 4)))
     assert worker.channel.links.all() == []
 
 
@@ -331,7 +312,7 @@ async def test_auto_and_tcp_understand_each_other() -> None:
         for source, target, into in ((auto, plain, 1), (plain, auto, 0)):
             address = await source.start()
             pulled = KvSource("t", 1, "w", "i", "c", address, source.name, IDS, 0, 1000, paths=source.paths)
-            result = await target.pull(pulled, IDS, IDS, timeout_s=10)
+            result = await target.pull(Pull(pulled, IDS, IDS, timeout_s=10))
             assert result.backend == "tcp"
             assert blocks_of(regions[into], IDS) == blocks_of(regions[1 - into], IDS)
     finally:

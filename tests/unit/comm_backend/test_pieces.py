@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.core import cxx
 from tests.support.kv_channels import random_region
 
-MEMORY = np.random.default_rng(3).integers(0, 256, 40_000, dtype=np.uint8)
+MEMORY = np.random.default_rng(3).integers(0, 256, 90_000, dtype=np.uint8)
 
 
 def libraries() -> list[native.Library | None]:
@@ -72,6 +73,31 @@ def test_copies_and_digests(library: native.Library | None, sizes: list[int], se
 def test_lengths_at_which_the_algorithm_turns(library: native.Library | None, size: int) -> None:
     found = some([size] * pieces.FEW)
     assert pieces.digests(found) == b"".join(xxhash.xxh3_64_digest(piece) for piece in contents(found))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    units=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=5),
+    stripe=st.sampled_from([64, 1]),
+    seed=st.integers(0, 9),
+)
+def test_several_pieces_share_a_digest(
+    library: native.Library | None, units: list[list[int]], stripe: int, seed: int
+) -> None:
+    """As if their bytes lay side by side; in stripes natively, unless there are too few of them."""
+    sizes = [size * stripe for unit in units for size in unit]
+    parts = np.array([len(unit) for unit in units], dtype=np.int64)
+    source, target = some(sizes, seed), replace(some(sizes, seed + 1), parts=parts)
+    bounds = np.cumsum([0, *parts])
+    joined = [b"".join(contents(source)[a:b]) for a, b in itertools.pairwise(bounds)]
+    expected = b"".join(xxhash.xxh3_64_digest(unit) for unit in joined)
+    assert pieces.digests(replace(source, parts=parts)) == expected
+    assert pieces.copy(source, target, digest=True) == expected
+    assert contents(target) == contents(source)
+    assert target.unit_sizes.tolist() == [len(unit) for unit in joined]
+    # Where units lie in one piece each, one after the other.
+    begins = np.cumsum([0, *target.unit_sizes[:-1]])
+    assert target.within_units(begins).tolist() == np.cumsum([0, *sizes[:-1]]).tolist()
 
 
 @pytest.mark.parametrize("shift", [0, 8])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from sagellm_common.comm_backend.protocol import TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.core.errors import PeerLost, QueueFull
+from sagellm_common.core.kv import KvRegion
 from sagellm_common.core.types import BlockIds, KvSource
 
 NONE: BlockIds = np.array([], dtype=np.int32)
@@ -25,34 +27,18 @@ class Slow:
         self.began: list[str] = []
         self.left_s: dict[str, float] = {}
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        **how: object,
-    ) -> TransferResult:
-        self.began.append(source.transfer_id)
-        self.left_s[source.transfer_id] = timeout_s
-        self.running[source.transfer_id] = asyncio.get_running_loop().create_future()
+    async def pull(self, asked: Pull | PullAlong) -> TransferResult:
+        name = asked.source.transfer_id
+        self.began.append(name)
+        self.left_s[name] = asked.timeout_s
+        self.running[name] = asyncio.get_running_loop().create_future()
         try:
-            await self.running[source.transfer_id]
+            await self.running[name]
         finally:
-            del self.running[source.transfer_id]
+            del self.running[name]
         return TransferResult(0, 0.0, 0)
 
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        **how: object,
-    ) -> TransferResult:
-        return await self.pull(source, NONE, NONE, timeout_s=timeout_s)
+    pull_along = pull
 
 
 class Pulls:
@@ -63,7 +49,7 @@ class Pulls:
 
     async def ask(self, name: str, priority: int = 0, timeout_s: float = 30.0) -> None:
         source = KvSource(name, 1, "w", "i", "c", "d", "slow", NONE, 0, 1000)
-        pull = self.queue.pull(source, NONE, NONE, timeout_s=timeout_s, priority=priority)
+        pull = self.queue.pull(Pull(source, NONE, NONE, timeout_s=timeout_s, priority=priority))
         self.tasks[name] = asyncio.create_task(pull)
         await settle()
 
@@ -167,7 +153,9 @@ async def test_a_cancelled_pull_takes_nobodys_turn(granted: bool) -> None:
 async def test_pulls_along_have_turns_of_their_own() -> None:
     pulls = Pulls()
     source = KvSource("along", 1, "w", "i", "c", "d", "slow", NONE, 0, 1000)
-    along = asyncio.create_task(pulls.queue.pull_along(source, 0, NONE, timeout_s=9.0, on_bytes=lambda _: None))
+    along = asyncio.create_task(
+        pulls.queue.pull_along(PullAlong(source, 0, NONE, timeout_s=9.0, on_bytes=lambda _: None))
+    )
     await settle()
     await pulls.ask("a")
     assert pulls.slow.began == ["along", "a"]
@@ -176,24 +164,24 @@ async def test_pulls_along_have_turns_of_their_own() -> None:
 
 
 async def test_the_byte_path_gets_all_that_was_asked_for() -> None:
-    calls: list[tuple[str, tuple[object, ...], dict[str, object]]] = []
+    calls: list[Pull | PullAlong] = []
 
     class Recording(Slow):
-        async def pull(self, *args: object, **how: object) -> TransferResult:  # type: ignore[override]
-            calls.append(("pull", args, how))
+        async def pull(self, asked: Pull | PullAlong) -> TransferResult:
+            calls.append(asked)
             return TransferResult(0, 0.0, 0)
 
-        async def pull_along(self, *args: object, **how: object) -> TransferResult:  # type: ignore[override]
-            calls.append(("pull_along", args, how))
-            return TransferResult(0, 0.0, 0)
+        pull_along = pull
 
     queue = PullQueue(Recording(), 1, 0)  # type: ignore[arg-type]
     source = KvSource("t", 1, "w", "i", "c", "d", "slow", NONE, 0, 1000)
-    asked = {"into": object(), "encoding": object()}
-    await queue.pull(source, NONE, NONE, timeout_s=9.0, **asked)  # type: ignore[arg-type]
-    await queue.pull_along(source, 3, NONE, timeout_s=9.0, on_bytes=print, **asked)  # type: ignore[arg-type]
-    for (_, args, how), expected in zip(calls, [(source, NONE, NONE), (source, 3, NONE)], strict=True):
-        assert all(a is b for a, b in zip(args, expected, strict=True))
-        assert all(how[name] is value for name, value in asked.items())
-        assert 0 < how["timeout_s"] <= 9.0  # type: ignore[operator]
-    assert calls[1][2]["on_bytes"] is print
+    into, encoding = KvRegion(memoryview(bytearray(16)), 16, 1), Encoding("int8", 16, 4)
+    pull = Pull(source, NONE, NONE, timeout_s=9.0, into=into, encoding=encoding, priority=3)
+    along = PullAlong(source, 3, NONE, timeout_s=9.0, on_bytes=print, into=into, encoding=encoding, priority=2)
+    await queue.pull(pull)
+    await queue.pull_along(along)
+    for asked, got in zip((pull, along), calls, strict=True):
+        for field in fields(asked):
+            if field.name != "timeout_s":
+                assert getattr(got, field.name) is getattr(asked, field.name)
+        assert 0 < got.timeout_s <= 9.0

@@ -22,6 +22,7 @@ from sagellm_common.comm_backend.backends.peer_memory import ProcessMemory
 from sagellm_common.comm_backend.backends.shm_address import reachable_address
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.pieces import blocks
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.core.errors import ConfigError, PeerLost
 from tests.support.kv_channels import Cluster, Side, blocks_of, random_region
 from tests.support.waiting import eventually
@@ -69,7 +70,7 @@ async def test_a_source_that_is_elsewhere_is_named_with_the_way_out(
     parts = pinned.data_address.split(":")
     parts[part] = "elsewhere"
     with pytest.raises(ConfigError, match=rf"'source' is on {complaint}.*transport\.backend=tcp"):
-        await target.channel.pull(replace(pinned, data_address=":".join(parts)), IDS, IDS, timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(replace(pinned, data_address=":".join(parts)), IDS, IDS, timeout_s=TIMEOUT_S))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:80", "shm:a:b", "shm:a::c", ""])
@@ -77,7 +78,7 @@ async def test_an_address_of_another_byte_path(workers: Cluster, address: str) -
     target = await workers.side("target")
     source = replace(target.source("t", IDS), data_address=address)
     with pytest.raises(PeerLost, match="not shm:HOST:NAMESPACE:NAME"):
-        await target.channel.pull(source, IDS, IDS, timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(source, IDS, IDS, timeout_s=TIMEOUT_S))
 
 
 def test_private_memory_in_another_pid_namespace() -> None:
@@ -118,7 +119,7 @@ async def test_other_users_are_not_served(
         with await connected(source) as sock:
             assert sock.recv(1) == b""
         with pytest.raises(PeerLost, match=f"runs as user {real}"):
-            await target.channel.pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S)
+            await target.channel.pull(Pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S))
     assert f"comes from user {real}, not from {real + 1}" in caplog.text
 
 
@@ -131,7 +132,7 @@ async def test_memory_is_mapped_once_and_let_go_with_its_source(workers: Cluster
     pinned = source.pin("t", IDS)
 
     async def pull(to: int) -> None:
-        await target.channel.pull(pinned, IDS, IDS + to, timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(pinned, IDS, IDS + to, timeout_s=TIMEOUT_S))
 
     await asyncio.gather(*(pull(to) for to in range(0, 20, 2)))
     assert mappings() == pools + 1
@@ -144,17 +145,17 @@ async def test_memory_is_mapped_once_and_let_go_with_its_source(workers: Cluster
 async def test_pulls_leave_no_descriptor(workers: Cluster) -> None:
     source, target = await workers.side("source"), await workers.side("target")
     pinned = source.pin("t", IDS)
-    await target.channel.pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S)
+    await target.channel.pull(Pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        await target.channel.pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S))
         with await connected(source) as sock:
             sock.sendall(a_request())
             _, descriptors, *_ = socket.recv_fds(sock, 100, 4)
             assert len(descriptors) == 1
             os.close(descriptors[0])
     await asyncio.to_thread(source.watched.quiet.wait, 10)
-    await target.channel.pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S)
+    await target.channel.pull(Pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S))
     await eventually(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
@@ -162,10 +163,10 @@ async def test_a_pool_that_is_made_anew_is_mapped_anew(workers: Cluster) -> None
     """As a store's: its memory comes with its first layout."""
     source, target = await workers.side("source"), await workers.side("target")
     pinned = source.pin("t", IDS)
-    await target.channel.pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S)
+    await target.channel.pull(Pull(pinned, IDS, IDS, timeout_s=TIMEOUT_S))
     source.region = random_region(64, 64, 99, in_file=True)
     source.channel._source._memory = lambda: source.region  # type: ignore[attr-defined]
-    await target.channel.pull(pinned, IDS, IDS + 5, timeout_s=TIMEOUT_S)
+    await target.channel.pull(Pull(pinned, IDS, IDS + 5, timeout_s=TIMEOUT_S))
     assert blocks_of(target.region, IDS + 5) == blocks_of(source.region, IDS)
 
 
@@ -225,7 +226,7 @@ async def test_a_source_that_gives_blocks_up_while_they_are_copied_is_lost(
 
     monkeypatch.setattr(peer_memory.MappedMemory, "copy", slowly)
     with pytest.raises(PeerLost):
-        await target.channel.pull(source.pin("t", IDS), IDS, IDS, timeout_s=TIMEOUT_S)
+        await target.channel.pull(Pull(source.pin("t", IDS), IDS, IDS, timeout_s=TIMEOUT_S))
 
 
 def test_an_address_is_never_used_again() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +11,13 @@ import pytest
 from sagellm_common.comm_backend.backends.mock import MockChannel, MockNetwork
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.comm_backend.kv_dtypes import Deviation
-from sagellm_common.comm_backend.protocol import Encoding, TransferResult
+from sagellm_common.comm_backend.protocol import Encoding, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.pull_queue import PullQueue
 from sagellm_common.comm_backend.token_pull import TokenPuller
 from sagellm_common.comm_backend.transcode import row_bytes
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
-from sagellm_common.core.errors import InvalidRequest, LayoutMismatch, PeerLost
+from sagellm_common.core.errors import InvalidRequest, PeerLost
 from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds, KvLayout, KvSource
 
@@ -51,16 +50,14 @@ class FakeChannel:
         self.error = error
         self.asked: list[tuple[list[int], list[int], KvMemory | None, Encoding | None]] = []
 
-    async def pull(
-        self,
-        source: KvSource,
-        source_blocks: BlockIds,
-        target_blocks: BlockIds,
-        *,
-        timeout_s: float,
-        into: KvMemory | None = None,
-        encoding: Encoding | None = None,
-    ) -> TransferResult:
+    async def pull(self, asked: Pull) -> TransferResult:
+        return self._pulled(asked, asked.source_blocks)
+
+    async def pull_along(self, asked: PullAlong) -> TransferResult:
+        return self._pulled(asked, asked.source.block_table[asked.first_block :])
+
+    def _pulled(self, asked: Pull | PullAlong, source_blocks: BlockIds) -> TransferResult:
+        target_blocks, into, encoding = asked.target_blocks, asked.into, asked.encoding
         self.asked.append((source_blocks.tolist(), target_blocks.tolist(), into, encoding))
         if into is not None and not isinstance(into, KvRegion):
             for block in target_blocks.tolist():
@@ -70,17 +67,6 @@ class FakeChannel:
                     raise self.error
         deviation = Deviation(0.5, 4.0, 16.0, 0) if encoding else None
         return TransferResult(100, 0.1, len(target_blocks), deviation)
-
-    async def pull_along(
-        self,
-        source: KvSource,
-        first_block: int,
-        target_blocks: BlockIds,
-        *,
-        on_bytes: Callable[[int], None],
-        **how: Any,
-    ) -> TransferResult:
-        return await self.pull(source, source.block_table[first_block:], target_blocks, **how)
 
 
 def queue(channel: FakeChannel) -> PullQueue:
@@ -134,13 +120,13 @@ async def test_a_byte_path_that_does_not_encode_brings_blocks_as_they_are() -> N
     found = await puller(channel, mine).pull(a_source(4, 16), a_layout(4), TABLE, 0, 16, timeout_s=TIMEOUT_S)
     ((source_blocks, target_blocks, into, encoding),) = channel.asked
     assert (source_blocks, target_blocks, encoding) == ([0, 1, 2, 3], [0, 1, 2, 3], None)
-    assert isinstance(into, KvRegion)
+    assert into is not None and into.block_bytes == a_layout(4).block_bytes
     assert found.conversion is not None
     assert found.conversion.wire_dtype == "float32"
-    with pytest.raises(LayoutMismatch, match="differ in dtype, block_bytes: over fake they are transcoded when all"):
-        await puller(channel, mine).pull_along(
-            a_source(4, 16), a_layout(4), TABLE, 0, timeout_s=TIMEOUT_S, on_bytes=lambda _: None
-        )
+    await puller(channel, mine).pull_along(
+        a_source(4, 16), a_layout(4), TABLE, 0, timeout_s=TIMEOUT_S, on_bytes=lambda _: None
+    )
+    assert channel.asked[1][3] is None
 
 
 async def test_a_pull_along_of_other_blocks_never_names_blocks_of_the_pool() -> None:
@@ -224,4 +210,4 @@ async def test_what_only_an_encoding_byte_path_can_do_is_refused_by_others() -> 
     channel = MockChannel(MockNetwork(), lambda: a_pool(a_layout(4)), leases)
     ids = np.array([0], np.int32)
     with pytest.raises(InvalidRequest, match="over mock blocks come in the source's dtype"):
-        await channel.pull(a_source(1, 4), ids, ids, timeout_s=1.0, encoding=Encoding("bfloat16", 1, 4))
+        await channel.pull(Pull(a_source(1, 4), ids, ids, timeout_s=1.0, encoding=Encoding("bfloat16", 1, 4)))

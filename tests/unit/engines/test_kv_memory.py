@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sagellm_common.comm_backend.backends.nccl_staging import DeviceKvMemory
 from sagellm_common.core.types import BlockIds
 from sagellm_common.engines.lmdeploy.kv_memory import TensorKvMemory
 
@@ -55,6 +56,25 @@ def test_reads_and_writes_whole_blocks_in_the_documented_order(quant_bits: int) 
         assert one_block(target, block) == one_block(source, wanted)
     for block in set(range(BLOCKS)) - {1, 9, 2}:
         assert one_block(target, block) == untouched[block]
+
+
+@pytest.mark.parametrize("quant_bits", [0, 8, 4])
+def test_gathers_and_scatters_on_the_device(quant_bits: int) -> None:
+    """The same bytes as through the host, for byte paths that need none of it."""
+    source, target = caches(quant_bits), caches(quant_bits, seed=1)
+    untouched = [one_block(target, block) for block in range(BLOCKS)]
+    memory, other = TensorKvMemory(source), TensorKvMemory(target)
+    assert isinstance(memory, DeviceKvMemory)
+    rows = torch.empty(3, memory.block_bytes, dtype=torch.uint8)
+    memory.gather(ids(7, 0, 10), rows)
+    assert [row.numpy().tobytes() for row in rows] == [one_block(source, block) for block in (7, 0, 10)]
+    other.scatter(rows, ids(1, 9, 2))
+    for block, wanted in {1: 7, 9: 0, 2: 10}.items():
+        assert one_block(target, block) == one_block(source, wanted)
+    for block in set(range(BLOCKS)) - {1, 9, 2}:
+        assert one_block(target, block) == untouched[block]
+    with pytest.raises(IndexError, match="pool of 11"):
+        memory.gather(ids(11), rows[:1])
 
 
 def test_a_block_has_the_bytes_that_the_cpu_plug_in_gives_it() -> None:

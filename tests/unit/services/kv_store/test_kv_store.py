@@ -13,6 +13,7 @@ import pytest
 
 from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource
+from sagellm_common.comm_backend.protocol import Pull
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
@@ -155,7 +156,7 @@ async def test_what_was_put_can_be_got(store: Running) -> None:
     assert store.counts() == (4, 4, 0)
     await store.transfers.handshake(source, worker_id="prefill-0", incarnation="p", layout=LAYOUT)
     targets = np.array([15, 9, 14, 10], dtype=np.int32)
-    await store.source.channel.pull(source, source.block_table, targets, timeout_s=10.0)
+    await store.source.channel.pull(Pull(source, source.block_table, targets, timeout_s=10.0))
     assert blocks_of(store.source.region, targets) == blocks_of(store.source.region, np.array([5, 6, 7, 3]))
     await store.transfers.release(source, committed=True)
     assert store.counts() == (0, 4, 4)
@@ -169,7 +170,7 @@ async def test_a_get_that_nobody_releases_expires(store: Running) -> None:
     assert store.leases.expire() == 1
     assert store.counts() == (0, 6, 2)
     with pytest.raises(LeaseExpired):
-        await store.source.channel.pull(source, source.block_table, np.array([8, 9]), timeout_s=10.0)
+        await store.source.channel.pull(Pull(source, source.block_table, np.array([8, 9]), timeout_s=10.0))
 
 
 async def test_two_gets_have_leases_of_their_own(store: Running) -> None:
@@ -382,7 +383,7 @@ async def test_a_long_put_is_worked_off_in_pieces(
     got = codec.decode_kv_source((await store.get(7)).source)
     await store.transfers.handshake(got, worker_id="prefill-0", incarnation="p", layout=LAYOUT)
     targets = np.arange(8, 15, dtype=np.int32)
-    await store.source.channel.pull(got, got.block_table, targets, timeout_s=10.0)
+    await store.source.channel.pull(Pull(got, got.block_table, targets, timeout_s=10.0))
     assert blocks_of(store.source.region, targets) == blocks_of(store.source.region, np.arange(7))
     lookup = kv_pb2.KvLookupRequest(
         block_hashes=codec.encode_hashes(hashes), layout=request.layout, extents=request.extents
