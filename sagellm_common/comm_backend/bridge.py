@@ -91,7 +91,8 @@ class Incoming:
         self._on_thread = transcoder.source.dtype != transcoder.target.dtype
         self._size = transcoder.source.block_size_tokens
         self._first = tokens.start // self._size
-        self._reshape = reshape_between(transcoder.source, transcoder.target) if isinstance(pool, KvRegion) else None
+        able = isinstance(pool, KvRegion) and native.library() is not None
+        self._reshape = reshape_between(transcoder.source, transcoder.target) if able else None
         self._whole = range(-(-tokens.start // self._size) - self._first, tokens.stop // self._size - self._first)
         """Blocks of which all tokens are wanted: they can be written where they belong."""
         self.block_bytes = transcoder.source.block_bytes
@@ -142,6 +143,11 @@ class Incoming:
         else:
             self._move(buffer, region, start, tokens)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether whole blocks are written where they belong."""
+        return self._reshape is not None
+
     def stretches(self, block_ids: BlockIds) -> list[slice]:
         """The blocks, which are in order, in runs to be filled at a time."""
         first, end = (int(block_ids[0]), int(block_ids[-1]) + 1) if len(block_ids) else (0, 0)
@@ -152,7 +158,7 @@ class Incoming:
     def filling(self, block_ids: BlockIds) -> Iterator[Pieces]:
         """`writing`, as the pieces to be filled in the order of the wire: the pool's own, where that can be."""
         in_place = len(block_ids) and block_ids[0] in self._whole and block_ids[-1] in self._whole
-        if self._reshape is None or not in_place or native.library() is None:
+        if self._reshape is None or not in_place:
             with self.writing(block_ids) as (region, ids):
                 yield blocks(region, ids)
             return
@@ -200,6 +206,11 @@ class Incoming:
         finally:
             self._buffers.give_back(buffer)
             self.seconds += time.perf_counter() - began_s
+
+
+def in_place(memory: KvMemory) -> bool:
+    """Whether `filling` names the memory itself."""
+    return memory.in_place if isinstance(memory, Incoming) else isinstance(memory, KvRegion)
 
 
 def stretches(memory: KvMemory, block_ids: BlockIds) -> list[slice]:

@@ -50,6 +50,7 @@ class Reshape:
         self._period = math.lcm(*sizes) // sizes[0]
         """After so many blocks the runs are the same again, some blocks of ours further on."""
         self._known: dict[tuple[int, int], _Runs] = {}
+        self._tiled: tuple[tuple[int, int], tuple[Offsets, Offsets]] | None = None
 
     @property
     def in_stripes(self) -> bool:
@@ -71,13 +72,25 @@ class Reshape:
         if whole:
             runs = self._runs(start % ours, self._period)
             first = start // ours + np.arange(whole, dtype=np.int64) * (self._period * theirs // ours)
-            found.append((_placed(begins, first, runs), np.tile(runs.size, whole), np.tile(runs.parts, whole)))
+            found.append((_placed(begins, first, runs), *self._sizes(start % ours, whole)))
         if rest:
             at = start + whole * self._period * theirs
             runs = self._runs(at % ours, rest)
             found.append((_placed(begins, np.array([at // ours]), runs), runs.size, runs.parts))
-        offsets, sizes, parts = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        if len(found) == 1:
+            offsets, sizes, parts = found[0]
+        else:
+            offsets, sizes, parts = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         return Pieces(region.view, offsets, sizes, region, parts)
+
+    def _sizes(self, slot: int, periods: int) -> tuple[Offsets, Offsets]:
+        """`_Runs.size` and `parts` of so many periods. The last ones are kept: groups are of one size."""
+        asked = slot, periods
+        kept = self._tiled
+        if kept is None or kept[0] != asked:
+            runs = self._runs(slot, self._period)
+            kept = self._tiled = asked, (np.tile(runs.size, periods), np.tile(runs.parts, periods))
+        return kept[1]
 
     def _runs(self, slot: int, count: int) -> _Runs:
         """Of `count` blocks, the first of which begins in this slot of one of ours."""

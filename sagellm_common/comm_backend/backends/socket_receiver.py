@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm_common.comm_backend import frames, meter
-from sagellm_common.comm_backend.bridge import filling, stretches
+from sagellm_common.comm_backend.bridge import filling, in_place, stretches
 from sagellm_common.comm_backend.daemon import finished
 from sagellm_common.comm_backend.frames import MalformedFrame
 from sagellm_common.comm_backend.fusion import MessagePlanner
@@ -202,7 +202,7 @@ class SocketReceiver(ABC):
         """The whole exchange of a pull."""
         source, count, size = asked.source, len(asked.target_blocks), memory.block_bytes
         inline, most = count * size <= self.inline_bytes, frames.max_group_blocks(size)
-        default = self.group_bytes if isinstance(memory, KvRegion) else frames.GROUP_BYTES
+        default = self.group_bytes if in_place(memory) else frames.GROUP_BYTES
         plan = self._messages.plan(source, count, size, default_bytes=default, max_blocks=most)
         wire.send(
             frames.encode_pull(

@@ -26,7 +26,7 @@ bool sage_pieces(uint8_t* source, const int64_t* source_at, uint8_t* target, con
         sage::copy_and_digest(from, target ? &to : nullptr, digests, isa, parts ? &joint : nullptr);
         return true;
     }
-    for (int64_t i = 0; i < count; ++i) std::memcpy(to.piece(i), from.piece(i), static_cast<size_t>(sizes[i]));
+    sage::copy(from, to);
     return true;
 }
 

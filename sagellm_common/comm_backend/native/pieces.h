@@ -21,6 +21,10 @@ struct Pieces {
     }
 };
 
+inline void copy(const Pieces& source, const Pieces& target) {
+    for (int64_t i = 0; i < source.count; ++i) std::memcpy(target.piece(i), source.piece(i), static_cast<size_t>(source.sizes[i]));
+}
+
 // Copies that would drive everything else out of a core's cache pass it by: a line that is only written need not be read
 // before, which is a third of the traffic.
 constexpr int64_t kStreamBytes = 1 << 20;
