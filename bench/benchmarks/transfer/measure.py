@@ -20,9 +20,10 @@ KIB, MIB = 1 << 10, 1 << 20
 ACK_BLOCK_BYTES = 16 * KIB
 ACK_TURN = 25
 FIRST_BYTE_ROUNDS = 5
-FAILING = ("shm", "tcp")
+FAILING = ("shm", "tcp", "gloo", "mooncake")
 FAILING_BYTES, FAILS_AFTER_S, STOPPED_S = 256 * MIB, 0.005, 0.5
-"""Moving so much takes longer than until something happens to the source."""
+"""Moving so much takes longer than until something happens to the source. On one host the latter is told late: a system
+closes a killed process's sockets when it has taken its memory back."""
 WATCH_S = 20e-6
 MIN_POOL_BYTES = 256 * MIB
 """More than caches hold."""

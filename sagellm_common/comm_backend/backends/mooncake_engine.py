@@ -14,6 +14,7 @@ leaves its engine to the next one of the process.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import threading
@@ -26,6 +27,8 @@ from typing import Any
 import numpy as np
 
 from sagellm_common.core.errors import ConfigError, KvExhausted, PeerLost
+
+log = logging.getLogger(__name__)
 
 SLOT_BYTES = 4 << 20
 MAX_SLOTS = 128
@@ -204,6 +207,8 @@ def _started(protocol: str, host: str) -> Any:
             "libraries it needs"
         ) from err
     engine = TransferEngine()
+    # It listens on all interfaces, whatever host it is given, and its MC_TCP_BIND_ADDRESS changes nothing (0.3.13).
+    log.warning("Mooncake's engine serves KV memory on every interface of this host: for trusted networks only")
     if engine.initialize(host, METADATA, protocol, ""):
         raise ConfigError(f"transport.backend: Mooncake's Transfer Engine does not start on {host} over {protocol}")
     return engine
