@@ -258,6 +258,7 @@ def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
             n.chunk_tokens,
             n.priority,
             n.wire_dtype,
+            n.source_id,
         )
         for n in plan.nodes
     )

@@ -200,6 +200,11 @@ class RouterConfig(Section):
         description="plans have a prompt computed by so many tokens at a time: between them more urgent prompts go; "
         "0, or more than engine.max_prefill_tokens: by that",
     )
+    peer_fetch: bool = Field(
+        True,
+        description="what another worker's cache has of a prompt beyond the prefill worker's and the kv_stores is "
+        "fetched from there, unless it is sooner computed (kv_store.fetch)",
+    )
     worker_grace_s: float = Field(2.0, ge=0, description="how long a new request waits for a worker when none is there")
     resume_grace_s: float = Field(30.0, ge=0, description="the same for a request whose worker was lost: its restart")
 

@@ -251,6 +251,16 @@ class KvSource:
 
 
 @dataclass(frozen=True, slots=True)
+class KvPeer:
+    """A worker that is said to hold KV of a prompt's first `cached_tokens` in its cache."""
+
+    worker_id: str
+    incarnation: str
+    control_address: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class KvOrigins:
     """Of a prompt's cached tokens, those that did not lie in the KV memory of the worker that completed it.
 

@@ -11,6 +11,7 @@ block deep in a prompt is dearer than one at its beginning.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +22,8 @@ HALF_LIFE_SAMPLES = 32
 """Few enough to follow a store that becomes slow: here one choice hangs on it, not a whole cluster's placement."""
 MIN_SAMPLES = 4
 """Measurements before a fit is believed."""
+MAX_PLACES = 1024
+"""Beyond that the one known longest is forgotten: workers come and go, and with them their names."""
 
 
 class Choice(StrEnum):
@@ -45,7 +48,7 @@ class Verdict:
 
 
 class CostBenefitModel:
-    """Of one worker and the place it fetches from. Not thread-safe.
+    """Of one worker and the `places` it fetches from, each with costs of its own. Not thread-safe.
 
     As long as either cost is unknown fetching is chosen: that is how it becomes known. A fit that says no for ever
     would never learn that things have changed, so every RETRY_EVERY-th no is a yes.
@@ -55,34 +58,40 @@ class CostBenefitModel:
 
     def __init__(self) -> None:
         self.prefill = OnlineFit((1.0, 1e3, 1e6), HALF_LIFE_SAMPLES)
-        self.fetches = OnlineFit((1.0, 1e8), HALF_LIFE_SAMPLES)
-        self._refused = 0
+        self.fetches: dict[str, OnlineFit] = {}
+        """By place."""
+        self._refused: Counter[str] = Counter()
 
     def computed(self, begin_token: int, end_token: int, seconds: float) -> None:
         """The prompt's tokens [begin, end) were computed, those before were there."""
         if seconds > 0 and end_token > begin_token:
             self.prefill.observe(_work(begin_token, end_token), seconds)
 
-    def fetched(self, num_bytes: int, seconds: float) -> None:
+    def fetched(self, num_bytes: int, seconds: float, place: str = "") -> None:
         """All that it took, from asking to having."""
         if seconds > 0 and num_bytes > 0:
-            self.fetches.observe((1.0, num_bytes), seconds)
+            if place not in self.fetches:
+                if len(self.fetches) >= MAX_PLACES:
+                    del self.fetches[next(iter(self.fetches))]
+                self.fetches[place] = OnlineFit((1.0, 1e8), HALF_LIFE_SAMPLES)
+            self.fetches[place].observe((1.0, num_bytes), seconds)
 
     def recompute_s(self, begin_token: int, end_token: int) -> float | None:
         """Of tokens that are computed together with those after them; so without what a prompt costs at any rate."""
         _, tokens, attention = _work(begin_token, end_token)
         return _seconds(self.prefill, (0.0, tokens, attention))
 
-    def fetch_s(self, num_bytes: int) -> float | None:
-        return _seconds(self.fetches, (1.0, num_bytes))
+    def fetch_s(self, num_bytes: int, place: str = "") -> float | None:
+        fit = self.fetches.get(place)
+        return _seconds(fit, (1.0, num_bytes)) if fit else None
 
-    def choose(self, begin_token: int, end_token: int, num_bytes: int) -> Verdict:
+    def choose(self, begin_token: int, end_token: int, num_bytes: int, place: str = "") -> Verdict:
         """For tokens [begin, end) of a prompt that goes on behind them, which are num_bytes away."""
-        recompute_s, fetch_s = self.recompute_s(begin_token, end_token), self.fetch_s(num_bytes)
+        recompute_s, fetch_s = self.recompute_s(begin_token, end_token), self.fetch_s(num_bytes, place)
         if recompute_s is None or fetch_s is None or fetch_s <= recompute_s:
             return Verdict(Choice.FETCH, recompute_s, fetch_s)
-        self._refused += 1
-        again = self._refused % self.RETRY_EVERY == 0
+        self._refused[place] += 1
+        again = self._refused[place] % self.RETRY_EVERY == 0
         return Verdict(Choice.FETCH if again else Choice.RECOMPUTE, recompute_s, fetch_s)
 
     def keep_value_s(

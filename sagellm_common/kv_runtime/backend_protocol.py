@@ -22,6 +22,11 @@ class KVBackendProtocol(Protocol):
         compute. Fresh blocks are charged to `tenant`. Raises KvExhausted and TenantQuota, having taken nothing.
         """
 
+    def lend(self, token_ids: TokenIds, cache_salt: str = "") -> Allocation:
+        """References on the leading blocks that the prefix cache holds of these tokens, for others to copy: no use of
+        them, and nothing fresh. Verified as in `allocate`, but all of the tokens may be covered; empty for none.
+        """
+
     def share(self, allocation: Allocation) -> Allocation:
         """References of its own on the blocks of an allocation that is still held: each is freed by itself."""
 

@@ -246,6 +246,9 @@ class HierarchyManager:
     def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "", tenant: str = "") -> Allocation:
         return self.pool.allocate(token_ids, num_tokens, cache_salt, tenant)
 
+    def lend(self, token_ids: TokenIds, cache_salt: str = "") -> Allocation:
+        return self.pool.lend(token_ids, cache_salt)
+
     def share(self, allocation: Allocation) -> Allocation:
         return self.pool.share(allocation)
 

@@ -214,6 +214,16 @@ class KVPool:
         allocation.num_cached_tokens += count * size
         allocation.origins = KvOrigins(host_tokens=count * size)
 
+    def lend(self, token_ids: TokenIds, cache_salt: str = "") -> PoolAllocation:
+        """See `KVBackendProtocol.lend`. What is below stays there."""
+        root = root_hash(self.layout, cache_salt)
+        hashes = block_hashes(token_ids, self.layout.block_size_tokens, root) if self.cache.enabled else []
+        with self.lock:
+            found = self.cache.find(hashes, token_ids, root)
+            lent = self._hand_out(found, len(found) * self.layout.block_size_tokens, len(found))
+            lent.uses = False
+            return lent
+
     def share(self, allocation: Allocation) -> PoolAllocation:
         """See `KVBackendProtocol.share`."""
         with self.lock:

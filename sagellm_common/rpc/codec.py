@@ -26,6 +26,7 @@ from sagellm_common.core.types import (
     KvHealth,
     KvLayout,
     KvOrigins,
+    KvPeer,
     KvSource,
     KvStats,
     KvTierStats,
@@ -419,6 +420,24 @@ def decode_kv_source(message: common_pb2.KvSource, field: str = "source") -> KvS
         paths=decode_paths(message.paths, f"{field}.paths"),
         conversion=decode_conversion(message.conversion) if message.HasField("conversion") else None,
         disk_blocks=_at_least(0, message.disk_blocks, f"{field}.disk_blocks"),
+    )
+
+
+def encode_peer(peer: KvPeer) -> worker_pb2.KvPeer:
+    return worker_pb2.KvPeer(
+        worker_id=peer.worker_id,
+        incarnation=peer.incarnation,
+        control_address=peer.control_address,
+        cached_tokens=peer.cached_tokens,
+    )
+
+
+def decode_peer(message: worker_pb2.KvPeer, field: str = "peer") -> KvPeer:
+    return KvPeer(
+        worker_id=_not_empty(message.worker_id, f"{field}.worker_id"),
+        incarnation=_not_empty(message.incarnation, f"{field}.incarnation"),
+        control_address=_not_empty(message.control_address, f"{field}.control_address"),
+        cached_tokens=_at_least(0, message.cached_tokens, f"{field}.cached_tokens"),
     )
 
 

@@ -6,7 +6,7 @@ import logging
 
 from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core.errors import DeadlineExceeded, PeerLost, PeerRestarted, SageError
-from sagellm_common.core.types import BlockIds, KvLayout, KvSource, pack_int32
+from sagellm_common.core.types import BlockIds, KvLayout, KvPeer, KvSource, TokenIds, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import ChannelPool, call
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
@@ -60,6 +60,35 @@ class KvTransferClient:
             )
         self._agreed[source.control_address] = source.incarnation, layout, theirs
         return theirs
+
+    async def lend_cached(
+        self,
+        peer: KvPeer,
+        token_ids: TokenIds,
+        cache_salt: str,
+        *,
+        worker_id: str,
+        layout: KvLayout,
+        backend: str,
+        timeout_s: float,
+    ) -> tuple[KvSource, KvLayout] | None:
+        """Leases what `peer` holds of these tokens, and tells the layout of its blocks; None for nothing.
+
+        `worker_id`, `layout` and `backend` are the caller's, who pulls and releases the lease. Raises LayoutMismatch,
+        ConfigError (another byte path), Draining, PeerLost, DeadlineExceeded.
+        """
+        request = kv_pb2.LendCachedRequest(
+            token_ids=pack_int32(token_ids),
+            cache_salt=cache_salt,
+            worker_id=worker_id,
+            layout=codec.encode_layout(layout),
+            backend=backend,
+        )
+        stub = kv_pb2_grpc.KvTransferServiceStub(self._channels.get(peer.control_address))
+        response = await call(stub.LendCached, request, timeout_s=timeout_s, response=kv_pb2.LendCachedResponse)
+        if not response.HasField("source"):
+            return None
+        return codec.decode_kv_source(response.source), codec.decode_layout(response.layout)
 
     async def renew(self, source: KvSource) -> float:
         """Starts the lease's time anew; returns its seconds. Raises LeaseExpired, PeerLost, DeadlineExceeded."""

@@ -11,7 +11,7 @@ from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.comm_backend.transcode import check_bridgeable
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import ConfigError, InvalidRequest
-from sagellm_common.core.types import KvLayout, KvSource
+from sagellm_common.core.types import KvLayout, KvSource, TokenIds
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
 
@@ -19,8 +19,9 @@ from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
 class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
     """Errors are raised as they are: the server's interceptor puts them on the wire.
 
-    `lend` gives scratch blocks for a probe (`TransportControl.lend`). `layout` None is for kv_store, which takes its
-    layout from its clients and compares it in each of its own calls.
+    `lend` gives scratch blocks for a probe (`TransportControl.lend`), `lend_cached` those of a prompt
+    (`CacheLender.lend`). `layout` None is for kv_store, which takes its layout from its clients and compares it in each
+    of its own calls.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         worker_id: str,
         incarnation: str,
         lend: Callable[[int], tuple[KvSource, int]] | None = None,
+        lend_cached: Callable[[TokenIds, str], KvSource | None] | None = None,
     ) -> None:
         self._source = source
         self._channel = channel
@@ -38,6 +40,7 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._lend = lend
+        self._lend_cached = lend_cached
 
     async def Handshake(
         self,
@@ -91,6 +94,20 @@ class KvTransferServicer(kv_pb2_grpc.KvTransferServiceServicer):
             raise InvalidRequest(f"worker {self._worker_id!r} lends no scratch blocks")
         source, block_bytes = self._lend(request.num_bytes)
         return kv_pb2.LendScratchResponse(source=codec.encode_kv_source(source), block_bytes=block_bytes)
+
+    async def LendCached(
+        self,
+        request: kv_pb2.LendCachedRequest,
+        context: grpc.aio.ServicerContext[kv_pb2.LendCachedRequest, kv_pb2.LendCachedResponse],
+    ) -> kv_pb2.LendCachedResponse:
+        if self._lend_cached is None or self._layout is None:
+            raise InvalidRequest(f"worker {self._worker_id!r} lends no cached blocks; a kv_store has `Get` for that")
+        check_backend(self._channel, request.backend)
+        check_bridgeable(self._layout, codec.decode_layout(request.layout), self._worker_id, request.worker_id)
+        source = self._lend_cached(codec.decode_token_ids(request.token_ids), request.cache_salt)
+        return kv_pb2.LendCachedResponse(
+            source=codec.encode_kv_source(source) if source else None, layout=codec.encode_layout(self._layout)
+        )
 
 
 def check_backend(mine: PathsChannel, theirs: str) -> None:

@@ -18,6 +18,7 @@ from sagellm_common.core.types import (
     HandoffTicket,
     KvConversion,
     KvOrigins,
+    KvPeer,
     KvSource,
     TokenLogprob,
     pack_int32,
@@ -122,13 +123,14 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
         chunk_tokens: int = 0,
         first_token_within_s: float = math.inf,
         needed_s: float = 0.0,
+        peer: KvPeer | None = None,
     ) -> PrefillOutcome:
         """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled.
 
         `on_started` hears where the KV can be pulled while it is computed, if the plan (`overlap`) says that this is
         worth it, or where the plan does not know the worker does; in pieces of `segment_bytes` (0: as configured).
         `chunk_tokens` of the prompt are computed at a time (0: as configured). `first_token_within_s` and `needed_s`
-        are EngineRequest's.
+        are EngineRequest's. `peer` is the worker in whose cache more of the prompt is.
         """
         message = worker_pb2.PrefillRequest(
             request_id=request.request_id,
@@ -147,6 +149,7 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             chunk_tokens=chunk_tokens,
             first_token_within_ms=None if math.isinf(first_token_within_s) else first_token_within_s * 1e3,
             needed_ms=needed_s * 1e3,
+            peer=codec.encode_peer(peer) if peer else None,
         )
         key = ("prefill", request.request_id, attempt)
         async with self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key)) as replies:

@@ -40,6 +40,7 @@ from sagellm_common.kv_runtime.integrity import SelfCheck
 from sagellm_common.kv_runtime.pool import KVPool
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.block_journal import BlockJournal
+from sagellm_common.rpc.cache_lending import CacheLender
 from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2_grpc, worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_service import KvTransferServicer
 from sagellm_common.rpc.server import GrpcServer, Registrar
@@ -191,6 +192,7 @@ class WorkerRuntime:
             self._record.worker_id,
             self._record.incarnation,
             lend=lambda num_bytes: self._transport.lend(self._record, num_bytes),
+            lend_cached=CacheLender(self._pool, self._source, self).lend,
         )
         own = [
             Registrar(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 class PlanNodeKind(enum.StrEnum):
     LOOKUP = "lookup"  # asks the store which prefix it holds
-    FETCH = "fetch"  # pulls prefix blocks from the store
+    FETCH = "fetch"  # pulls prefix blocks from the store, or out of another worker's cache
     PREFILL = "prefill"  # computes the KV of prompt tokens and samples the first token
     TRANSFER = "transfer"  # pulls KV from the prefill worker
     DECODE = "decode"  # generates; computes any token whose KV is not there
@@ -28,7 +28,8 @@ class PlanNode:
 
     Of a transfer: whether it is done along the prefill (None: as the workers are configured), how much KV is gathered
     before it is moved on (0: likewise), and in which dtype it crosses ("": likewise). Of a prefill: how many tokens are
-    computed at a time (0: likewise). Of prefill and decode: `priority`, on their worker the larger goes first.
+    computed at a time (0: likewise). Of prefill and decode: `priority`, on their worker the larger goes first. Of a
+    fetch: the worker `source_id` has it in its cache ("": the kv_stores have it).
     """
 
     node_id: int
@@ -42,6 +43,7 @@ class PlanNode:
     chunk_tokens: int = 0
     priority: int = 0
     wire_dtype: str = ""
+    source_id: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_token <= self.end_token:

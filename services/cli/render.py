@@ -222,7 +222,8 @@ def plan_diagram(plan: ExecutionPlan) -> Text:
 def _tokens(node: PlanNode) -> str:
     chunks = f" by {node.chunk_tokens}" if node.chunk_tokens else ""
     crossing = f" as {node.wire_dtype}" if node.wire_dtype not in ("", "same") else ""
-    return f"{node.start_token}–{node.end_token}{chunks}{crossing}"
+    source = f" of {node.source_id}" if node.source_id else ""
+    return f"{node.start_token}–{node.end_token}{chunks}{crossing}{source}"
 
 
 def explanation_table(explanation: Explanation) -> Table:

@@ -17,6 +17,7 @@ from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
+from sagellm_common.rpc.peer_fetch import PeerFetch
 from sagellm_common.rpc.server import Registrar
 from sagellm_common.rpc.store_client import StoreClient
 from sagellm_common.rpc.store_fetch import StoreFetch
@@ -70,7 +71,7 @@ async def compose(args: WorkerArgs) -> None:
             session_port=args.session_port,
             metrics_port=args.metrics_port,
         )
-        store = None
+        store, releaser = None, LeaseReleaser(transfers, background)
         if config.kv_store.enabled:
             client = StoreClient(
                 channels,
@@ -81,9 +82,10 @@ async def compose(args: WorkerArgs) -> None:
                 replicas=config.kv_store.replicas,
                 worker_id=args.worker_id,
             )
-            store = StoreFetch(client, channel, LeaseReleaser(transfers, background), engine.kv)
+            store = StoreFetch(client, channel, releaser, engine.kv)
+        peers = PeerFetch(transfers, channel, releaser, engine.kv, runtime)
         costs = FetchCosts(engine.kv.layout) if config.kv_store.fetch == "auto" else None
-        loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel), costs)
+        loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel), costs, peers)
         prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
         stack.push_async_callback(prefill.close)
         servicer = PrefillServicer(prefill, config.router.request_timeout_s)

@@ -1,4 +1,5 @@
-"""Whether KV is worth fetching from kv_store, or sooner computed: by what both have taken on this worker so far."""
+"""Whether KV is worth fetching, from kv_store or another worker, or sooner computed: by what all of these have taken on
+this worker so far."""
 
 from __future__ import annotations
 
@@ -14,6 +15,14 @@ log = logging.getLogger(__name__)
 CHOICES = Counter("sagellm_prefill_store_choices", "Prompts fetched from kv_store or computed anew.", ["choice"])
 SAVED_SECONDS = Counter("sagellm_prefill_store_saved_seconds", "By fetching, over computing as it was estimated.")
 LOST_SECONDS = Counter("sagellm_prefill_store_lost_seconds", "By fetching what was computed sooner, as estimated.")
+PEER_CHOICES = Counter(
+    "sagellm_prefill_peer_choices", "Prompts fetched from another worker's cache or computed anew.", ["choice"]
+)
+PEER_SAVED_SECONDS = Counter("sagellm_prefill_peer_saved_seconds", "As from kv_store.")
+PEER_LOST_SECONDS = Counter("sagellm_prefill_peer_lost_seconds", "As from kv_store.")
+
+STORES = ""
+"""The kv_stores, as one place to fetch from; each other worker is one by its id."""
 
 
 class FetchCosts:
@@ -21,29 +30,31 @@ class FetchCosts:
         self._layout = layout
         self._model = CostBenefitModel()
 
-    def worth_asking(self, request_id: str, begin_token: int, end_token: int) -> bool:
-        """False where these tokens are computed sooner than fetched, even if the store has all of them."""
-        verdict = self._model.choose(begin_token, end_token, self._num_bytes(begin_token, end_token))
-        CHOICES.labels(verdict.choice.value).inc()
+    def worth_asking(self, request_id: str, begin_token: int, end_token: int, place: str = STORES) -> bool:
+        """False where these tokens are computed sooner than fetched, even if all of them are there."""
+        verdict = self._model.choose(begin_token, end_token, self._num_bytes(begin_token, end_token), place)
+        (PEER_CHOICES if place else CHOICES).labels(verdict.choice.value).inc()
         log.debug(
-            "request %s: tokens %d to %d: %s; computing is expected to take %s s, fetching %s s",
+            "request %s: tokens %d to %d, %s: %s; computing is expected to take %s s, fetching %s s",
             request_id,
             begin_token,
             end_token,
+            place or "kv_store",
             verdict.choice.value,
             verdict.recompute_s,
             verdict.fetch_s,
         )
         return verdict.choice is Choice.FETCH
 
-    def fetched(self, begin_token: int, end_token: int, seconds: float) -> None:
-        """Tokens came from the store in so long, the asking included."""
+    def fetched(self, begin_token: int, end_token: int, seconds: float, place: str = STORES) -> None:
+        """Tokens came from there in so long, the asking included."""
         if end_token <= begin_token:
             return
-        self._model.fetched(self._num_bytes(begin_token, end_token), seconds)
+        self._model.fetched(self._num_bytes(begin_token, end_token), seconds, place)
         recompute_s = self._model.recompute_s(begin_token, end_token)
         if recompute_s is not None:
-            (SAVED_SECONDS if recompute_s >= seconds else LOST_SECONDS).inc(abs(recompute_s - seconds))
+            saved, lost = (PEER_SAVED_SECONDS, PEER_LOST_SECONDS) if place else (SAVED_SECONDS, LOST_SECONDS)
+            (saved if recompute_s >= seconds else lost).inc(abs(recompute_s - seconds))
 
     def computed(self, begin_token: int, end_token: int, seconds: float) -> None:
         """The engine took so long for tokens [begin, end), its queue included: that, too, is what a fetch spares."""

@@ -1,4 +1,4 @@
-"""The heart of the prefill service: allocate → fetch what the store holds → announce → submit → pin → answer.
+"""The heart of the prefill service: allocate → fetch what others hold → announce → submit → pin → answer.
 
 Who owns the blocks on the way, and so who frees them when the request ends there:
 
@@ -26,6 +26,7 @@ from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.kv_source import describe_source
+from sagellm_common.rpc.peer_fetch import PeerFetch
 from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_service import Load, WorkerView
 from services.prefill.fetch_costs import FetchCosts
@@ -33,8 +34,8 @@ from services.prefill.jobs import PrefillDone, PrefillJob
 
 
 class PrefillLoop:
-    """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store, `fetch_costs` None
-    asks it for every prompt.
+    """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store, `peers` without other
+    workers' caches. `fetch_costs` None asks them for every prompt.
 
     Prompts whose KV is worth handing over meanwhile, says `overlap`, are announced before they are computed.
     """
@@ -48,6 +49,7 @@ class PrefillLoop:
         clock: Clock,
         overlap: OverlapRule,
         fetch_costs: FetchCosts | None = None,
+        peers: PeerFetch | None = None,
     ) -> None:
         self._engine = engine
         self._pool = engine.kv
@@ -57,6 +59,7 @@ class PrefillLoop:
         self._clock = clock
         self._overlap = overlap
         self._fetch_costs = fetch_costs
+        self._peers = peers
         self._sequences = Sequences(engine)
         self._in_flight = 0
 
@@ -113,7 +116,33 @@ class PrefillLoop:
             return done
 
     async def _fetch(self, job: PrefillJob, allocation: Allocation) -> int:
-        """Fills blocks with what kv_store holds, where that is worth it; the number of tokens gained."""
+        """Fills blocks with what another worker or the kv_stores hold, where that is worth it; the number of tokens
+        gained from the stores. The plan names a worker where it holds more than these."""
+        if await self._fetch_from_peer(job, allocation):
+            return 0
+        return await self._fetch_from_store(job, allocation)
+
+    async def _fetch_from_peer(self, job: PrefillJob, allocation: Allocation) -> int:
+        peer, cached, costs = job.peer, allocation.num_cached_tokens, self._fetch_costs
+        if self._peers is None or peer is None or cached >= (end := self._peers.end_token(job.prompt, peer)):
+            return 0
+        if costs is not None and not costs.worth_asking(job.request_id, cached, end, peer.worker_id):
+            return 0
+        began = self._clock.now()
+        gained = await self._peers.fetch(
+            job.request_id,
+            job.prompt,
+            allocation,
+            peer,
+            timeout_s=job.timeout_s,
+            cache_salt=job.cache_salt,
+            priority=job.priority,
+        )
+        if costs is not None:
+            costs.fetched(cached, cached + gained, self._clock.now() - began, peer.worker_id)
+        return gained
+
+    async def _fetch_from_store(self, job: PrefillJob, allocation: Allocation) -> int:
         size, cached = self._pool.layout.block_size_tokens, allocation.num_cached_tokens
         end = (len(job.prompt) - 1) // size * size
         costs = self._fetch_costs

@@ -93,6 +93,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             chunk_tokens=_planned(request, "chunk_tokens"),
             first_token_within_s=_target_s(request),
             needed_s=_needed_s(request),
+            peer=codec.decode_peer(request.peer) if request.HasField("peer") else None,
         )
 
 

@@ -35,6 +35,7 @@ def encode_plan(plan: ExecutionPlan) -> plan_pb2.ExecutionPlan:
                 chunk_tokens=node.chunk_tokens,
                 priority=node.priority,
                 wire_dtype=node.wire_dtype,
+                source_id=node.source_id,
             )
             for node in plan.nodes
         ],

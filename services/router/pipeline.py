@@ -258,6 +258,7 @@ class Pipeline:
                     chunk_tokens=compute.chunk_tokens,
                     first_token_within_s=ttft_target_s(self._config) - generation.age_s,
                     needed_s=self._learner.needed_s(compute) if self._learner else 0.0,
+                    peer=routed.peer,
                 )
             computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
             self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)

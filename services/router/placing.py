@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sagellm_common.core.config import RouterConfig
-from sagellm_common.core.types import WorkerRole
+from sagellm_common.core.types import KvPeer, WorkerRole
 from sagellm_common.scheduler_ir.builder import IRBuilder
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, WorkerView
@@ -61,6 +61,7 @@ def place(
     source = by_id[prefill_id] if prefill_id else pinned.worker if pinned else None
     if overlap is not None:
         placement = replace(placement, reason=f"{placement.reason}; {overlap.reason}")
+    peer = _peer(by_id, prefill_id, matched, transfers) if prefill_id and config.peer_fetch else None
     plan = IRBuilder(_block_tokens(by_id[prefill_id or decode_id]), _block_tokens(by_id[decode_id])).build(
         request,
         placement,
@@ -69,6 +70,7 @@ def place(
         prefill_cached_tokens=matched.cached_tokens.get(prefill_id or "", 0),
         decode_cached_tokens=matched.cached_tokens.get(decode_id, 0),
         store_cached_tokens=matched.stored_tokens,
+        peer=(peer.worker_id, peer.cached_tokens) if peer else ("", 0),
         kv_source_worker_id=pinned.worker.worker_id if pinned else None,
         overlap=overlap.overlap if overlap else None,
         segment_bytes=overlap.segment_bytes if overlap else 0,
@@ -77,7 +79,33 @@ def place(
         attempt=generation.attempts,
     )
     expected_s = placement.expected_s if prefill_id else ()
-    return Routed(plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None, expected_s)
+    fetches = any(node.source_id for node in plan.nodes)
+    return Routed(
+        plan, by_id[decode_id], by_id[prefill_id] if prefill_id else None, expected_s, peer if fetches else None
+    )
+
+
+def _peer(
+    by_id: Mapping[str, WorkerLink], prefill_id: str, matched: Matched, transfers: TransferPlanner
+) -> KvPeer | None:
+    """Whose cache has the most of the prompt, and more than the prefill worker and the kv_stores; of equals the one
+    with the quickest link there, as far as it is known."""
+    least = max(matched.cached_tokens.get(prefill_id, 0), matched.stored_tokens)
+    holders = [
+        (tokens, by_id[worker_id])
+        for worker_id, tokens in matched.cached_tokens.items()
+        if tokens > least and worker_id in by_id and by_id[worker_id].record.role is not WorkerRole.KV_STORE
+    ]
+    if not holders:
+        return None
+
+    def rank(holder: tuple[int, WorkerLink]) -> tuple[int, float, int]:
+        tokens, link = holder
+        seconds = transfers.pull_seconds(link, prefill_id, tokens)
+        return -tokens, math.inf if seconds is None else seconds, link.load
+
+    tokens, link = min(holders, key=rank)
+    return KvPeer(link.worker_id, link.record.incarnation, link.record.address, tokens)
 
 
 def ttft_target_s(config: RouterConfig) -> float:

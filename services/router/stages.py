@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import DeadlineExceeded, EngineFailed
-from sagellm_common.core.types import GenerationRequest, HandoffTicket, KvSource, ModelInfo
+from sagellm_common.core.types import GenerationRequest, HandoffTicket, KvPeer, KvSource, ModelInfo
 from sagellm_common.rpc.sessions import PrefillOutcome
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
 from services.router.workers import WorkerLink
@@ -56,13 +56,14 @@ class Matched:
 class Routed:
     """One attempt's plan and workers. No `prefill`: the decode worker computes, or pulls from an earlier prefill.
 
-    `expected_s` is `Placement`'s.
+    `expected_s` is `Placement`'s; `peer` holds what the plan has the prefill worker fetch out of a cache.
     """
 
     plan: ExecutionPlan
     decode: WorkerLink
     prefill: WorkerLink | None
     expected_s: tuple[tuple[str, float], ...] = ()
+    peer: KvPeer | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,6 +230,22 @@ def test_another_salt_shares_nothing(pool: Pool) -> None:
     pool.backend.free(allocation)
 
 
+def test_what_is_cached_is_lent_whole_and_nothing_else(pool: Pool) -> None:
+    pool.cache(tokens(12))
+    lent = pool.backend.lend(tokens(12))
+    assert (lent.num_cached_tokens, lent.num_shared_blocks, len(lent.block_ids)) == (12, 3, 3)
+    assert used_free_cached(pool) == (3, NUM_BLOCKS - 3, 0)
+    others = pool.backend.allocate(tokens(13 * BLOCK_TOKENS, start=500), 13 * BLOCK_TOKENS)
+    assert set(others.block_ids.tolist()).isdisjoint(lent.block_ids.tolist())
+    pool.backend.free(others)
+    pool.backend.free(lent)
+    pool.backend.free(lent)
+    for unknown in (pool.backend.lend(tokens(12), "tenant"), pool.backend.lend(tokens(12, start=700))):
+        assert (unknown.num_cached_tokens, len(unknown.block_ids)) == (0, 0)
+        pool.backend.free(unknown)
+    assert used_free_cached(pool)[0] == 0
+
+
 def test_allocation_evicts_what_nobody_holds(pool: Pool) -> None:
     pool.cache(tokens(5 * BLOCK_TOKENS + 1))
     held = pool.backend.allocate(tokens(9), 9)

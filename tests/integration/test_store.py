@@ -26,7 +26,11 @@ async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, t
     prompts = [[rng.randrange(3, 250) for _ in range(n)] for n in (15, 16, 32, 64, 65, 100)]
     expected = [greedy(tiny_llama, prompt, 12) for prompt in prompts]
     with RunningCluster(
-        f"transport.backend={transport}", f"kv_store.disk.path={tmp_path}", "kv_store.fetch=always", model=tiny_llama
+        f"transport.backend={transport}",
+        f"kv_store.disk.path={tmp_path}",
+        "kv_store.fetch=always",
+        "router.peer_fetch=false",  # what decode's cache has is to come from the store
+        model=tiny_llama,
     ) as cluster:
         done = await complete_all(cluster, prompts, 12)
         assert [list(d.token_ids) for d in done] == expected

@@ -20,6 +20,7 @@ from tests.integration.test_token_equality import complete_all, forty_prompts
 from tests.support.checks import all_serving, assert_nothing_leaked, eventually
 from tests.support.cluster import RunningCluster
 from tests.support.oracle import continued, greedy
+from tests.support.waiting import eventually as until
 
 DEADLINE_S = 100.0
 EXIT_TIMEOUT_S = 30.0
@@ -31,6 +32,7 @@ def cluster() -> Iterator[RunningCluster]:
         "engine.tensor_parallel=2",
         "engine.max_prefill_tokens=64",
         "kv_store.enabled=false",
+        "kv_store.fetch=always",  # of decode's cache: this model computes so little that it would hardly be worth it
         "router.resume_grace_s=90",  # a worker of two processes takes its time to start
     )
     with RunningCluster(*settings, restart=True) as running:
@@ -41,6 +43,12 @@ def rank_of(cluster: RunningCluster, worker_id: str) -> psutil.Process:
     """The process of the worker's second rank."""
     (child,) = psutil.Process(cluster.pid(worker_id)).children()
     return child
+
+
+def router_knows(cluster: RunningCluster, worker_id: str) -> bool:
+    """Whether its index has all that the worker has cached."""
+    worker = next(w for w in cluster.status().workers if w.record.worker_id == worker_id)
+    return worker.kv is not None and worker.indexed is not None and worker.indexed.blocks >= worker.kv.cached_blocks > 0
 
 
 async def gone(process: psutil.Process) -> None:
@@ -59,6 +67,20 @@ async def test_tokens_equal_transformers_over_the_handoff(cluster: RunningCluste
         assert found == [continued(tiny_llama, prompt, f) for prompt, f in zip(prompts, found, strict=True)]
     assert sum(d.summary.kv_bytes_transferred for d in done) > 0
     assert sum(d.summary.cached_tokens for d in done) > 0
+    await assert_nothing_leaked(cluster)
+
+
+async def test_the_next_turn_comes_from_decodes_cache(cluster: RunningCluster, tiny_llama: Path) -> None:
+    turn = [5, 8, 9] * 20
+    (first,) = await complete_all(cluster, [turn], 36)
+    await assert_nothing_leaked(cluster)
+    await until(lambda: router_knows(cluster, "decode-0"))
+    longer = [*turn, *first.token_ids, 3, 4, 5]
+    (second,) = await complete_all(cluster, [longer], 12)
+    assert list(second.token_ids) == greedy(tiny_llama, longer, 12)
+    # Of 60 tokens that prefill computed three blocks are full, and of 95 that have KV in the end five.
+    found = {origin: tokens for origin, tokens in second.summary.kv_origins.items() if tokens}
+    assert found == {"computed": len(longer) - 80, "prefill_cache": 48, "peer": 32}
     await assert_nothing_leaked(cluster)
 
 

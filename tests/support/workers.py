@@ -21,6 +21,7 @@ from sagellm_common.core.topology import Registration
 from sagellm_common.core.types import (
     FinishReason,
     GenerationRequest,
+    KvPeer,
     KvSource,
     SamplingParams,
     WorkerRecord,
@@ -34,6 +35,7 @@ from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import CALL_TIMEOUT_S, KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
+from sagellm_common.rpc.peer_fetch import PeerFetch
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcome, PrefillSession
 from sagellm_common.rpc.store_client import StoreClient
@@ -211,7 +213,8 @@ async def worker(
         fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
         prefill = aheads = None
         if role is WorkerRole.PREFILL:
-            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), OverlapRule(channel))
+            peers = PeerFetch(transfers, channel, releaser, engine.kv, runtime)
+            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), OverlapRule(channel), peers=peers)
             prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
             stack.push_async_callback(prefill.close)
             service = Registrar(
@@ -290,10 +293,12 @@ async def decode_all(
         return [step async for step in steps]
 
 
-async def generate(prefill: Worker, decode: Worker, wanted: GenerationRequest, attempt: int = 1) -> Generated:
+async def generate(
+    prefill: Worker, decode: Worker, wanted: GenerationRequest, attempt: int = 1, peer: KvPeer | None = None
+) -> Generated:
     """One request on its way through both, as the router does it."""
     ticket = await decode.decode_session.reserve(wanted, attempt, timeout_s=TIMEOUT_S)
-    first = await prefill.prefill_session.prefill(wanted, attempt, ticket, timeout_s=TIMEOUT_S)
+    first = await prefill.prefill_session.prefill(wanted, attempt, ticket, timeout_s=TIMEOUT_S, peer=peer)
     tokens = list(first.token_ids)
     if first.finish_reason is not None:
         decode.decode_session.release(wanted.request_id, attempt)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sagellm_common.kv_policy.cost_benefit import MIN_SAMPLES, Choice, CostBenefitModel
+from sagellm_common.kv_policy.cost_benefit import MAX_PLACES, MIN_SAMPLES, Choice, CostBenefitModel
 
 FIXED_S, TOKEN_S, ATTENTION_S = 5e-3, 2e-4, 3e-8
 LATENCY_S, BYTES_PER_S = 1e-3, 2e9
@@ -76,4 +76,16 @@ def test_what_took_no_time_teaches_nothing() -> None:
     model.computed(0, 5, 0.0)
     model.fetched(0, 1.0)
     model.fetched(5, 0.0)
-    assert model.prefill.samples == model.fetches.samples == 0
+    assert model.prefill.samples == 0 and not model.fetches
+
+
+def test_each_place_has_costs_of_its_own() -> None:
+    model = trained()
+    for _ in range(MIN_SAMPLES):
+        assert model.choose(0, 4096, 16 << 20, "far away").choice is Choice.FETCH, "it is not known yet"
+        model.fetched(1 << 20, 10.0, "far away")
+    assert model.choose(0, 4096, 16 << 20, "far away").choice is Choice.RECOMPUTE
+    assert model.choose(0, 4096, 16 << 20).choice is Choice.FETCH
+    for n in range(2 * MAX_PLACES):
+        model.fetched(1 << 20, 1.0, f"worker-{n}")
+    assert len(model.fetches) == MAX_PLACES

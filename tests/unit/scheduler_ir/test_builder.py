@@ -47,6 +47,16 @@ def test_the_store_is_not_asked_for_what_prefill_holds() -> None:
     assert [kind for kind, *_ in shape(plan)] == ["prefill", "transfer", "decode", "offload"]
 
 
+def test_another_workers_cache_is_asked_where_it_has_more_than_prefill_and_the_stores() -> None:
+    plan = build(DISAGGREGATED, prefill_cached_tokens=4, store_cached_tokens=4, peer=("d", 9))
+    assert shape(plan)[:2] == [("fetch", "p", 4, 8), ("prefill", "p", 8, 10)]
+    assert plan.nodes[0].source_id == "d"
+    assert not any(node.source_id for node in build(DISAGGREGATED, store_cached_tokens=8, peer=("d", 8)).nodes)
+    assert shape(build(NO_STORE, store_cached_tokens=8, peer=("d", 8)))[0] == ("fetch", "p", 0, 8)
+    # The last token is computed, whoever has it.
+    assert shape(build(NO_STORE, prompt=8, prefill_cached_tokens=4, peer=("d", 8)))[0] == ("prefill", "p", 4, 8)
+
+
 def test_the_last_prompt_token_is_computed_even_if_its_block_is_cached() -> None:
     plan = build(NO_STORE, prompt=8, prefill_cached_tokens=8)
     assert shape(plan)[0] == ("prefill", "p", 4, 8)

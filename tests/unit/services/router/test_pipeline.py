@@ -144,6 +144,29 @@ async def test_a_cached_prefix_draws_the_request_and_shortens_the_plan(router: R
     assert other.summary.prefill_worker_id == "prefill-0"
 
 
+async def test_what_another_cache_has_more_of_is_fetched_from_there(router: RouterHarness) -> None:
+    """A prefill worker that is taken for other reasons, here that it is the only one left, hears of who has the KV."""
+    hashes = block_hashes(as_token_ids(PROMPT), LAYOUT.block_size_tokens, root_hash(LAYOUT))
+    prefill = ScriptedPrefill()
+    decode = ScriptedDecode(prefills=[prefill])
+    prefill.cached_hashes, decode.cached_hashes = hashes[:1], hashes
+    for one in (prefill, decode):
+        await router.add(one)
+    generated = await router.generate()
+    assert generated.tokens == oracle(PROMPT, GREEDY_6)
+    fetch, compute = generated.plan.nodes[:2]
+    assert (fetch.kind, fetch.worker_id, fetch.source_id) == (plan_pb2.PLAN_NODE_KIND_FETCH, "prefill-0", "decode-0")
+    assert (fetch.start_token, fetch.end_token, compute.start_token) == (4, 8, 8)
+    (request,) = prefill.requests
+    peer = request.peer
+    assert (peer.worker_id, peer.cached_tokens, peer.incarnation) == ("decode-0", 8, decode.incarnation)
+    assert peer.control_address == decode.record.address
+
+    prefill.cached_hashes = hashes
+    await router.generate([9, 9, 9, 9, 9], request_id="unknown")
+    assert not prefill.requests[-1].HasField("peer")
+
+
 async def test_equal_workers_take_turns(router: RouterHarness) -> None:
     prefills = [await router.add(ScriptedPrefill(f"prefill-{i}")) for i in range(2)]
     decodes = [await router.add(ScriptedDecode(f"decode-{i}", prefills=prefills)) for i in range(2)]

@@ -56,7 +56,8 @@ async def test_workers_with_other_block_sizes_are_used_and_each_matched_by_its_o
     assert generated.tokens == oracle(prompt, GREEDY_6)
     assert generated.summary.prefill_worker_id == "prefill-1"
     starts = {node.kind: node.start_token for node in generated.plan.nodes}
-    assert starts[plan_pb2.PLAN_NODE_KIND_PREFILL] == 12
+    assert starts[plan_pb2.PLAN_NODE_KIND_FETCH] == 12  # four tokens more, of decode's blocks
+    assert starts[plan_pb2.PLAN_NODE_KIND_PREFILL] == 16
     assert starts[plan_pb2.PLAN_NODE_KIND_TRANSFER] == 16
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as sagellm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13sagellm/v1/kv.proto\x12\nsagellm.v1\x1a\x17sagellm/v1/common.proto\"q\n\x10HandshakeRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"w\n\x11HandshakeResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x14\n\x0c\x64\x61ta_address\x18\x04 \x01(\t\"7\n\x11RenewLeaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"+\n\x12RenewLeaseResponse\x12\x15\n\rexpires_in_ms\x18\x01 \x01(\x03\"L\n\x13ReleaseLeaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tcommitted\x18\x03 \x01(\x08\"\x16\n\x14ReleaseLeaseResponse\"f\n\x0bPullRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tblock_ids\x18\x03 \x01(\x0c\x12\x0f\n\x07pair_id\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\"\'\n\x12LendScratchRequest\x12\x11\n\tnum_bytes\x18\x01 \x01(\x03\"P\n\x13LendScratchResponse\x12$\n\x06source\x18\x01 \x01(\x0b\x32\x14.sagellm.v1.KvSource\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x03\"\x1f\n\x0cPullResponse\x12\x0f\n\x07\x64igests\x18\x01 \x01(\x0c\"@\n\x08KvExtent\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x05\x12\x12\n\nnum_blocks\x18\x03 \x01(\x05\"t\n\x0fKvLookupRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12%\n\x07\x65xtents\x18\x03 \x03(\x0b\x32\x14.sagellm.v1.KvExtent\"c\n\x10KvLookupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x05\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x15\n\rextent_blocks\x18\x03 \x03(\x05\"\xa7\x01\n\x0cKvGetRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12%\n\x07\x65xtents\x18\x05 \x03(\x0b\x32\x14.sagellm.v1.KvExtent\x12\x10\n\x08\x63ontexts\x18\x06 \x01(\x0c\"I\n\rKvGetResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x05\x12$\n\x06source\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvSource\"\xf9\x01\n\x0cKvPutRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12$\n\x06source\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvSource\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12+\n\rstored_layout\x18\x05 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12%\n\x07\x65xtents\x18\x06 \x03(\x0b\x32\x14.sagellm.v1.KvExtent\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x10\n\x08\x63ontexts\x18\x08 \x01(\x0c\"N\n\rKvPutResponse\x12\x12\n\nnum_stored\x18\x01 \x01(\x05\x12\x13\n\x0bnum_present\x18\x02 \x01(\x05\x12\x14\n\x0c\x62ytes_pulled\x18\x03 \x01(\x03\"4\n\x0cKvPinRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\x03\"#\n\rKvPinResponse\x12\x12\n\nnum_pinned\x18\x01 \x01(\x05\"@\n\x12WatchBlocksRequest\x12\x15\n\rfrom_revision\x18\x01 \x01(\x03\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xc0\x01\n\x13WatchBlocksResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x15\n\rstored_hashes\x18\x03 \x01(\x0c\x12\x16\n\x0eremoved_hashes\x18\x04 \x01(\x0c\x12\x16\n\x0esince_revision\x18\x05 \x01(\x03\x12\x0c\n\x04more\x18\x06 \x01(\x08\x12 \n\x04tier\x18\x07 \x01(\x0e\x32\x12.sagellm.v1.KvTier\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x01\x32\x88\x03\n\x11KvTransferService\x12H\n\tHandshake\x12\x1c.sagellm.v1.HandshakeRequest\x1a\x1d.sagellm.v1.HandshakeResponse\x12K\n\nRenewLease\x12\x1d.sagellm.v1.RenewLeaseRequest\x1a\x1e.sagellm.v1.RenewLeaseResponse\x12Q\n\x0cReleaseLease\x12\x1f.sagellm.v1.ReleaseLeaseRequest\x1a .sagellm.v1.ReleaseLeaseResponse\x12\x39\n\x04Pull\x12\x17.sagellm.v1.PullRequest\x1a\x18.sagellm.v1.PullResponse\x12N\n\x0bLendScratch\x12\x1e.sagellm.v1.LendScratchRequest\x1a\x1f.sagellm.v1.LendScratchResponse2\xdb\x02\n\x0eKvStoreService\x12\x43\n\x06Lookup\x12\x1b.sagellm.v1.KvLookupRequest\x1a\x1c.sagellm.v1.KvLookupResponse\x12:\n\x03Get\x12\x18.sagellm.v1.KvGetRequest\x1a\x19.sagellm.v1.KvGetResponse\x12:\n\x03Put\x12\x18.sagellm.v1.KvPutRequest\x1a\x19.sagellm.v1.KvPutResponse\x12:\n\x03Pin\x12\x18.sagellm.v1.KvPinRequest\x1a\x19.sagellm.v1.KvPinResponse\x12P\n\x0bWatchBlocks\x12\x1e.sagellm.v1.WatchBlocksRequest\x1a\x1f.sagellm.v1.WatchBlocksResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13sagellm/v1/kv.proto\x12\nsagellm.v1\x1a\x17sagellm/v1/common.proto\"q\n\x10HandshakeRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"w\n\x11HandshakeResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x14\n\x0c\x64\x61ta_address\x18\x04 \x01(\t\"7\n\x11RenewLeaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"+\n\x12RenewLeaseResponse\x12\x15\n\rexpires_in_ms\x18\x01 \x01(\x03\"L\n\x13ReleaseLeaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tcommitted\x18\x03 \x01(\x08\"\x16\n\x14ReleaseLeaseResponse\"f\n\x0bPullRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tblock_ids\x18\x03 \x01(\x0c\x12\x0f\n\x07pair_id\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\"\'\n\x12LendScratchRequest\x12\x11\n\tnum_bytes\x18\x01 \x01(\x03\"P\n\x13LendScratchResponse\x12$\n\x06source\x18\x01 \x01(\x0b\x32\x14.sagellm.v1.KvSource\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x03\"\x84\x01\n\x11LendCachedRequest\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x12\n\ncache_salt\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12$\n\x06layout\x18\x04 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\"`\n\x12LendCachedResponse\x12$\n\x06source\x18\x01 \x01(\x0b\x32\x14.sagellm.v1.KvSource\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\"\x1f\n\x0cPullResponse\x12\x0f\n\x07\x64igests\x18\x01 \x01(\x0c\"@\n\x08KvExtent\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x05\x12\x12\n\nnum_blocks\x18\x03 \x01(\x05\"t\n\x0fKvLookupRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12%\n\x07\x65xtents\x18\x03 \x03(\x0b\x32\x14.sagellm.v1.KvExtent\"c\n\x10KvLookupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x05\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x15\n\rextent_blocks\x18\x03 \x03(\x05\"\xa7\x01\n\x0cKvGetRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12%\n\x07\x65xtents\x18\x05 \x03(\x0b\x32\x14.sagellm.v1.KvExtent\x12\x10\n\x08\x63ontexts\x18\x06 \x01(\x0c\"I\n\rKvGetResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x05\x12$\n\x06source\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvSource\"\xf9\x01\n\x0cKvPutRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12$\n\x06source\x18\x02 \x01(\x0b\x32\x14.sagellm.v1.KvSource\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12+\n\rstored_layout\x18\x05 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12%\n\x07\x65xtents\x18\x06 \x03(\x0b\x32\x14.sagellm.v1.KvExtent\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x10\n\x08\x63ontexts\x18\x08 \x01(\x0c\"N\n\rKvPutResponse\x12\x12\n\nnum_stored\x18\x01 \x01(\x05\x12\x13\n\x0bnum_present\x18\x02 \x01(\x05\x12\x14\n\x0c\x62ytes_pulled\x18\x03 \x01(\x03\"4\n\x0cKvPinRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\x03\"#\n\rKvPinResponse\x12\x12\n\nnum_pinned\x18\x01 \x01(\x05\"@\n\x12WatchBlocksRequest\x12\x15\n\rfrom_revision\x18\x01 \x01(\x03\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xc0\x01\n\x13WatchBlocksResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x15\n\rstored_hashes\x18\x03 \x01(\x0c\x12\x16\n\x0eremoved_hashes\x18\x04 \x01(\x0c\x12\x16\n\x0esince_revision\x18\x05 \x01(\x03\x12\x0c\n\x04more\x18\x06 \x01(\x08\x12 \n\x04tier\x18\x07 \x01(\x0e\x32\x12.sagellm.v1.KvTier\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x01\x32\xd5\x03\n\x11KvTransferService\x12H\n\tHandshake\x12\x1c.sagellm.v1.HandshakeRequest\x1a\x1d.sagellm.v1.HandshakeResponse\x12K\n\nRenewLease\x12\x1d.sagellm.v1.RenewLeaseRequest\x1a\x1e.sagellm.v1.RenewLeaseResponse\x12Q\n\x0cReleaseLease\x12\x1f.sagellm.v1.ReleaseLeaseRequest\x1a .sagellm.v1.ReleaseLeaseResponse\x12\x39\n\x04Pull\x12\x17.sagellm.v1.PullRequest\x1a\x18.sagellm.v1.PullResponse\x12N\n\x0bLendScratch\x12\x1e.sagellm.v1.LendScratchRequest\x1a\x1f.sagellm.v1.LendScratchResponse\x12K\n\nLendCached\x12\x1d.sagellm.v1.LendCachedRequest\x1a\x1e.sagellm.v1.LendCachedResponse2\xdb\x02\n\x0eKvStoreService\x12\x43\n\x06Lookup\x12\x1b.sagellm.v1.KvLookupRequest\x1a\x1c.sagellm.v1.KvLookupResponse\x12:\n\x03Get\x12\x18.sagellm.v1.KvGetRequest\x1a\x19.sagellm.v1.KvGetResponse\x12:\n\x03Put\x12\x18.sagellm.v1.KvPutRequest\x1a\x19.sagellm.v1.KvPutResponse\x12:\n\x03Pin\x12\x18.sagellm.v1.KvPinRequest\x1a\x19.sagellm.v1.KvPinResponse\x12P\n\x0bWatchBlocks\x12\x1e.sagellm.v1.WatchBlocksRequest\x1a\x1f.sagellm.v1.WatchBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,32 +50,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LENDSCRATCHREQUEST']._serialized_end=643
   _globals['_LENDSCRATCHRESPONSE']._serialized_start=645
   _globals['_LENDSCRATCHRESPONSE']._serialized_end=725
-  _globals['_PULLRESPONSE']._serialized_start=727
-  _globals['_PULLRESPONSE']._serialized_end=758
-  _globals['_KVEXTENT']._serialized_start=760
-  _globals['_KVEXTENT']._serialized_end=824
-  _globals['_KVLOOKUPREQUEST']._serialized_start=826
-  _globals['_KVLOOKUPREQUEST']._serialized_end=942
-  _globals['_KVLOOKUPRESPONSE']._serialized_start=944
-  _globals['_KVLOOKUPRESPONSE']._serialized_end=1043
-  _globals['_KVGETREQUEST']._serialized_start=1046
-  _globals['_KVGETREQUEST']._serialized_end=1213
-  _globals['_KVGETRESPONSE']._serialized_start=1215
-  _globals['_KVGETRESPONSE']._serialized_end=1288
-  _globals['_KVPUTREQUEST']._serialized_start=1291
-  _globals['_KVPUTREQUEST']._serialized_end=1540
-  _globals['_KVPUTRESPONSE']._serialized_start=1542
-  _globals['_KVPUTRESPONSE']._serialized_end=1620
-  _globals['_KVPINREQUEST']._serialized_start=1622
-  _globals['_KVPINREQUEST']._serialized_end=1674
-  _globals['_KVPINRESPONSE']._serialized_start=1676
-  _globals['_KVPINRESPONSE']._serialized_end=1711
-  _globals['_WATCHBLOCKSREQUEST']._serialized_start=1713
-  _globals['_WATCHBLOCKSREQUEST']._serialized_end=1777
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=1780
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=1972
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1975
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2367
-  _globals['_KVSTORESERVICE']._serialized_start=2370
-  _globals['_KVSTORESERVICE']._serialized_end=2717
+  _globals['_LENDCACHEDREQUEST']._serialized_start=728
+  _globals['_LENDCACHEDREQUEST']._serialized_end=860
+  _globals['_LENDCACHEDRESPONSE']._serialized_start=862
+  _globals['_LENDCACHEDRESPONSE']._serialized_end=958
+  _globals['_PULLRESPONSE']._serialized_start=960
+  _globals['_PULLRESPONSE']._serialized_end=991
+  _globals['_KVEXTENT']._serialized_start=993
+  _globals['_KVEXTENT']._serialized_end=1057
+  _globals['_KVLOOKUPREQUEST']._serialized_start=1059
+  _globals['_KVLOOKUPREQUEST']._serialized_end=1175
+  _globals['_KVLOOKUPRESPONSE']._serialized_start=1177
+  _globals['_KVLOOKUPRESPONSE']._serialized_end=1276
+  _globals['_KVGETREQUEST']._serialized_start=1279
+  _globals['_KVGETREQUEST']._serialized_end=1446
+  _globals['_KVGETRESPONSE']._serialized_start=1448
+  _globals['_KVGETRESPONSE']._serialized_end=1521
+  _globals['_KVPUTREQUEST']._serialized_start=1524
+  _globals['_KVPUTREQUEST']._serialized_end=1773
+  _globals['_KVPUTRESPONSE']._serialized_start=1775
+  _globals['_KVPUTRESPONSE']._serialized_end=1853
+  _globals['_KVPINREQUEST']._serialized_start=1855
+  _globals['_KVPINREQUEST']._serialized_end=1907
+  _globals['_KVPINRESPONSE']._serialized_start=1909
+  _globals['_KVPINRESPONSE']._serialized_end=1944
+  _globals['_WATCHBLOCKSREQUEST']._serialized_start=1946
+  _globals['_WATCHBLOCKSREQUEST']._serialized_end=2010
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=2013
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=2205
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2208
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2677
+  _globals['_KVSTORESERVICE']._serialized_start=2680
+  _globals['_KVSTORESERVICE']._serialized_end=3027
 # @@protoc_insertion_point(module_scope)

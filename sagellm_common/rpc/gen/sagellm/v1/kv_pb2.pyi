@@ -87,6 +87,28 @@ class LendScratchResponse(_message.Message):
     block_bytes: int
     def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
+class LendCachedRequest(_message.Message):
+    __slots__ = ("token_ids", "cache_salt", "worker_id", "layout", "backend")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    token_ids: bytes
+    cache_salt: str
+    worker_id: str
+    layout: _common_pb2.KvLayout
+    backend: str
+    def __init__(self, token_ids: _Optional[bytes] = ..., cache_salt: _Optional[str] = ..., worker_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ...) -> None: ...
+
+class LendCachedResponse(_message.Message):
+    __slots__ = ("source", "layout")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    source: _common_pb2.KvSource
+    layout: _common_pb2.KvLayout
+    def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
+
 class PullResponse(_message.Message):
     __slots__ = ("digests",)
     DIGESTS_FIELD_NUMBER: _ClassVar[int]

@@ -60,6 +60,11 @@ class KvTransferServiceStub:
                 request_serializer=sagellm_dot_v1_dot_kv__pb2.LendScratchRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_kv__pb2.LendScratchResponse.FromString,
                 _registered_method=True)
+        self.LendCached = channel.unary_unary(
+                '/sagellm.v1.KvTransferService/LendCached',
+                request_serializer=sagellm_dot_v1_dot_kv__pb2.LendCachedRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_kv__pb2.LendCachedResponse.FromString,
+                _registered_method=True)
 
 
 class KvTransferServiceServicer:
@@ -100,6 +105,13 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LendCached(self, request, context):
+        """Leases what the prefix cache holds of a prompt, for another worker to pull; that one releases the lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +139,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.LendScratch,
                     request_deserializer=sagellm_dot_v1_dot_kv__pb2.LendScratchRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_kv__pb2.LendScratchResponse.SerializeToString,
+            ),
+            'LendCached': grpc.unary_unary_rpc_method_handler(
+                    servicer.LendCached,
+                    request_deserializer=sagellm_dot_v1_dot_kv__pb2.LendCachedRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_kv__pb2.LendCachedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +282,33 @@ class KvTransferService:
             '/sagellm.v1.KvTransferService/LendScratch',
             sagellm_dot_v1_dot_kv__pb2.LendScratchRequest.SerializeToString,
             sagellm_dot_v1_dot_kv__pb2.LendScratchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LendCached(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.KvTransferService/LendCached',
+            sagellm_dot_v1_dot_kv__pb2.LendCachedRequest.SerializeToString,
+            sagellm_dot_v1_dot_kv__pb2.LendCachedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ PLAN_NODE_KIND_DECODE: PlanNodeKind
 PLAN_NODE_KIND_OFFLOAD: PlanNodeKind
 
 class PlanNode(_message.Message):
-    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token", "overlap", "segment_bytes", "chunk_tokens", "priority", "wire_dtype")
+    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token", "overlap", "segment_bytes", "chunk_tokens", "priority", "wire_dtype", "source_id")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class PlanNode(_message.Message):
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     node_id: int
     kind: PlanNodeKind
     worker_id: str
@@ -48,7 +49,8 @@ class PlanNode(_message.Message):
     chunk_tokens: int
     priority: int
     wire_dtype: str
-    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
+    source_id: str
+    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., source_id: _Optional[str] = ...) -> None: ...
 
 class ExecutionPlan(_message.Message):
     __slots__ = ("plan_id", "request_id", "strategy", "nodes", "reason")

@@ -80,7 +80,7 @@ HANDOFF_REASON_QUEUE_FULL: HandoffReason
 HANDOFF_REASON_CANCELLED_BY_CLIENT: HandoffReason
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes", "chunk_tokens", "tenant", "first_token_within_ms", "needed_ms")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes", "chunk_tokens", "tenant", "first_token_within_ms", "needed_ms", "peer")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class PrefillRequest(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
     NEEDED_MS_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -120,7 +121,20 @@ class PrefillRequest(_message.Message):
     tenant: str
     first_token_within_ms: float
     needed_ms: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., needed_ms: _Optional[float] = ...) -> None: ...
+    peer: KvPeer
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., needed_ms: _Optional[float] = ..., peer: _Optional[_Union[KvPeer, _Mapping]] = ...) -> None: ...
+
+class KvPeer(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "control_address", "cached_tokens")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    control_address: str
+    cached_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_address: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "finish_reason", "source", "cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms", "engine_ms", "store_conversion", "origins")
