@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sagellm_common.core.fitting import OnlineFit
+from sagellm_common.kv_policy.eviction import Cost
 
 HALF_LIFE_SAMPLES = 32
 """Few enough to follow a store that becomes slow: here one choice hangs on it, not a whole cluster's placement."""
@@ -29,6 +30,25 @@ MAX_PLACES = 1024
 class Choice(StrEnum):
     RECOMPUTE = "recompute"
     FETCH = "fetch"
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputeCost:
+    """Of prompt tokens, in seconds per token and per token that it attends to."""
+
+    token_s: float
+    attention_s: float
+
+    def seconds(self, begin_token: int, end_token: int) -> float:
+        """Of tokens [begin, end) that are computed together with others."""
+        _, tokens, attention = _work(begin_token, end_token)
+        return self.token_s * tokens + self.attention_s * attention
+
+    def per_block(self, block_size_tokens: int) -> Cost:
+        """A block's cost by its number in its sequence, in units of the first one's."""
+        first_s = self.seconds(0, block_size_tokens)
+        growth = self.attention_s * block_size_tokens**2 / first_s if first_s > 0 else 0.0
+        return lambda depth: 1.0 + growth * depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,13 @@ class CostBenefitModel:
         """Of tokens that are computed together with those after them; so without what a prompt costs at any rate."""
         _, tokens, attention = _work(begin_token, end_token)
         return _seconds(self.prefill, (0.0, tokens, attention))
+
+    def recompute_cost(self) -> RecomputeCost | None:
+        """What `recompute_s` goes by, as a value; None as long as nothing is known."""
+        if self.prefill.samples < MIN_SAMPLES:
+            return None
+        _, token_s, attention_s = self.prefill.coefficients
+        return RecomputeCost(token_s, attention_s)
 
     def fetch_s(self, num_bytes: int, place: str = "") -> float | None:
         fit = self.fetches.get(place)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from sagellm_common.core.kv import Allocation, BlockEvent, BlockInfo, BlockMoves, KvFragmentation, KvMemory
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, TokenIds
+from sagellm_common.kv_policy.eviction import Cost
 
 
 class KVBackendProtocol(Protocol):
@@ -69,6 +70,10 @@ class KVBackendProtocol(Protocol):
     @property
     def eviction(self) -> str:
         """Name of the policy that says which unused blocks of the prefix cache go first."""
+
+    def price(self, cost: Cost) -> None:
+        """What blocks cost from now on, for eviction policies that mind it: those that come, as they come. Called with
+        the pool's lock held, for each block; it must be quick."""
 
     def set_eviction(self, name: str) -> None:
         """Another policy from now on; what is cached stays. Raises ConfigError, having changed nothing."""

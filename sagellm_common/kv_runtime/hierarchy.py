@@ -22,6 +22,7 @@ from typing import Literal
 
 from sagellm_common.core.kv import Allocation, BlockEvent, BlockInfo, BlockMoves, KvFragmentation, KvRegion, Tier
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, KvTierStats, TokenIds
+from sagellm_common.kv_policy.eviction import Cost
 from sagellm_common.kv_policy.migration import BlockFacts, ByUses, MigrationPolicy, Move
 from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
 from sagellm_common.kv_runtime.backends.host_tier import HostTier
@@ -273,6 +274,9 @@ class HierarchyManager:
     @property
     def eviction(self) -> str:
         return self.pool.eviction
+
+    def price(self, cost: Cost) -> None:
+        self.pool.price(cost)
 
     def set_eviction(self, name: str) -> None:
         self.pool.set_eviction(name)

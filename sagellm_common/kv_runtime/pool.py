@@ -42,7 +42,7 @@ from sagellm_common.core.types import (
     TokenIds,
     pack_int32,
 )
-from sagellm_common.kv_policy.eviction import make_eviction, swap_eviction
+from sagellm_common.kv_policy.eviction import Cost, EvictionPolicy, make_eviction, swap_eviction, uniform
 from sagellm_common.kv_runtime import defrag
 from sagellm_common.kv_runtime.block_manager import BlockArray, BlockManager
 from sagellm_common.kv_runtime.prefix_cache import PrefixCache
@@ -134,14 +134,15 @@ class KVPool:
         self._below: Below | None = None
         self.moved_blocks = 0
         """By `migrate`; for telemetry."""
+        self._block_cost: Cost = uniform
         self._memory: KvMemory = KvRegion(memoryview(b""), 0, 0)
-        self._keep_books(PrefixCache(BlockManager(0), 1, make_eviction(eviction, 0)))
+        self._keep_books(PrefixCache(BlockManager(0), 1, self._make_eviction(0)))
 
     def open(self, layout: KvLayout, memory: KvMemory, cache: PrefixCache | None = None) -> None:
         """Gives the pool its memory, and the books of that where somebody else has them already. Once."""
         watchers = self.cache.watchers
         self._layout, self._memory = layout, memory
-        policy = make_eviction(self._eviction, memory.num_blocks)
+        policy = self._make_eviction(memory.num_blocks)
         if cache is None:
             cache = PrefixCache(BlockManager(memory.num_blocks), layout.block_size_tokens, policy)
         cache.policy = policy
@@ -338,8 +339,22 @@ class KVPool:
     def set_eviction(self, name: str) -> None:
         """From now on; what is cached stays. Raises ConfigError, having changed nothing."""
         with self.lock:
-            self.cache.policy = swap_eviction(self.cache.policy, name, self._memory.num_blocks)
+            cache = self.cache
+            cache.policy = swap_eviction(
+                cache.policy, name, self._memory.num_blocks, self._cost_of, lambda block: cache[block].key.depth
+            )
             self._eviction = name
+
+    def price(self, cost: Cost) -> None:
+        """See `KVBackendProtocol.price`."""
+        self._block_cost = cost
+
+    def _cost_of(self, depth: int) -> float:
+        """By what is known at that time."""
+        return self._block_cost(depth)
+
+    def _make_eviction(self, num_blocks: int) -> EvictionPolicy[BlockHash]:
+        return make_eviction(self._eviction, num_blocks, self._cost_of)
 
     # ---- for those who know that it is a KVPool ----
 

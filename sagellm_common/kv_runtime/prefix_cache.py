@@ -157,7 +157,7 @@ class PrefixCache:
         if path:
             for block_hash in path:
                 self._entries[block_hash].ranked = True
-            self.policy.access(path)
+            self.policy.access(path, self._entries[path[0]].key.depth)
 
     def _drop(self, hashes: Sequence[BlockHash]) -> None:
         blocks = self.blocks_of(hashes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sagellm_common.core.kv import BlockEvent, KvRegion, Tier
@@ -26,7 +26,8 @@ class BlockKey:
 
     `parent` is the hash of the block before it, empty where it is the first or not known. `note` is for whoever keeps
     something about a block beside it, at most NOTE_BYTES. `context` tells all tokens up to it apart from others
-    (`prefix_reuse.matcher`); empty where they are not known.
+    (`prefix_reuse.matcher`); empty where they are not known. `depth` is its number in its sequence, 0 where that is not
+    known: it says what the block is worth, not which one it is.
     """
 
     hash: BlockHash
@@ -34,6 +35,7 @@ class BlockKey:
     parent: BlockHash = b""
     note: bytes = b""
     context: bytes = b""
+    depth: int = field(default=0, compare=False)
 
 
 class TierBackend(Protocol):
@@ -95,16 +97,24 @@ def keys_of(
     parent: BlockHash = b"",
     before: bytes = b"",
     known: Sequence[bytes] = (),
+    depths: Sequence[int] = (),
 ) -> list[BlockKey]:
     """Keys of consecutive blocks; `parent` is that of the first, where it is known, `before` its context, or the root.
 
-    `known` are the contexts where somebody else has made them; without either they are not known.
+    `known` are the contexts where somebody else has made them; without either they are not known. `depths` are the
+    blocks' numbers in their sequence, unset: 0, 1, …
     """
     step = 4 * block_size_tokens
     packed, parents = pack_int32(token_ids[: len(hashes) * block_size_tokens]), (parent, *hashes)
     context = iter(known) if known else contexts(before, packed, step) if before else itertools.repeat(b"")
     return [
-        BlockKey(block_hash, packed[n * step : (n + 1) * step], parents[n], context=next(context))
+        BlockKey(
+            block_hash,
+            packed[n * step : (n + 1) * step],
+            parents[n],
+            context=next(context),
+            depth=depths[n] if depths else n,
+        )
         for n, block_hash in enumerate(hashes)
     ]
 

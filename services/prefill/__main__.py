@@ -12,6 +12,7 @@ from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.process import leave
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.engines import make_engine
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
@@ -84,7 +85,12 @@ async def compose(args: WorkerArgs) -> None:
             )
             store = StoreFetch(client, channel, releaser, engine.kv)
         peers = PeerFetch(transfers, channel, releaser, engine.kv, runtime)
-        costs = FetchCosts(engine.kv.layout) if config.kv_store.fetch == "auto" else None
+
+        def learned(cost: RecomputeCost) -> None:
+            """Blocks that are dear to compute again stay for longer, here and in the stores."""
+            engine.kv.price(cost.per_block(engine.kv.layout.block_size_tokens))
+
+        costs = FetchCosts(engine.kv.layout, always=config.kv_store.fetch == "always", learned=learned)
         loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel), costs, peers)
         prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
         stack.push_async_callback(prefill.close)

@@ -4,11 +4,12 @@ this worker so far."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from prometheus_client import Counter
 
 from sagellm_common.core.types import KvLayout
-from sagellm_common.kv_policy.cost_benefit import Choice, CostBenefitModel
+from sagellm_common.kv_policy.cost_benefit import Choice, CostBenefitModel, RecomputeCost
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +27,24 @@ STORES = ""
 
 
 class FetchCosts:
-    def __init__(self, layout: KvLayout) -> None:
+    """`always` has everything fetched, and learns all the same. `learned` hears of what computing costs."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        *,
+        always: bool = False,
+        learned: Callable[[RecomputeCost], None] = lambda cost: None,
+    ) -> None:
         self._layout = layout
+        self._always = always
+        self._learned = learned
         self._model = CostBenefitModel()
 
     def worth_asking(self, request_id: str, begin_token: int, end_token: int, place: str = STORES) -> bool:
         """False where these tokens are computed sooner than fetched, even if all of them are there."""
+        if self._always:
+            return True
         verdict = self._model.choose(begin_token, end_token, self._num_bytes(begin_token, end_token), place)
         (PEER_CHOICES if place else CHOICES).labels(verdict.choice.value).inc()
         log.debug(
@@ -59,6 +72,8 @@ class FetchCosts:
     def computed(self, begin_token: int, end_token: int, seconds: float) -> None:
         """The engine took so long for tokens [begin, end), its queue included: that, too, is what a fetch spares."""
         self._model.computed(begin_token, end_token, seconds)
+        if (cost := self._model.recompute_cost()) is not None:
+            self._learned(cost)
 
     def _num_bytes(self, begin_token: int, end_token: int) -> int:
         return (end_token - begin_token) // self._layout.block_size_tokens * self._layout.block_bytes

@@ -246,6 +246,21 @@ def test_what_is_cached_is_lent_whole_and_nothing_else(pool: Pool) -> None:
     assert used_free_cached(pool)[0] == 0
 
 
+def test_eviction_knows_what_a_block_costs_by_its_depth(pool: Pool) -> None:
+    def costs() -> list[float]:
+        cache = pool.backend.cache  # type: ignore[attr-defined]
+        return sorted(cache.policy._blocks[block_hash].cost for block_hash in pool.backend.cached_hashes())
+
+    pool.backend.set_eviction("cost-aware")
+    pool.cache(tokens(8))
+    assert costs() == [1.0, 1.0], "nothing is known yet"
+    pool.backend.price(lambda depth: 1.0 + 2.0 * depth)
+    pool.cache(tokens(12, start=100))
+    assert costs() == [1.0, 1.0, 1.0, 3.0, 5.0]
+    pool.backend.set_eviction("adaptive")
+    assert costs() == [1.0, 1.0, 3.0, 3.0, 5.0], "a new policy asks anew"
+
+
 def test_allocation_evicts_what_nobody_holds(pool: Pool) -> None:
     pool.cache(tokens(5 * BLOCK_TOKENS + 1))
     held = pool.backend.allocate(tokens(9), 9)

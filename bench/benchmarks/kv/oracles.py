@@ -18,7 +18,7 @@ class KnowsUses:
         self._done: OrderedDict[int, None] = OrderedDict()
         self._wanted: OrderedDict[int, None] = OrderedDict()
 
-    def access(self, path: Sequence[int]) -> None:
+    def access(self, path: Sequence[int], depth: int = 0) -> None:
         for key in reversed(path):
             self._left[key] -= 1
             self.remove(key)
@@ -56,7 +56,7 @@ class KnowsWindow:
         self._later: OrderedDict[int, None] = OrderedDict()
         self._soon: list[tuple[int, int]] = []
 
-    def access(self, path: Sequence[int]) -> None:
+    def access(self, path: Sequence[int], depth: int = 0) -> None:
         for key in reversed(path):
             self._known[key] = self._next_use[self._now]
             self._later[key] = None

@@ -80,7 +80,7 @@ class EnginePrefixCache(PrefixCache):
             return
         fresh = token_ids[start * self._block_size : full * self._block_size].astype("<i4", copy=False)
         hashes = block_hashes(fresh, self._block_size, prefix.parent)
-        keys = keys_of(hashes, fresh, self._block_size, prefix.parent, prefix.context)
+        keys = keys_of(hashes, fresh, self._block_size, prefix.parent, prefix.context, depths=range(start, full))
         prefix.hashes += hashes
         prefix.context = keys[-1].context
         findable, reachable = [], {prefix.root}

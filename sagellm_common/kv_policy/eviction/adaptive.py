@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Generic
 
-from sagellm_common.kv_policy.eviction.base import K
+from sagellm_common.kv_policy.eviction.base import Cost, K, uniform
 from sagellm_common.kv_policy.eviction.cost_aware import Block, CostAware, Heads
 
 SHADOW_BLOCKS = 256
@@ -35,7 +35,7 @@ class Adaptive(CostAware[K]):
     hit: LeCaR, HotStorage 2018).
     """
 
-    def __init__(self, capacity_blocks: int, cost: Callable[[int], float] = lambda depth: 1.0) -> None:
+    def __init__(self, capacity_blocks: int, cost: Cost = uniform) -> None:
         super().__init__(capacity_blocks, cost)
         rate = min(MAX_RATE, SHADOW_BLOCKS / max(1, capacity_blocks))
         self._sampled = int(rate * (_MASK + 1))
@@ -49,8 +49,8 @@ class Adaptive(CostAware[K]):
         self._shadows = {name: Shadow(shadow_blocks, capacity_blocks, self._heads_of(name)) for name in self._orders}
         self.order = HOME
 
-    def access(self, path: Sequence[K]) -> None:
-        super().access(path)
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
+        super().access(path, depth)
         sample = [self._blocks[key] for key in path if hash(key) * _MIX & _MASK < self._sampled]
         if sample:
             for shadow in self._shadows.values():

@@ -24,7 +24,7 @@ class Arc(Queueing[K, int]):
         self._share = 0.0
         """How many blocks `_once` is meant to hold."""
 
-    def access(self, path: Sequence[K]) -> None:
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
         self._return(path)
         for key in reversed(path):
             if key in self._once:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 P = TypeVar("P")
+
+Cost = Callable[[int], float]
+"""What it takes to compute the block with this number in its sequence again, over its size; more than 0."""
+
+
+def uniform(depth: int) -> float:
+    """Each block counts the same."""
+    return 1.0
 
 
 class EvictionPolicy(Protocol[K]):
@@ -17,8 +25,9 @@ class EvictionPolicy(Protocol[K]):
     use without its parents, so of one path the end goes first.
     """
 
-    def access(self, path: Sequence[K]) -> None:
-        """The sequence's blocks are used now. Blocks that are not held are held from now on."""
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
+        """The sequence's blocks are used now, the first of them its block number `depth`. Blocks that are not held are
+        held from now on."""
 
     def evict(self, count: int, keep: Container[K] = ()) -> list[K]:
         """Gives up `count` blocks, none of them in `keep`, which are in use; fewer where there are not as many."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Generic
 
-from sagellm_common.kv_policy.eviction.base import K, Queueing
+from sagellm_common.kv_policy.eviction.base import Cost, K, Queueing, uniform
 from sagellm_common.kv_policy.lifetime import BlockClass, LifetimePredictor
 
 GHOSTS_PER_BLOCK = 8
@@ -48,11 +48,10 @@ class CostAware(Queueing[K, Any]):
     """Gives up the block with the least (uses per time held, as `LifetimePredictor` has learned) x cost(depth).
 
     Blocks of one class and, to a factor of two, one cost stand in a queue, least recently used first; a victim is the
-    least worthy of the queues' heads. `cost` is what it takes to compute the block with this number in its path again,
-    over its size, more than 0; with the default each hit counts the same.
+    least worthy of the queues' heads. With the default cost each hit counts the same.
     """
 
-    def __init__(self, capacity_blocks: int, cost: Callable[[int], float] = lambda depth: 1.0) -> None:
+    def __init__(self, capacity_blocks: int, cost: Cost = uniform) -> None:
         super().__init__()
         self.lifetimes = LifetimePredictor()
         self._cost = cost
@@ -67,14 +66,14 @@ class CostAware(Queueing[K, Any]):
         self._waiting: dict[K, Block[K]] = {}
         """They were to go and had children: they go after them."""
 
-    def access(self, path: Sequence[K]) -> None:
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
         self._return(path)
         blocks: list[Block[K]] = []
         parent: Block[K] | None = None
-        for depth, key in enumerate(path):
+        for at, key in enumerate(path, start=depth):
             block = self._blocks.get(key)
             if block is None:
-                block = self._blocks[key] = Block(key, self._cost(depth))
+                block = self._blocks[key] = Block(key, self._cost(at))
             if parent is not None and block.parent is not parent:
                 self._leave_parent(block)
                 block.parent = parent

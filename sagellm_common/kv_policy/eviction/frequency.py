@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from sagellm_common.kv_policy.eviction.base import K, Queueing
+from sagellm_common.kv_policy.eviction.base import Cost, K, Queueing
 from sagellm_common.kv_policy.eviction.heap import Rank, RankedBlocks
 
 
@@ -18,7 +18,7 @@ class Lfu(Queueing[K, Rank]):
         self._uses: dict[K, int] = {}
         self._now = 0
 
-    def access(self, path: Sequence[K]) -> None:
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
         self._return(path)
         for key in reversed(path):
             self._now += 1
@@ -49,11 +49,10 @@ class Lfu(Queueing[K, Rank]):
 class Gdsf(Queueing[K, Rank]):
     """Greedy-Dual Size Frequency (Cherkasova 1998): rank = age + uses x cost / size, age being the last victim's rank.
 
-    `cost(depth)` is what it takes to compute the block with this number in its path again, over its size; the default
-    grows with depth as attention does.
+    The default cost grows with depth as attention does.
     """
 
-    def __init__(self, capacity_blocks: int, cost: Callable[[int], float] = lambda depth: 1.0 + depth / 1024) -> None:
+    def __init__(self, capacity_blocks: int, cost: Cost = lambda depth: 1.0 + depth / 1024) -> None:
         super().__init__()
         self._blocks: RankedBlocks[K] = RankedBlocks()
         self._uses: dict[K, int] = {}
@@ -61,13 +60,13 @@ class Gdsf(Queueing[K, Rank]):
         self._age = 0.0
         self._now = 0
 
-    def access(self, path: Sequence[K]) -> None:
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
         self._return(path)
-        for depth in range(len(path) - 1, -1, -1):
-            key = path[depth]
+        for at in range(len(path) - 1, -1, -1):
+            key = path[at]
             self._now += 1
             uses = self._uses[key] = self._uses.get(key, 0) + 1
-            self._blocks.put(key, (self._age + uses * self._cost(depth), self._now))
+            self._blocks.put(key, (self._age + uses * self._cost(depth + at), self._now))
 
     def remove(self, key: K) -> None:
         self._blocks.drop(key)

@@ -16,7 +16,7 @@ class Lru(Queueing[K, None]):
         super().__init__()
         self._order: OrderedDict[K, None] = OrderedDict()
 
-    def access(self, path: Sequence[K]) -> None:
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
         self._return(path)
         order = self._order
         for key in reversed(path):

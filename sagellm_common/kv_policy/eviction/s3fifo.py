@@ -25,7 +25,7 @@ class S3Fifo(Queueing[K, int]):
         """Uses since it was queued, at most MAX_USES."""
         self._gone: OrderedDict[K, None] = OrderedDict()
 
-    def access(self, path: Sequence[K]) -> None:
+    def access(self, path: Sequence[K], depth: int = 0) -> None:
         self._return(path)
         for key in reversed(path):
             if key in self._small:

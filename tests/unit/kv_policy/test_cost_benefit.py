@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sagellm_common.kv_policy.cost_benefit import MAX_PLACES, MIN_SAMPLES, Choice, CostBenefitModel
+from sagellm_common.kv_policy.cost_benefit import MAX_PLACES, MIN_SAMPLES, Choice, CostBenefitModel, RecomputeCost
 
 FIXED_S, TOKEN_S, ATTENTION_S = 5e-3, 2e-4, 3e-8
 LATENCY_S, BYTES_PER_S = 1e-3, 2e9
@@ -68,6 +68,20 @@ def test_a_block_is_worth_keeping_for_what_it_spares() -> None:
     assert deep > 1.5 * first > 0
     assert model.keep_value_s(2000, 16, 0.5, 1e-6) == pytest.approx(0.5e-6)
     assert CostBenefitModel().keep_value_s(0, 16, 1.0, None) == 0.0
+
+
+def test_blocks_cost_more_the_deeper_they_are() -> None:
+    assert CostBenefitModel().recompute_cost() is None
+    model = trained()
+    known = model.recompute_cost()
+    assert known is not None
+    assert known.seconds(1000, 3000) == pytest.approx(model.recompute_s(1000, 3000), rel=1e-3)
+    cost = known.per_block(16)
+    assert cost(0) == 1.0
+    for depth in (1, 1000):
+        in_seconds = known.seconds(16 * depth, 16 * (depth + 1)) / known.seconds(0, 16)
+        assert cost(depth) == pytest.approx(in_seconds)
+    assert RecomputeCost(0.0, 0.0).per_block(16)(1000) == 1.0
 
 
 def test_what_took_no_time_teaches_nothing() -> None:

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from services.prefill.fetch_costs import CHOICES, LOST_SECONDS, SAVED_SECONDS, FetchCosts
 from tests.support.topology import LAYOUT
 
@@ -35,6 +36,16 @@ def test_a_slow_store_is_not_asked_and_the_log_has_what_it_would_have_taken(
         assert not costs.worth_asking("r7", 0, TOKENS)
     assert CHOICES.labels("recompute")._value.get() == before + 1
     assert "request r7: tokens 0 to" in caplog.text and ": recompute; computing" in caplog.text
+
+
+def test_who_always_fetches_learns_all_the_same_and_tells_what_computing_costs() -> None:
+    told: list[RecomputeCost] = []
+    costs = FetchCosts(LAYOUT, always=True, learned=told.append)
+    for part in (1, 2, 4, 8, 1, 2, 4, 8):
+        costs.computed(0, TOKENS // part, 1e-3 * TOKENS / part)
+        costs.fetched(0, TOKENS // part, 1.0)
+    assert costs.worth_asking("r", 0, TOKENS)
+    assert told[-1].seconds(0, TOKENS) == pytest.approx(1e-3 * TOKENS, rel=0.05)
 
 
 def test_seconds_saved_and_lost_are_counted() -> None:
