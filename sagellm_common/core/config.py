@@ -295,6 +295,11 @@ class KvDiskConfig(Section):
         description="when blocks are copied to the disk: as they come, or when half of the memory waits for it, which "
         "writes less and loses more when the store dies",
     )
+    migration: Literal["cost", "all"] = Field(
+        "cost",
+        description="which blocks are copied to the disk, and come back from it: those for which that is expected to "
+        "take less time than computing them again, by what copies and prefills have taken so far; or all",
+    )
     direct_io: bool = Field(False, description="past the system's cache, for disks faster than a copy in memory")
     dtype: Literal["same", "bf16", "fp16", "fp8", "int8", "int4"] = Field(
         "same",

@@ -137,12 +137,14 @@ class BlockEvent:
     """Blocks that became available for reuse in a tier, or ceased to be there.
 
     Blocks of one prefix come in token order. `tier` None: the one in which the pool keeps everything. A block that
-    moves is told twice: stored where it is now, then removed from where it was.
+    moves is told twice: stored where it is now, then removed from where it was. `depths` are the numbers of the stored
+    ones in their sequences; empty: not known.
     """
 
     stored: tuple[BlockHash, ...] = ()
     removed: tuple[BlockHash, ...] = ()
     tier: Tier | None = None
+    depths: tuple[int, ...] = field(default=(), compare=False)
 
 
 @runtime_checkable

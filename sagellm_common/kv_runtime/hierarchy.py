@@ -22,6 +22,7 @@ from typing import Literal
 
 from sagellm_common.core.kv import Allocation, BlockEvent, BlockInfo, BlockMoves, KvFragmentation, KvRegion, Tier
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, KvTierStats, TokenIds
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.kv_policy.eviction import Cost
 from sagellm_common.kv_policy.migration import BlockFacts, ByUses, MigrationPolicy, Move
 from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
@@ -45,6 +46,9 @@ class _Block:
     uses: int = 1
     note: bytes = b""
     """Set while what the pool has of it came from a tier that is not exact."""
+    depth: int = 0
+    used_at: int = 0
+    """In block accesses."""
 
 
 class HierarchyManager:
@@ -86,6 +90,9 @@ class HierarchyManager:
         self._dropped: Counter[int] = Counter()
         self._promoted: Counter[int] = Counter()
         self._inexact_hits = 0
+        self._now = 0
+        """In block accesses."""
+        self._recompute_cost: RecomputeCost | None = None
         self._writer: threading.Thread | None = None
         pool.watch(partial(self._changed, POOL))
 
@@ -165,10 +172,15 @@ class HierarchyManager:
     # ---- put and get ----
 
     def begin_put(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "", contexts: Sequence[bytes] = ()
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        tenant: str = "",
+        contexts: Sequence[bytes] = (),
+        depths: Sequence[int] = (),
     ) -> PendingPut:
         """See `HostKvPool.begin_put`."""
-        return self.pool.begin_put(hashes, token_ids, tenant, contexts)
+        return self.pool.begin_put(hashes, token_ids, tenant, contexts, depths)
 
     def commit_put(self, put: PendingPut) -> None:
         self.pool.commit_put(put)
@@ -205,7 +217,12 @@ class HierarchyManager:
         return self.pool.pin(hashes, ttl_s, most_blocks)
 
     def promote(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, timeout_s: float, contexts: Sequence[bytes] = ()
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        timeout_s: float,
+        contexts: Sequence[bytes] = (),
+        depths: Sequence[int] = (),
     ) -> int:
         """Copies leading blocks into the pool, as many as it has room for; waits for them, at most timeout_s.
 
@@ -214,8 +231,11 @@ class HierarchyManager:
         Raises InvalidRequest when the tokens do not match the number of hashes.
         """
         deadline_s = time.monotonic() + timeout_s
-        keys = keys_of(hashes, token_ids, self.layout.block_size_tokens, known=contexts)
+        keys = keys_of(hashes, token_ids, self.layout.block_size_tokens, known=contexts, depths=depths)
         with self._lock:
+            for key in keys if depths else ():
+                if key.hash in self._blocks:  # from an earlier life's disk, which did not keep it
+                    self._blocks[key.hash].depth = key.depth
             where = [self._comes_up(block_hash) for block_hash in hashes]
         where = where[: where.index(None)] if None in where else where
         _, held = self.pool.hold(hashes[n] for n, tier in enumerate(where) if tier == POOL)
@@ -278,6 +298,18 @@ class HierarchyManager:
     def price(self, cost: Cost) -> None:
         self.pool.price(cost)
 
+    def recomputes_at(self, cost: RecomputeCost) -> None:
+        """What computing blocks again takes those who ask for them: eviction and migration policies go by the last
+        word."""
+        self._recompute_cost = cost
+        self.price(cost.per_block(self.layout.block_size_tokens))
+
+    def set_migration(self, policy: Callable[[int], MigrationPolicy]) -> None:
+        """Another policy from now on, as in `__init__`. What is where stays; what the old one has learned is lost."""
+        with self._lock:
+            self._make_policy = policy
+            self._policy = policy(len(self._tiers))
+
     def set_eviction(self, name: str) -> None:
         self.pool.set_eviction(name)
 
@@ -311,13 +343,17 @@ class HierarchyManager:
         below = list(self._open_tiers(layout))
         self._policy = self._make_policy(1 + len(below))
         self._tiers += below
-        self._migrator = KVMigrator(self._tiers, threads=self._num_threads)
+        self._migrator = KVMigrator(self._tiers, threads=self._num_threads, on_copied=self._copied)
         for n, tier in enumerate(self._tiers[1:], start=1):
             tier.watch(partial(self._changed, n))
             self._changed(n, BlockEvent(stored=tuple(tier.hashes())))
         if below:
             self._writer = threading.Thread(target=self._copy_down, name="kv-write-ahead", daemon=True)
             self._writer.start()
+
+    def _copied(self, source: int, target: int, num_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self._policy.copied(source, target, num_bytes, seconds)
 
     def _copy_down(self) -> None:
         assert self._migrator is not None
@@ -352,6 +388,7 @@ class HierarchyManager:
                 if block is None:
                     break
                 block.uses += 1
+                self._accessed(block)
                 used.append(block_hash)
                 for n in range(len(self._tiers)):
                     if block.tiers >> n & 1:
@@ -392,8 +429,22 @@ class HierarchyManager:
         block = self._blocks.get(block_hash)
         return None if block is None else (block.tiers & -block.tiers).bit_length() - 1
 
+    def _accessed(self, block: _Block) -> None:
+        self._now += 1
+        block.used_at = self._now
+        self._policy.came(block.uses)
+
     def _facts(self, block_hash: BlockHash, tier: int, more: int = 0) -> BlockFacts:
-        return BlockFacts(tier, self._blocks[block_hash].uses + more, num_bytes=self._tiers[tier].block_bytes)
+        block, cost, size = self._blocks[block_hash], self._recompute_cost, self.layout.block_size_tokens
+        begin = block.depth * size
+        return BlockFacts(
+            tier,
+            block.uses + more,
+            depth=block.depth,
+            num_bytes=self._tiers[tier].block_bytes,
+            idle=self._now - block.used_at,
+            recompute_s=cost.seconds(begin, begin + size) if cost else None,
+        )
 
     def _comes_up(self, block_hash: BlockHash) -> int | None:
         """The tier it is used from; None where it is not to be brought up, or nowhere."""
@@ -416,8 +467,14 @@ class HierarchyManager:
         """A tier's change, told with its lock held."""
         bit = 1 << tier
         with self._lock:
-            for block_hash in event.stored:
-                self._blocks.setdefault(block_hash, _Block()).tiers |= bit
+            for n, block_hash in enumerate(event.stored):
+                block = self._blocks.get(block_hash)
+                if block is None:
+                    block = self._blocks[block_hash] = _Block()
+                    self._accessed(block)
+                if event.depths:
+                    block.depth = event.depths[n]
+                block.tiers |= bit
                 self._consider(block_hash, tier)
             for block_hash in event.removed:
                 block = self._blocks[block_hash]

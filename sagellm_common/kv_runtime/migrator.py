@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -69,8 +70,17 @@ class KVMigrator:
     the target has already are not copied again, so a plan may be carried out twice.
     """
 
-    def __init__(self, tiers: Sequence[TierBackend], *, threads: int = 4, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[TierBackend],
+        *,
+        threads: int = 4,
+        chunk_bytes: int = CHUNK_BYTES,
+        on_copied: Callable[[int, int, int, float], None] = lambda source, target, num_bytes, seconds: None,
+    ) -> None:
+        """`on_copied` hears of each chunk: source, target, bytes that are there, and the time it took."""
         self._tiers = tiers
+        self._on_copied = on_copied
         self._chunk_bytes = chunk_bytes
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="kv-migrate")
         self._closed = False
@@ -97,8 +107,11 @@ class KVMigrator:
         tried = present = 0
         try:
             if not migration.cancelled and not self._closed:
-                tried = len(keys)
-                present = self._copy(self._tiers[migration.plan.source], self._tiers[migration.plan.target], keys)
+                tried, began_s = len(keys), time.monotonic()
+                source, target = migration.plan.source, migration.plan.target
+                present = self._copy(self._tiers[source], self._tiers[target], keys)
+                num_bytes = present * self._tiers[source].block_bytes
+                self._on_copied(source, target, num_bytes, time.monotonic() - began_s)
         except Exception:
             log.exception("%d blocks were not copied to another tier", len(keys))
         finally:

@@ -104,15 +104,16 @@ class PrefixCache:
 
         What is here already stays as it is, and the caller's copy of it private.
         """
-        stored = []
+        stored, depths = [], []
         for key, block in zip(keys, blocks.tolist(), strict=True) if self.enabled else ():
             if key.hash not in self._entries and not self._cached[block]:
                 self._entries[key.hash] = CachedBlock(block, key)
                 self._hash_of[block] = key.hash
                 self._cached[block] = True
                 stored.append(key.hash)
+                depths.append(key.depth)
         self.book.hold(self.blocks_of(stored))
-        self._tell(BlockEvent(stored=tuple(stored)))
+        self._tell(BlockEvent(stored=tuple(stored), depths=tuple(depths)))
 
     def release(self, table: BlockArray, *, used: bool = True) -> None:
         """Drops a holder's references on these blocks, in token order. `used` False: it has only copied them, or has

@@ -41,6 +41,7 @@ from sagellm_common.core.types import (
     pack_int32,
     unpack_int32,
 )
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.prefix_reuse.matcher import CONTEXT_BYTES
 from sagellm_common.prefix_reuse.sharding import EXTENT_BLOCKS, Extent
 from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, kv_pb2, plan_pb2, worker_pb2
@@ -153,11 +154,17 @@ def decode_tier(number: int, field: str = "tier") -> Tier:
 
 
 def encode_extent(extent: Extent) -> kv_pb2.KvExtent:
-    return kv_pb2.KvExtent(key=extent.key, first_block=extent.offset, num_blocks=extent.num_blocks)
+    return kv_pb2.KvExtent(
+        key=extent.key,
+        first_block=extent.offset,
+        num_blocks=extent.num_blocks,
+        sequence_block=extent.first - extent.offset,
+    )
 
 
 def decode_extents(messages: Iterable[kv_pb2.KvExtent], num_hashes: int) -> list[Extent]:
-    """Counted from the beginning of each. Raises InvalidRequest when they are not what num_hashes hashes stand for."""
+    """Counted from the beginning of their sequence, of each by itself where that is not told. Raises InvalidRequest
+    when they are not what num_hashes hashes stand for."""
     found = []
     for message in messages:
         stop = message.first_block + message.num_blocks
@@ -166,7 +173,10 @@ def decode_extents(messages: Iterable[kv_pb2.KvExtent], num_hashes: int) -> list
                 f"extents has blocks {message.first_block} to {stop} of a key of {len(message.key)} bytes, but an "
                 f"extent has {EXTENT_BLOCKS} blocks and a key of {BLOCK_HASH_BYTES} bytes"
             )
-        found.append(Extent(message.key, message.first_block, stop))
+        begin = message.sequence_block
+        if begin < 0 or begin % EXTENT_BLOCKS:
+            raise InvalidRequest(f"extents has sequence_block {begin}, but extents begin every {EXTENT_BLOCKS} blocks")
+        found.append(Extent(message.key, begin + message.first_block, begin + stop))
     total = sum(extent.num_blocks for extent in found)
     if found and total != num_hashes:
         raise InvalidRequest(f"extents has {total} blocks, but block_hashes has {num_hashes}")
@@ -439,6 +449,17 @@ def decode_peer(message: worker_pb2.KvPeer, field: str = "peer") -> KvPeer:
         control_address=_not_empty(message.control_address, f"{field}.control_address"),
         cached_tokens=_at_least(0, message.cached_tokens, f"{field}.cached_tokens"),
     )
+
+
+def encode_recompute_cost(cost: RecomputeCost) -> kv_pb2.KvRecomputeCost:
+    return kv_pb2.KvRecomputeCost(token_s=cost.token_s, attention_s=cost.attention_s)
+
+
+def decode_recompute_cost(message: kv_pb2.KvRecomputeCost, field: str = "recompute_cost") -> RecomputeCost:
+    for name, value in (("token_s", message.token_s), ("attention_s", message.attention_s)):
+        if not 0 <= value < math.inf:
+            raise InvalidRequest(f"{field}.{name} is {value}, but must be finite and at least 0")
+    return RecomputeCost(message.token_s, message.attention_s)
 
 
 def encode_ticket(ticket: HandoffTicket) -> common_pb2.HandoffTicket:

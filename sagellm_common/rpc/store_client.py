@@ -28,6 +28,7 @@ from sagellm_common.core.types import (
     WorkerState,
     pack_int32,
 )
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.prefix_reuse.sharding import Extent, ranked
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.channels import ChannelPool, call
@@ -77,6 +78,8 @@ class StoreClient:
         self._layouts: dict[tuple[str, str], KvLayout] = {}
         """(worker id, incarnation) of a store → layout of its blocks."""
         self._busy: Counter[str] = Counter()
+        self.recompute_cost: RecomputeCost | None = None
+        """What computing takes here, for the stores to know what their blocks are worth; None: not known."""
 
     # ---- which stores ----
 
@@ -277,6 +280,7 @@ class StoreClient:
             token_ids=pack_int32(token_ids),
             extents=[codec.encode_extent(extent) for extent in extents],
             contexts=codec.encode_contexts(contexts),
+            recompute_cost=codec.encode_recompute_cost(self.recompute_cost) if self.recompute_cost else None,
         )
         response = await self._call(store_id, "Get", request, timeout_s, kv_pb2.KvGetResponse)
         return codec.decode_kv_source(response.source) if response.num_blocks else None

@@ -25,6 +25,7 @@ from sagellm_common.comm_backend.transcode import check_bridgeable, obstacles
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvSource, TokenIds, WorkerRecord
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.kv_runtime.backends.host import PendingPut
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.prefix_reuse.sharding import Extent
@@ -140,7 +141,8 @@ class KvStore:
             return None
         from_disk = 0
         if self._pool.below(hashes):
-            from_disk = await asyncio.to_thread(self._pool.promote, hashes, token_ids, PROMOTE_TIMEOUT_S, contexts)
+            where = contexts, _depths(extents)
+            from_disk = await asyncio.to_thread(self._pool.promote, hashes, token_ids, PROMOTE_TIMEOUT_S, *where)
         allocation = self._pool.get(hashes, token_ids, contexts)
         if not len(allocation.block_ids):
             self._pool.free(allocation)
@@ -211,11 +213,10 @@ class KvStore:
         size, puts = layout.block_size_tokens, list[PendingPut]()
         self._running_puts += 1
         try:
-            starts = _starts(extents, len(hashes))
+            starts, depths = _starts(extents, len(hashes)), _depths(extents)
             for at, end in itertools.pairwise(starts):
-                puts.append(
-                    self._pool.begin_put(hashes[at:end], token_ids[at * size : end * size], tenant, contexts[at:end])
-                )
+                known = contexts[at:end], depths[at:end]
+                puts.append(self._pool.begin_put(hashes[at:end], token_ids[at * size : end * size], tenant, *known))
                 await asyncio.sleep(0)
             table, wanted = _joined(puts, starts)
             num_bytes = await self._pull(table, wanted, source, source_layout, timeout_s)
@@ -246,10 +247,20 @@ class KvStore:
                 num_bytes += pulled.bytes
         return num_bytes
 
+    def recomputes_at(self, cost: RecomputeCost) -> None:
+        """What computing takes a worker that asks for blocks."""
+        if self._pool.settled:
+            self._pool.recomputes_at(cost)
+
     def pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """Keeps blocks from eviction; returns how many: the first, where pins have used up their share."""
         most = int(self._pin_share * self._pool.regions().num_blocks)
         return self._pool.pin(hashes, ttl_s, most)
+
+
+def _depths(extents: Sequence[Extent]) -> list[int]:
+    """The blocks' numbers in their sequences; empty: not known."""
+    return [depth for extent in extents for depth in range(extent.first, extent.stop)]
 
 
 def _starts(extents: Sequence[Extent], num_blocks: int) -> list[int]:

@@ -141,6 +141,8 @@ class Replicator:
             if not whole:
                 return 0  # evicted meanwhile
             num_tokens = len(whole) * layout.block_size_tokens
+            depth = whole[0][0].depth
+            first = depth if depth % EXTENT_BLOCKS == have else have  # within the extent, where more is not known
             transfer_id = f"replica:{secrets.token_hex(4)}#{next(self._numbers)}"
             try:
                 pinned = self._leases.pin(transfer_id, EPOCH, owned.allocation, num_tokens)
@@ -162,7 +164,7 @@ class Replicator:
                     source,
                     layout,
                     timeout_s=PUT_TIMEOUT_S,
-                    extents=[Extent(key, have, have + len(whole))],
+                    extents=[Extent(key, first, first + len(whole))],
                     contexts=[found.context for found, _ in whole],
                 )
             except SageError as err:

@@ -43,6 +43,8 @@ class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
         context: grpc.aio.ServicerContext[kv_pb2.KvGetRequest, kv_pb2.KvGetResponse],
     ) -> kv_pb2.KvGetResponse:
         hashes = codec.decode_hashes(request.block_hashes)
+        if request.HasField("recompute_cost"):
+            self._store.recomputes_at(codec.decode_recompute_cost(request.recompute_cost))
         source = await self._store.get(
             hashes,
             codec.decode_token_ids(request.token_ids),

@@ -72,7 +72,8 @@ async def compose(args: WorkerArgs) -> None:
             session_port=args.session_port,
             metrics_port=args.metrics_port,
         )
-        store, releaser = None, LeaseReleaser(transfers, background)
+        store = client = None
+        releaser = LeaseReleaser(transfers, background)
         if config.kv_store.enabled:
             client = StoreClient(
                 channels,
@@ -89,6 +90,8 @@ async def compose(args: WorkerArgs) -> None:
         def learned(cost: RecomputeCost) -> None:
             """Blocks that are dear to compute again stay for longer, here and in the stores."""
             engine.kv.price(cost.per_block(engine.kv.layout.block_size_tokens))
+            if client is not None:
+                client.recompute_cost = cost
 
         costs = FetchCosts(engine.kv.layout, always=config.kv_store.fetch == "always", learned=learned)
         loop = PrefillLoop(engine, leases, runtime, store, clock, OverlapRule(channel), costs, peers)

@@ -28,6 +28,7 @@ async def test_prompts_outlive_the_worker_that_computed_them(tiny_llama: Path, t
     with RunningCluster(
         f"transport.backend={transport}",
         f"kv_store.disk.path={tmp_path}",
+        "kv_store.disk.migration=all",  # this model computes so little that a disk would hardly be worth it
         "kv_store.fetch=always",
         "router.peer_fetch=false",  # what decode's cache has is to come from the store
         model=tiny_llama,
@@ -66,7 +67,7 @@ async def test_what_is_kept_in_fewer_bytes_is_told(tiny_llama: Path, tmp_path: P
     """After the store was killed, all that it has is on its disk."""
     rng = random.Random(4)
     prompts = [[rng.randrange(3, 250) for _ in range(n)] for n in (65, 100)]
-    settings = (f"kv_store.disk.path={tmp_path}", "kv_store.disk.dtype=int8")
+    settings = (f"kv_store.disk.path={tmp_path}", "kv_store.disk.dtype=int8", "kv_store.disk.migration=all")
     with RunningCluster(*settings, model=tiny_llama) as cluster:
         done = await complete_all(cluster, prompts, 12)
         assert [d.summary.store_conversion for d in done] == [None, None]

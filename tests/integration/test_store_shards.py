@@ -112,6 +112,10 @@ async def filled(router: str, replicas: int) -> AsyncIterator[tuple[dict[str, As
         await generate(prefill, decode, request(PROMPT))
         await eventually(lambda: sum(len(pool.cached_hashes()) for pool in pools) == replicas * FULL_BLOCKS)
         await decode.idle()
+        depths = [pool.pool.cache[block].key.depth for pool in pools for block in pool.cached_hashes()]
+        assert sorted(depths) == sorted([*range(FULL_BLOCKS)] * replicas), (
+            "each knows where in the prompt its blocks are"
+        )
         await forget(prefill, decode)
         yield stores, prefill, decode
 

@@ -141,16 +141,22 @@ class HostKvPool(KVPool):
             return [self.cache[key].key for key in held], self.hold_to_read(self.cache.blocks_of(held))
 
     def begin_put(
-        self, hashes: Sequence[BlockHash], token_ids: TokenIds, tenant: str = "", contexts: Sequence[bytes] = ()
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        tenant: str = "",
+        contexts: Sequence[bytes] = (),
+        depths: Sequence[int] = (),
     ) -> PendingPut:
         """Blocks for the hashes that are neither stored nor being filled by another put.
 
         When memory, or the tenant's share of it, is short only the first of them get one, for a block is of no use
-        without those before it. Nobody sees the blocks before `commit_put`; `abort_put` gives them back. Raises
-        InvalidRequest.
+        without those before it. `contexts` and `depths` are the blocks', as in `BlockKey`. Nobody sees them before
+        `commit_put`; `abort_put` gives them back. Raises InvalidRequest.
         """
         self._check_tokens(hashes, token_ids)
-        return self.begin_put_of(keys_of(hashes, token_ids, self.layout.block_size_tokens, known=contexts), tenant)
+        size = self.layout.block_size_tokens
+        return self.begin_put_of(keys_of(hashes, token_ids, size, known=contexts, depths=depths), tenant)
 
     def begin_put_of(self, keys: Sequence[BlockKey], tenant: str = "") -> PendingPut:
         """`begin_put` for blocks of whatever sequences."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from sagellm_common.core import failpoints
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.errors import ConfigError, LayoutMismatch
 from sagellm_common.core.kv import BlockEvent, Tier
-from sagellm_common.kv_policy.migration import ByUses, MigrationPolicy
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
+from sagellm_common.kv_policy.migration import MIN_COPIES, BlockFacts, ByCost, ByUses, Decision, MigrationPolicy
 from sagellm_common.kv_runtime.backends.file import FileTier
 from sagellm_common.kv_runtime.backends.file_directory import TierDirectory
 from sagellm_common.kv_runtime.backends.host import HostKvPool
@@ -33,9 +34,9 @@ class Stack:
     tiers: HierarchyManager
     directory: TierDirectory
 
-    def put(self, num_blocks: int, first_token: int = 0) -> None:
+    def put(self, num_blocks: int, first_token: int = 0, depths: Sequence[int] = ()) -> None:
         hashes, token_ids = chain(num_blocks, first_token)
-        put = self.tiers.begin_put(hashes, token_ids)
+        put = self.tiers.begin_put(hashes, token_ids, depths=depths)
         for key, block_id in zip(put.keys, put.allocation.block_ids.tolist(), strict=True):
             self.tiers.regions().block(block_id)[:] = content(key.hash)
         self.tiers.commit_put(put)
@@ -348,3 +349,57 @@ def test_copies_of_scattered_blocks() -> None:
     copy_blocks(source, from_ids[:0], target, to_ids[:0])
     with pytest.raises(IndexError):
         copy_blocks(source, np.array([16]), target, np.array([0]))
+
+
+def test_by_cost_what_is_sooner_computed_stays_off_the_disk_until_that_changes(tmp_path: Path) -> None:
+    hashes, _ = chain(2)
+    with stack(tmp_path, memory_blocks=16, policy=ByCost) as both:
+        disk = both.tiers._tiers[1]
+        for n in range(1, MIN_COPIES + 1):  # what copies take becomes known
+            both.put(1, 100 * n)
+            both.flush()
+        both.tiers.recomputes_at(RecomputeCost(1e-15, 0.0))
+        both.put(2)
+        both.flush()
+        assert disk.holds(hashes) == [False, False]
+        both.tiers.recomputes_at(RecomputeCost(1e6, 0.0))
+        assert both.get(2) == 2
+        both.flush()
+        assert disk.holds(hashes) == [True, True], "at its next use"
+        both.tiers.pool.drop(hashes)
+        assert (both.get(2), both.where(2)) == (2, ["dram", "dram"])
+        both.tiers.pool.drop(hashes)
+        both.tiers.recomputes_at(RecomputeCost(1e-15, 0.0))
+        for _ in range(MIN_COPIES):
+            both.tiers._policy.copied(1, 0, BLOCK_BYTES, 1.0)
+        assert (both.get(2), both.where(2)) == (0, ["nvme", "nvme"]), "whoever asks computes them"
+        both.tiers.set_migration(ByUses)
+        assert both.get(2) == 2
+
+
+def test_policies_hear_where_in_its_sequence_a_block_is_and_what_it_costs(tmp_path: Path) -> None:
+    heard: dict[int, BlockFacts] = {}
+
+    class Listening(ByUses):
+        def on_evict(self, block: BlockFacts) -> Decision:
+            heard[block.depth] = block
+            return super().on_evict(block)
+
+    hashes, token_ids = chain(2)
+    with stack(tmp_path, policy=Listening) as both:
+        cost = RecomputeCost(1.0, 0.5)
+        both.tiers.recomputes_at(cost)
+        both.put(2, depths=[32, 33])
+        assert {depth: facts.recompute_s for depth, facts in heard.items()} == {
+            depth: cost.seconds(4 * depth, 4 * depth + 4) for depth in (32, 33)
+        }
+        both.put(1, 100)
+        assert both.get(2) == 2
+        assert [heard[depth].idle for depth in (32, 33)] == [0, 0]
+        assert [heard[depth].uses for depth in (32, 33)] == [2, 2]
+        both.flush()
+        both.tiers.pool.drop(hashes)
+        both.tiers._blocks[hashes[0]].depth = 0  # as after a restart
+        both.tiers.promote(hashes, token_ids, PATIENCE_S, depths=[32, 33])
+        assert [both.tiers.pool.cache[h].key.depth for h in hashes] == [32, 33]
+        assert both.tiers._blocks[hashes[0]].depth == 32

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from sagellm_common.core.types import (
     WorkerState,
     as_token_ids,
 )
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.prefix_reuse.sharding import Extent
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, kv_pb2
@@ -251,7 +254,14 @@ def test_extents_are_checked() -> None:
     key = b"k" * 16
     sent = [Extent(key, 64, 96), Extent(key, 101, 103)]
     messages = [codec.encode_extent(extent) for extent in sent]
+    assert codec.decode_extents(messages, 34) == sent
+    for message in messages:  # as of a sender that does not tell
+        message.sequence_block = 0
     assert codec.decode_extents(messages, 34) == [Extent(key, 0, 32), Extent(key, 5, 7)]
+    messages[0].sequence_block = 33
+    with pytest.raises(InvalidRequest, match="sequence_block 33"):
+        codec.decode_extents(messages, 34)
+    messages[0].sequence_block = 0
     assert codec.decode_extents([], 7) == []
     with pytest.raises(InvalidRequest, match="extents has 34 blocks, but block_hashes has 33"):
         codec.decode_extents(messages, 33)
@@ -269,3 +279,13 @@ def test_what_a_worker_finds_of_its_pool_survives() -> None:
     health = KvHealth(5, 2, ("a block is free twice",), 7, 1, 0.25, 0.5, 9, (TenantUsage("acme", 6, 2, 4, 8, 3),))
     assert codec.decode_kv_health(codec.encode_kv_health(health)) == health
     assert codec.decode_kv_health(codec.encode_kv_health(KvHealth())) == KvHealth()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_what_computing_costs_is_checked(wrong: float) -> None:
+    cost = RecomputeCost(1e-4, 2e-8)
+    assert codec.decode_recompute_cost(codec.encode_recompute_cost(cost)) == cost
+    for field in ("token_s", "attention_s"):
+        message = codec.encode_recompute_cost(replace(cost, **{field: wrong}))
+        with pytest.raises(InvalidRequest, match=rf"recompute_cost\.{field} is"):
+            codec.decode_recompute_cost(message)

@@ -29,6 +29,7 @@ from sagellm_common.core.errors import (
 )
 from sagellm_common.core.kv import Tier
 from sagellm_common.core.types import BlockHash, KvLayout, TokenIds, WorkerRecord, WorkerRole, pack_int32
+from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
@@ -284,6 +285,23 @@ async def test_bad_requests(store: Running) -> None:
         await store.get(2, backend="gloo")
     assert store.counts() == (0, 6, 2)
     assert (await store.get(2)).num_blocks == 2
+
+
+async def test_what_computing_costs_the_callers_is_what_blocks_are_worth(store: Running) -> None:
+    await store.put(3)
+    hashes, token_ids = chain(2)
+    request = kv_pb2.KvGetRequest(
+        block_hashes=codec.encode_hashes(hashes),
+        layout=codec.encode_layout(LAYOUT),
+        backend="tcp",
+        token_ids=pack_int32(token_ids),
+        recompute_cost=codec.encode_recompute_cost(RecomputeCost(1.0, 1.0)),
+    )
+    await call(store.stub.Get, request, timeout_s=10.0)
+    with store.pool._lock:
+        facts = store.pool._facts(hashes[0], 0)
+    assert facts.recompute_s == RecomputeCost(1.0, 1.0).seconds(0, 4)
+    assert store.pool.pool._cost_of(1) > store.pool.pool._cost_of(0) == 1.0
 
 
 async def test_a_draining_store_takes_nothing_new(store: Running) -> None:

@@ -116,14 +116,24 @@ class PullResponse(_message.Message):
     def __init__(self, digests: _Optional[bytes] = ...) -> None: ...
 
 class KvExtent(_message.Message):
-    __slots__ = ("key", "first_block", "num_blocks")
+    __slots__ = ("key", "first_block", "num_blocks", "sequence_block")
     KEY_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_BLOCK_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     first_block: int
     num_blocks: int
-    def __init__(self, key: _Optional[bytes] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    sequence_block: int
+    def __init__(self, key: _Optional[bytes] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., sequence_block: _Optional[int] = ...) -> None: ...
+
+class KvRecomputeCost(_message.Message):
+    __slots__ = ("token_s", "attention_s")
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
+    token_s: float
+    attention_s: float
+    def __init__(self, token_s: _Optional[float] = ..., attention_s: _Optional[float] = ...) -> None: ...
 
 class KvLookupRequest(_message.Message):
     __slots__ = ("block_hashes", "layout", "extents")
@@ -146,20 +156,22 @@ class KvLookupResponse(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., extent_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KvGetRequest(_message.Message):
-    __slots__ = ("block_hashes", "layout", "backend", "token_ids", "extents", "contexts")
+    __slots__ = ("block_hashes", "layout", "backend", "token_ids", "extents", "contexts", "recompute_cost")
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     EXTENTS_FIELD_NUMBER: _ClassVar[int]
     CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_COST_FIELD_NUMBER: _ClassVar[int]
     block_hashes: bytes
     layout: _common_pb2.KvLayout
     backend: str
     token_ids: bytes
     extents: _containers.RepeatedCompositeFieldContainer[KvExtent]
     contexts: bytes
-    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ..., contexts: _Optional[bytes] = ...) -> None: ...
+    recompute_cost: KvRecomputeCost
+    def __init__(self, block_hashes: _Optional[bytes] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., backend: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., extents: _Optional[_Iterable[_Union[KvExtent, _Mapping]]] = ..., contexts: _Optional[bytes] = ..., recompute_cost: _Optional[_Union[KvRecomputeCost, _Mapping]] = ...) -> None: ...
 
 class KvGetResponse(_message.Message):
     __slots__ = ("num_blocks", "source")
