@@ -1,4 +1,4 @@
-"""One 2P2D cluster with two stores for all kills; dead processes are started again by its supervisor."""
+"""One 2P2D cluster with three stores, which keep each block twice, for all kills; dead processes are started again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def faulty_cluster(failpoints: Path) -> Iterator[RunningCluster]:
     settings = ("transport.lease_ttl_s=2", "transport.timeout_s=2", "topology.lease_ttl_s=1", "engine.num_blocks=256")
     # 80 kB are 160 tokens of the tiny Llama: longer prompts are pulled while their chunks are computed, others after.
     overlap = ("transport.overlap_min_bytes=80000", "engine.max_prefill_tokens=64")
-    stores = ("kv_store.stores=2", "kv_store.replicas=2")
+    stores = ("kv_store.stores=3", "kv_store.replicas=2")
     with RunningCluster(*settings, *overlap, *stores, num_prefill=2, num_decode=2, restart=True) as cluster:
         yield cluster
 
