@@ -70,3 +70,35 @@ def lines(
     figure.suptitle(title, fontsize=10)
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def grid(
+    values: Mapping[tuple[int, int], float | None],
+    names: tuple[str, str, str],
+    title: str,
+    out: Path,
+    chosen: tuple[int, int] | None = None,
+) -> None:
+    """{(x, y): share, or None: given up} as squares; `names` of x, y and the shares. The chosen one has a frame."""
+    figure, axis = plt.subplots(figsize=(7.0, 5.0), layout="constrained")
+    known = {place: value for place, value in values.items() if value is not None}
+    failed = [place for place, value in values.items() if value is None]
+    if failed:
+        axis.scatter(*zip(*failed, strict=True), marker="x", color=COLOURS[5], label="given up", zorder=2)
+    if known:
+        xs, ys = zip(*known, strict=True)
+        dots = axis.scatter(xs, ys, c=[*known.values()], cmap="viridis", marker="s", s=90, vmin=0.5, vmax=1, zorder=2)
+        figure.colorbar(dots, ax=axis, label=names[2])
+    if chosen is not None:
+        axis.scatter(*chosen, marker="s", s=260, facecolors="none", edgecolors=COLOURS[5], linewidths=2, label="chosen")
+    axis.set_xlabel(names[0])
+    axis.set_ylabel(names[1])
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    if failed or chosen is not None:
+        _legend_below(figure, [axis])
+    figure.suptitle(title, fontsize=9, wrap=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)

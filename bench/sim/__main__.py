@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,11 +52,17 @@ def workload(args: argparse.Namespace) -> list[SimRequest]:
     return scaled(load_trace(args.trace, args.format), args.rate_scale)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_targets(args: argparse.Namespace) -> None:
     """Raises ConfigError naming the option."""
     for name in ("slo_ttft_ms", "slo_tpot_ms", "rate_scale", "rate_rps", "requests", "prompt_tokens", "output_tokens"):
         if not getattr(args, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    EVICTION.get(args.eviction)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError naming the option."""
+    check_targets(args)
     if args.prefill < 0 or args.decode < 1:
         raise ConfigError(f"--prefill {args.prefill} --decode {args.decode}: at least one decode worker is needed")
 
@@ -75,56 +82,69 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "–")
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser("sagellm simulate", description=(__doc__ or "").partition(": ")[2])
+def add_workload(made: argparse.ArgumentParser) -> None:
+    """What is replayed, on what, and what is wanted of it."""
     made.add_argument("--trace", type=Path)
     made.add_argument("--format", choices=[*FORMATS, *DRAWN], default="mooncake")
     made.add_argument("--strategy", default="hybrid", help=f"one of {', '.join([*STRATEGIES, *PEERS])}")
-    made.add_argument("--prefill", type=int, default=1, metavar="N", help="0: decode workers compute prompts")
-    made.add_argument("--decode", type=int, default=1, metavar="M")
     made.add_argument("--slo-ttft-ms", type=float, default=2000.0)
     made.add_argument("--slo-tpot-ms", type=float, default=50.0)
     made.add_argument("--rate-scale", type=float, default=1.0, help="2: the same requests, twice as often")
-    made.add_argument(
-        "--profile", default="h200-8b", help=f"one of {', '.join(PROFILES)}; or a file of `bench calibrate`"
-    )
+    made.add_argument("--profile", default="h200-8b", help=f"{', '.join(PROFILES)}, or a file of `bench calibrate`")
     made.add_argument("--eviction", default="cost-aware", help=f"one of {', '.join(EVICTION)}")
-    made.add_argument("--no-goodput", action="store_true", help="this rate only, without the search for the highest")
-    made.add_argument("--json", type=Path)
+    made.add_argument("--seed", type=int, default=0)
     drawn = made.add_argument_group("poisson and bursty workloads")
     drawn.add_argument("--requests", type=int, default=10_000)
     drawn.add_argument("--rate-rps", type=float, default=10.0)
     drawn.add_argument("--prompt-tokens", type=float, default=1024.0, help="mean")
     drawn.add_argument("--output-tokens", type=float, default=128.0, help="mean")
     drawn.add_argument("--shared-prefixes", type=int, default=0)
-    drawn.add_argument("--seed", type=int, default=0)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("sagellm simulate", description=(__doc__ or "").partition(": ")[2])
+    add_workload(made)
+    made.add_argument("--prefill", type=int, default=1, metavar="N", help="0: decode workers compute prompts")
+    made.add_argument("--decode", type=int, default=1, metavar="M")
+    made.add_argument("--no-goodput", action="store_true", help="this rate only, without the search for the highest")
+    made.add_argument("--json", type=Path)
     return made
 
 
 def simulate(args: argparse.Namespace) -> dict[str, object]:
     check(args)
-    make, profile, slo = strategy_maker(args.strategy), load_profile(args.profile), _slo(args)
-    EVICTION.get(args.eviction)
+    make, profile, slo = strategy_maker(args.strategy), load_profile(args.profile), slo_of(args)
     requests = workload(args)
 
     def run(requests: Sequence[SimRequest], advance: Callable[[], None] = lambda: None) -> Outcome:
         return cluster(profile, args, make, slo).run(requests, advance)
 
+    def search(requests: Sequence[SimRequest]) -> Outcome:
+        return cluster(profile, args, make, slo, max_misses=(1 - ATTAINMENT) * len(requests)).run(requests)
+
     with Progress(transient=True) as progress:
         task = progress.add_task(f"{len(requests):,} requests", total=len(requests))
         result = summary(run(requests, lambda: progress.advance(task)), slo, args.prefill + args.decode)
+        found: float | None = None
         if not args.no_goodput:
-            search = progress.add_task("searching the highest rate", total=None)
-            found = goodput(requests, run, slo, lambda: progress.advance(search))
-            result = {"goodput_rps": found, **result}
-    return result
+            searching = progress.add_task("searching the highest rate", total=None)
+            found = goodput(requests, search, slo, lambda: progress.advance(searching))
+    return {"goodput_rps": found, **result}
 
 
-def cluster(profile: Profile, args: argparse.Namespace, make: Callable[[CostModel], Strategy], slo: Slo) -> SimCluster:
-    return SimCluster(profile, args.prefill, args.decode, make, slo, eviction=args.eviction)
+def cluster(
+    profile: Profile,
+    args: argparse.Namespace,
+    make: Callable[[CostModel], Strategy],
+    slo: Slo,
+    max_misses: float = math.inf,
+) -> SimCluster:
+    return SimCluster(
+        profile, args.prefill, args.decode, make, slo, eviction=args.eviction, max_misses=max_misses, seed=args.seed
+    )
 
 
-def _slo(args: argparse.Namespace) -> Slo:
+def slo_of(args: argparse.Namespace) -> Slo:
     return Slo(args.slo_ttft_ms / 1e3, args.slo_tpot_ms / 1e3)
 
 

@@ -22,3 +22,7 @@ class VirtualClock:
         while self._events:
             self.now_s, _, action = heapq.heappop(self._events)
             action()
+
+    def stop(self) -> None:
+        """Nothing more happens, whatever was planned."""
+        self._events.clear()

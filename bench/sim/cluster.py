@@ -6,6 +6,9 @@ links and time are simulated. What the cost model knows it learned here, from th
 
 from __future__ import annotations
 
+import heapq
+import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -16,6 +19,7 @@ from bench.sim.clock import VirtualClock
 from bench.sim.kv import SimKv
 from bench.sim.network import Network
 from bench.sim.profile import Profile
+from bench.sim.ranking import Ranking
 from bench.sim.traces import SimRequest
 from bench.sim.workers import DecodeSim, Job, PrefillSim, step_seconds
 from sagellm_common.core.types import WorkerRole
@@ -29,7 +33,7 @@ from sagellm_common.scheduler_ir.waiting import Waiting, WaitingRoom
 W = TypeVar("W", PrefillSim, DecodeSim)
 
 LEARN_EVERY = 32
-SHORTLIST = 16
+SHORTLIST = 8
 """Of more workers than this, a strategy sees those with the longest prefixes and the least load."""
 
 
@@ -45,6 +49,8 @@ class Outcome:
     end_s: float = 0.0
     transferred_bytes: float = 0.0
     busy_s: float = 0.0
+    gave_up: bool = False
+    """More had missed their targets than may; the rest was not simulated."""
 
 
 class SimCluster:
@@ -62,24 +68,31 @@ class SimCluster:
         eviction: str = "cost-aware",
         max_waiting: int = 10_000,
         costs: CostModel | None = None,
+        max_misses: float = math.inf,
+        seed: int = 0,
     ) -> None:
-        """`costs` are what the router has learned before; it goes on learning in them."""
+        """`costs` are what the router has learned before; it goes on learning in them. A run ends as soon as more than
+        `max_misses` requests have missed a target: who searches the highest rate need not know by how much. `seed` is
+        of the noise in the profile, if it has any."""
         self.clock = VirtualClock()
         self.costs = costs or CostModel()
         self._strategy = make(self.costs)
         self._profile = profile
         self._slo = slo
         self._max_waiting = max_waiting
+        self._misses_left = max_misses
         self._network = Network(self.clock, profile.link_bytes_per_s, profile.link_latency_s)
         self._index = PrefixReuseIndex(max_blocks=1 << 24)
         policy = RankedPolicy(order=self._strategy.order)
         in_order = self._strategy.order == "fifo"
 
+        rng = random.Random(seed)
+
         def kv() -> SimKv:
             return SimKv(profile.kv_tokens // block_tokens, block_tokens, eviction)
 
         self._prefill = {
-            name: PrefillSim(name, self.clock, profile, kv(), policy, self._learn_prefill, in_order=in_order)
+            name: PrefillSim(name, self.clock, profile, kv(), policy, self._learn_prefill, rng, in_order=in_order)
             for name in (f"prefill-{i}" for i in range(num_prefill))
         }
         self._decode = {
@@ -87,6 +100,15 @@ class SimCluster:
             for name in (f"decode-{i}" for i in range(num_decode))
         }
         self._prefill_list, self._decode_list = list(self._prefill.values()), list(self._decode.values())
+        # Who has the least to do, where there are too many to show a strategy all of them.
+        self._idle_prefill = Ranking(self._prefill_list, lambda worker: (worker.queued_tokens, worker.assigned))
+        self._idle_decode = Ranking(
+            self._decode_list, lambda worker: (worker.context_tokens + worker.coming_tokens, worker.assigned)
+        )
+        for worker in self._prefill_list if len(self._prefill_list) > 2 * SHORTLIST else ():
+            worker.on_load = self._idle_prefill.update
+        for worker in self._decode_list if len(self._decode_list) > 2 * SHORTLIST else ():
+            worker.on_load = self._idle_decode.update
         self._waiting = WaitingRoom(self._strategy.order, fair=self._strategy.fair)
         self._steps = 0
         self._outcome = Outcome()
@@ -121,8 +143,10 @@ class SimCluster:
         self._outcome.jobs.append(job)
         if request.prompt_tokens + request.output_tokens > self._profile.kv_tokens:
             job.rejected = "CONTEXT_TOO_LONG"
+            self._missed()
         elif len(self._waiting) >= self._max_waiting:
             job.rejected = "QUEUE_FULL"
+            self._missed()
         elif self._waiting or not self._start(job):
             tokens = service_tokens(request.prompt_tokens, request.output_tokens)
             self._waiting.push(Waiting(view, request.tenant, tokens))
@@ -151,6 +175,7 @@ class SimCluster:
         self._evicted(decode.name, decode.kv.take(blocks))
         decode.outstanding += 1
         decode.assigned += 1
+        decode.on_load(decode)
         job.late = placement.late
         decode.expect(job, 1)
         if placement.prefill_worker_id is None:
@@ -193,6 +218,8 @@ class SimCluster:
 
     def _decoding(self, job: Job, decode: DecodeSim, first_token_s: float) -> None:
         job.first_token_s = first_token_s
+        if first_token_s - job.request.arrival_s > self._slo.ttft_s:
+            self._missed()
         self._computed(decode.name, decode.kv, job)
         decode.expect(job, -1)
         if self._sampled(self.costs.decode.samples):
@@ -203,12 +230,21 @@ class SimCluster:
 
     def _finished(self, job: Job, decode: DecodeSim) -> None:
         job.end_s = self.clock.now_s
+        in_time = job.first_token_s - job.request.arrival_s <= self._slo.ttft_s
+        if in_time and job.tpot_s > self._slo.tpot_s:
+            self._missed()
         decode.outstanding -= 1
         decode.kv.give_back(job.reserved_blocks)
         while (first := self._waiting.peek(self.clock.now_s)) is not None:
             if not self._start(self._outcome.jobs[first.view.arrival]):
                 break
             self._waiting.pop(self.clock.now_s)
+
+    def _missed(self) -> None:
+        self._misses_left -= 1
+        if self._misses_left < 0:
+            self._outcome.gave_up = True
+            self.clock.stop()
 
     # ---- what the router knows ----
 
@@ -231,7 +267,7 @@ class SimCluster:
                 queued_tokens=w.queued_tokens,
                 queued_squares=w.queued_squares,
             )
-            for w in _shortlist(self._prefill_list, matched, lambda w: w.queued_tokens)
+            for w in _shortlist(self._prefill, self._idle_prefill, matched)
         ]
         decoders = [
             WorkerView(
@@ -241,7 +277,7 @@ class SimCluster:
                 sequences=w.sequences + w.coming,
                 context_tokens=w.context_tokens + w.coming_tokens,
             )
-            for w in _shortlist(self._decode_list, matched, lambda w: w.context_tokens)
+            for w in _shortlist(self._decode, self._idle_decode, matched)
         ]
         return prefillers + decoders
 
@@ -257,12 +293,11 @@ class SimCluster:
             self._index.evict(name, _hashes(blocks))
 
 
-def _shortlist(workers: list[W], matched: dict[str, int], load: Callable[[W], int]) -> list[W]:
+def _shortlist(workers: dict[str, W], idle: Ranking[W], matched: dict[str, int]) -> list[W]:
     if len(workers) <= 2 * SHORTLIST:
-        return workers
-    idle: list[W] = sorted(workers, key=lambda worker: (load(worker), worker.assigned))[:SHORTLIST]
-    holders: list[W] = sorted((w for w in workers if w.name in matched), key=lambda w: -matched[w.name])[:SHORTLIST]
-    return list(dict.fromkeys([*idle, *holders]))
+        return [*workers.values()]
+    holders = heapq.nsmallest(SHORTLIST, ((-blocks, name) for name, blocks in matched.items() if name in workers))
+    return list(dict.fromkeys([*idle.first(SHORTLIST), *(workers[name] for _, name in holders)]))
 
 
 def _hashes(blocks: Sequence[int]) -> bytes:

@@ -33,6 +33,8 @@ class Profile:
     prefill_chunk_tokens: int = 8192
     larger_batches: tuple[tuple[int, Costs], ...] = ()
     """(sequences, decode costs from so many on), rising."""
+    prefill_noise: tuple[float, ...] = ()
+    """What prefill steps took as shares of what the costs say, to draw from; empty: all take just that."""
     overhead_s: float = 0.0
     """Of a request outside the engines until its first token is there: client, router, sessions."""
 
@@ -59,6 +61,7 @@ def load_profile(name: str) -> Profile:
             raise ValueError(f"it has the keys {', '.join(state)}; {', '.join(sorted(names))} are needed")
         state["prefill"], state["decode"] = _costs(state["prefill"]), _costs(state["decode"])
         state["larger_batches"] = tuple((int(batch), _costs(costs)) for batch, costs in state["larger_batches"])
+        state["prefill_noise"] = tuple(float(share) for share in state["prefill_noise"])
         return Profile(**state)
     except (OSError, ValueError, TypeError, AttributeError) as err:
         raise ConfigError(f"--profile {path}: {err}; `sagellm bench calibrate` writes one") from err

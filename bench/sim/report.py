@@ -18,13 +18,9 @@ SEARCH_STEPS = 7
 Run = Callable[[Sequence[SimRequest]], Outcome]
 
 
-def tpot_s(job: Job) -> float:
-    return (job.end_s - job.first_token_s) / max(1, job.request.output_tokens - 1)
-
-
 def meets(job: Job, slo: Slo) -> bool:
     ttft_s = job.first_token_s - job.request.arrival_s
-    return not math.isnan(job.end_s) and ttft_s <= slo.ttft_s and tpot_s(job) <= slo.tpot_s
+    return not math.isnan(job.end_s) and ttft_s <= slo.ttft_s and job.tpot_s <= slo.tpot_s
 
 
 def attainment(outcome: Outcome, slo: Slo) -> float:
@@ -42,12 +38,13 @@ def summary(outcome: Outcome, slo: Slo, num_workers: int) -> dict[str, object]:
         "rejected": len(outcome.jobs) - len(done),
         "slo_attainment": attainment(outcome, slo),
         "ttft_ms": _percentiles([1e3 * (job.first_token_s - job.request.arrival_s) for job in done]),
-        "tpot_ms": _percentiles([1e3 * tpot_s(job) for job in done if job.request.output_tokens > 1]),
+        "tpot_ms": _percentiles([1e3 * job.tpot_s for job in done if job.request.output_tokens > 1]),
         "kv_hit_rate": hit / prompt if prompt else 0.0,
         "kv_transferred_bytes": outcome.transferred_bytes,
         "gpu_seconds": num_workers * outcome.end_s,
         "gpu_busy_share": outcome.busy_s / (num_workers * outcome.end_s) if outcome.end_s else 0.0,
         "duration_s": outcome.end_s,
+        "output_tokens": sum(job.request.output_tokens for job in done),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, SequenceView
 def step_seconds(profile: Profile, sequences: int, context_tokens: int) -> float:
     a, b, c = profile.decode_costs(sequences)
     return a + b * context_tokens + c * sequences
+
+
+def _nobody(worker: object) -> None:
+    pass
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +49,10 @@ class Job:
     decode_worker: str = ""
     prefill_worker: str = ""
 
+    @property
+    def tpot_s(self) -> float:
+        return (self.end_s - self.first_token_s) / max(1, self.request.output_tokens - 1)
+
 
 class PrefillSim:
     """Computes the waiting prompts in the engine policy's order, `prefill_chunk_tokens` a step."""
@@ -56,10 +65,11 @@ class PrefillSim:
         kv: SimKv,
         policy: EnginePolicy,
         on_step: Callable[[list[tuple[int, int]], float], None],
+        rng: random.Random,
         *,
         in_order: bool,
     ) -> None:
-        """`on_step(chunks, seconds)` tells what a step computed and cost."""
+        """`on_step(chunks, seconds)` tells what a step computed and cost. `rng` draws of the profile's noise."""
         self.name = name
         self.kv = kv
         self.outstanding = 0
@@ -71,8 +81,11 @@ class PrefillSim:
         self._profile = profile
         self._policy = policy
         self._on_step = on_step
+        self._rng = rng
         self._in_order = in_order
         """The policy leaves arrivals in their order: no need to ask."""
+        self.on_load: Callable[[PrefillSim], None] = _nobody
+        """Called when what is queued here has changed."""
         self._waiting: deque[tuple[Job, Callable[[float], None]]] = deque()
         self._stepping = False
 
@@ -82,7 +95,9 @@ class PrefillSim:
         self.assigned += 1
         self._count(job, 1)
         self._waiting.append((job, on_done))
-        if not self._stepping:
+        if self._stepping:
+            self.on_load(self)
+        else:
             self._step()
 
     def _step(self) -> None:
@@ -108,7 +123,10 @@ class PrefillSim:
                 self._count(job, 1)
                 break
             done.append(self._waiting.popleft())
+        if self._profile.prefill_noise:
+            seconds *= self._rng.choice(self._profile.prefill_noise)
         self.busy_s += seconds
+        self.on_load(self)
         self._on_step(chunks, seconds)
         self._clock.at(self._clock.now_s + seconds, lambda: self._finish(done, seconds))
 
@@ -192,6 +210,8 @@ class DecodeSim:
         """Of a step of as many sequences as run."""
         self._joins_at_s = -math.inf
         """When the newest step of those who join begins."""
+        self.on_load: Callable[[DecodeSim], None] = _nobody
+        """Called when what decodes here has changed."""
 
     @property
     def sequences(self) -> int:
@@ -212,6 +232,7 @@ class DecodeSim:
         if not job.late:
             self.coming += sign
             self.coming_tokens += sign * job.request.prompt_tokens
+            self.on_load(self)
 
     def submit(self, job: Job, on_done: Callable[[], None]) -> None:
         """Its KV is here, and its first token was sent. `on_done` after the last token."""
@@ -299,6 +320,7 @@ class DecodeSim:
             chunk, most = prompt.chunk_tokens, prompt.job.request.prompt_tokens
             # Nobody who decodes has to wait: as many as fit into a step.
             prompt.divide(chunk or most if self._running else self._profile.prefill_chunk_tokens)
+        self.on_load(self)
         self._plan += 1
         if self._running or self._prompts:
             plan, steps = self._plan, self._until_change()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import mul
 from typing import Any, Self
 
 import numpy as np
@@ -51,6 +52,7 @@ class OnlineFit:
         self._weight = 0.0
         self._keep = 0.5 ** (1 / half_life_samples)
         self._solution: tuple[Vector, float, Vector] | None = None
+        self._prediction: tuple[tuple[float, ...], float, tuple[tuple[float, ...], ...]] | None = None
         self.samples = 0
         self.mape = math.nan
 
@@ -80,19 +82,27 @@ class OnlineFit:
         self._gram = self._keep * self._gram + weight * np.outer(row, row)
         self._moment = self._keep * self._moment + weight * row
         self._weight = self._keep * self._weight + weight
-        self._solution = None
+        self._solution = self._prediction = None
         self.samples += 1
 
     def predict(self, features: Sequence[float]) -> Estimate:
         """Of one more sample: the spread of the samples around the fit, and how well these features are known."""
         if not self.samples:
             return Estimate(0.0, math.inf)
-        coefficients, sigma, inverse = self._solve()
-        scaled = np.asarray(features, np.float64) / self._scale
-        seconds = float(scaled @ coefficients)
-        known = float(scaled @ inverse @ scaled)  # in seconds², per unit of relative variance
-        spread = math.sqrt(seconds * seconds + max(0.0, known))
+        if self._prediction is None:
+            self._prediction = self._predictor()
+        # Without numpy: a placement asks dozens of times, and three numbers are no array.
+        coefficients, sigma, inverse = self._prediction
+        seconds = sum(map(mul, coefficients, features))
+        known = sum(f * sum(map(mul, row, features)) for f, row in zip(features, inverse, strict=True))
+        spread = math.sqrt(seconds * seconds + max(0.0, known))  # known: in seconds², per unit of relative variance
         return Estimate(seconds, sigma * spread if spread else math.inf)
+
+    def _predictor(self) -> tuple[tuple[float, ...], float, tuple[tuple[float, ...], ...]]:
+        """As `_solve`, per unit of each feature."""
+        coefficients, sigma, inverse = self._solve()
+        per_unit = inverse / np.outer(self._scale, self._scale)
+        return tuple((coefficients / self._scale).tolist()), sigma, tuple(map(tuple, per_unit.tolist()))
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -132,7 +142,7 @@ class OnlineFit:
         self._gram, self._moment, self._weight = gram, moment, float(state["weight"])
         self.samples = int(state["samples"])
         self.mape = math.nan if state["mape"] is None else float(state["mape"])
-        self._solution = None
+        self._solution = self._prediction = None
         return self
 
 

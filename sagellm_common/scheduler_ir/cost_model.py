@@ -31,16 +31,21 @@ class DecodeFit:
     def __init__(self, starts: Sequence[int] = REGIME_STARTS) -> None:
         self._starts = tuple(starts)
         self._fits = [OnlineFit(_DECODE_SCALE) for _ in starts]
+        self._nearest: dict[int, OnlineFit] = {}
+        """By regime, of those that were seen."""
 
     def observe(self, num_sequences: int, context_tokens: int, seconds: float) -> None:
-        self._fits[self._regime(num_sequences)].observe((1.0, context_tokens, num_sequences), seconds)
+        fit = self._fits[self._regime(num_sequences)]
+        fit.observe((1.0, context_tokens, num_sequences), seconds)
+        if fit.samples == 1:
+            self._nearest.clear()
 
     def predict(self, num_sequences: int, context_tokens: int) -> Estimate:
-        return self._nearest(num_sequences).predict((1.0, context_tokens, num_sequences))
+        return self._fit(num_sequences).predict((1.0, context_tokens, num_sequences))
 
     def coefficients(self, num_sequences: int) -> tuple[float, ...]:
         """(of a step, of a token of context, of a sequence), in seconds."""
-        return self._nearest(num_sequences).coefficients
+        return self._fit(num_sequences).coefficients
 
     @property
     def known(self) -> list[int]:
@@ -65,12 +70,15 @@ class DecodeFit:
         if not self._starts or len(self._starts) != len(state["fits"]) or sorted(set(self._starts)) != [*self._starts]:
             raise ValueError(f"decode regimes {self._starts} do not fit their {len(state['fits'])} fits")
         self._fits = [OnlineFit(_DECODE_SCALE).load(fit) for fit in state["fits"]]
+        self._nearest.clear()
         return self
 
-    def _nearest(self, num_sequences: int) -> OnlineFit:
+    def _fit(self, num_sequences: int) -> OnlineFit:
         wanted = self._regime(num_sequences)
-        known = [i for i, fit in enumerate(self._fits) if fit.samples]
-        return self._fits[min(known, key=lambda i: (abs(i - wanted), i), default=wanted)]
+        if wanted not in self._nearest:
+            known = [i for i, fit in enumerate(self._fits) if fit.samples]
+            self._nearest[wanted] = self._fits[min(known, key=lambda i: (abs(i - wanted), i), default=wanted)]
+        return self._nearest[wanted]
 
     def _regime(self, num_sequences: int) -> int:
         return max(0, bisect.bisect_right(self._starts, num_sequences) - 1)

@@ -423,6 +423,14 @@ def simulate(context: typer.Context) -> None:
     raise typer.Exit(benchmarks.run_module("bench.sim", "simulate", context.args))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def plan(context: typer.Context) -> None:
+    """How many workers a trace needs, and what they cost, by simulation: `sagellm plan --help`."""
+    raise typer.Exit(benchmarks.run_module("bench.plan", "plan", context.args))
+
+
 # ---- helpers ----
 
 

@@ -196,6 +196,43 @@ def test_goodput_is_the_rate_at_which_nine_of_ten_are_in_time() -> None:
     assert found == pytest.approx(1 / 0.111, rel=0.05)
 
 
+def test_a_run_that_may_miss_no_more_ends_there() -> None:
+    """Twenty long prompts at once, then many: the third that is late ends it."""
+    requests = [SimRequest(0.001 * i, 5000, 2) for i in range(20)] + [SimRequest(1000.0 + i, 10, 2) for i in range(100)]
+    make = strategy_maker("fifo")
+    whole = SimCluster(PROFILE, 1, 1, make, SLO).run(requests)
+    assert not whole.gave_up and len(whole.jobs) == 120
+    misses = sum(not meets(job, SLO) for job in whole.jobs)
+    enough = SimCluster(PROFILE, 1, 1, make, SLO, max_misses=misses).run(requests)
+    assert not enough.gave_up and len(enough.jobs) == 120
+    few = SimCluster(PROFILE, 1, 1, make, SLO, max_misses=2).run(requests)
+    assert few.gave_up and len(few.jobs) == 20
+    assert attainment(few, SLO) < 0.9
+
+
+def test_noise_is_drawn_and_the_same_seed_draws_the_same() -> None:
+    noisy = replace(PROFILE, prefill_noise=(0.5, 1.0, 3.0))
+    requests = [SimRequest(float(i), 500, 2) for i in range(30)]
+
+    def took(seed: int) -> list[float]:
+        jobs = SimCluster(noisy, 1, 1, strategy_maker("fifo"), SLO, seed=seed).run(requests).jobs
+        return [job.first_token_s - job.request.arrival_s for job in jobs]
+
+    a, b, c = PROFILE.prefill
+    step_s = a + b * 500 + c * 500**2
+    assert took(1) == took(1) != took(2)
+    assert {round(s / step_s, 6) for s in took(1)} == {0.5, 1.0, 3.0}
+
+
+def test_of_a_thousand_workers_the_idle_and_the_holders_are_asked() -> None:
+    blocks = tuple(range(20))
+    requests = [SimRequest(0.0, 2000, 2, blocks), *(SimRequest(1.0 + i / 1e3, 900, 40) for i in range(150))]
+    again = SimRequest(9.0, 2000, 2, blocks)
+    jobs = cluster("fifo", prefill=60, decode=60).run([*requests, again]).jobs
+    assert len({job.prefill_worker for job in jobs[1:151]}) == 60
+    assert (jobs[-1].prefill_worker, jobs[-1].prefill_hit_tokens) == (jobs[0].prefill_worker, 1999)
+
+
 def test_traces_are_read_and_broken_lines_named(tmp_path: Path) -> None:
     mooncake, azure = tmp_path / "m.jsonl", tmp_path / "a.csv"
     mooncake.write_text('{"timestamp": 3000, "input_length": 600, "output_length": 0, "hash_ids": [1, 2]}\n\n')

@@ -1,0 +1,1 @@
+"""`sagellm plan`: how many prefill and decode workers a trace needs, and what they cost."""
