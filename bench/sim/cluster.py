@@ -105,10 +105,10 @@ class SimCluster:
         self._idle_decode = Ranking(
             self._decode_list, lambda worker: (worker.context_tokens + worker.coming_tokens, worker.assigned)
         )
-        for worker in self._prefill_list if len(self._prefill_list) > 2 * SHORTLIST else ():
-            worker.on_load = self._idle_prefill.update
-        for worker in self._decode_list if len(self._decode_list) > 2 * SHORTLIST else ():
-            worker.on_load = self._idle_decode.update
+        for prefill in self._prefill_list if num_prefill > 2 * SHORTLIST else ():
+            prefill.on_load = self._idle_prefill.update
+        for decode in self._decode_list if num_decode > 2 * SHORTLIST else ():
+            decode.on_load = self._idle_decode.update
         self._waiting = WaitingRoom(self._strategy.order, fair=self._strategy.fair)
         self._steps = 0
         self._outcome = Outcome()
@@ -295,7 +295,7 @@ class SimCluster:
 
 def _shortlist(workers: dict[str, W], idle: Ranking[W], matched: dict[str, int]) -> list[W]:
     if len(workers) <= 2 * SHORTLIST:
-        return [*workers.values()]
+        return list(workers.values())
     holders = heapq.nsmallest(SHORTLIST, ((-blocks, name) for name, blocks in matched.items() if name in workers))
     return list(dict.fromkeys([*idle.first(SHORTLIST), *(workers[name] for _, name in holders)]))
 

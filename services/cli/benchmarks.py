@@ -13,6 +13,7 @@ from sagellm_common.core.errors import ConfigError
 
 BENCHMARKS = {
     "index": "the prefix index: hashing and matching of long prompts against many workers' caches",
+    "calibrate": "a profile of the simulator, measured on a real CPU cluster and checked against it",
     "chat": "a multi-turn chat on 2P2D with the KV stack on and off, tokens compared",
     "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
     "strategies": "placement strategies and other routers' rules, on a trace, in simulation",

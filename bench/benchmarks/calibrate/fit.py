@@ -1,0 +1,115 @@
+"""From what was measured to a profile of the simulator, and how well the cost model foretells steps it has not seen."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.benchmarks.calibrate.measure import Served
+from bench.sim.profile import Costs, Profile
+from sagellm_common.core.config import Config
+from sagellm_common.core.step_costs import StepCost
+from sagellm_common.core.types import ModelInfo
+from sagellm_common.scheduler_ir.cost_model import CostModel
+
+NOISE_SAMPLES = 64
+UNDISTURBED = 0.9
+"""Of a step's time its engine's thread was on a core: what it took is what it costs, not what others took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """Steps of one kind beside what was expected of them: mean and median of |expected − took| / took."""
+
+    part: str
+    steps: int
+    mape: float
+    median: float
+
+
+def learned(steps: Iterable[StepCost], served: Iterable[Served]) -> CostModel:
+    """The production cost model, of what the router would have heard."""
+    costs = CostModel()
+    for step in steps:
+        costs.observe_step(step)
+    for one in served:
+        summary = one.summary
+        if summary.kv_bytes_transferred and summary.transfer_ms > 0:
+            link = summary.prefill_worker_id, summary.decode_worker_id
+            costs.observe_transfer(*link, summary.kv_bytes_transferred, summary.transfer_ms / 1e3)
+    return costs
+
+
+def undisturbed(steps: Iterable[StepCost]) -> list[StepCost]:
+    return [step for step in steps if step.cpu_seconds >= UNDISTURBED * step.seconds]
+
+
+def foretold(costs: CostModel, steps: Sequence[StepCost]) -> list[Foretold]:
+    """By kind, and by size within: where the model's form does not hold, one size is worse than another."""
+    groups: dict[str, list[float]] = {}
+    for step in steps:
+        if step.seconds <= 0:
+            continue
+        error = abs(costs.step_s(step).seconds - step.seconds) / step.seconds
+        if step.prompts:
+            size = 1 << (step.prompt_tokens - 1).bit_length()
+            names = "prefill", f"prefill ≤ {size} tokens"
+        else:
+            size = 1 << (step.sequences - 1).bit_length()
+            names = "decode", f"decode ≤ {size} sequences"
+        for name in names:
+            groups.setdefault(name, []).append(error)
+    return [
+        Foretold(name, len(errors), statistics.mean(errors), statistics.median(errors))
+        for name, errors in sorted(groups.items(), key=lambda group: (group[0].split()[0], len(group[0]), group[0]))
+    ]
+
+
+def ratios(costs: CostModel, steps: Iterable[StepCost]) -> list[float]:
+    """What steps took as shares of what the costs say."""
+    return [step.seconds / expected for step in steps if (expected := costs.step_s(step).seconds) > 0]
+
+
+def profile_of(
+    costs: CostModel,
+    steps: Sequence[StepCost],
+    served: Sequence[Served],
+    config: Config,
+    model: ModelInfo,
+    num_blocks: int,
+) -> Profile:
+    """Engines as the cost model has them, which it learned from `steps`; what these do not explain of first tokens and
+    of handoffs, as medians.
+
+    Costs fitted to relative errors are those of an ordinary step, and the mean of what steps take is above: of prompts
+    the spread is drawn from, decode steps are so many that their mean will do. `served` is to have requests that found
+    nobody in front of them: what their first token took beyond the engine's own time is the overhead.
+    """
+    layout = model.kv_layout
+    slower = statistics.mean(ratios(costs, (step for step in steps if step.sequences)) or [1.0])
+    decode = {start: tuple(slower * cost for cost in costs.decode.coefficients(start)) for start in costs.decode.known}
+    noise = sorted(ratios(costs, (step for step in steps if step.prompt_tokens > step.prompts)))
+    drawn = [noise[round(i * (len(noise) - 1) / (NOISE_SAMPLES - 1))] for i in range(NOISE_SAMPLES)] if noise else []
+    first, *larger = sorted(decode)
+    handed = [one for one in served if one.summary.kv_bytes_transferred and one.request.output_tokens > 2]
+    bandwidths = [1 / per_byte for fit in costs.links.values() if (per_byte := fit.coefficients[1]) > 0]
+    return Profile(
+        prefill=_three(costs.prefill.coefficients),
+        decode=_three(decode[first]),
+        larger_batches=tuple((start, _three(decode[start])) for start in larger),
+        link_latency_s=max(0.0, statistics.median(one.first_gap_s - one.later_gap_s for one in handed)),
+        link_bytes_per_s=statistics.median(bandwidths) if bandwidths else 1e12,
+        kv_bytes_per_token=layout.block_bytes // layout.block_size_tokens,
+        num_layers=layout.num_layers,
+        kv_tokens=num_blocks * layout.block_size_tokens,
+        max_batch=config.engine.max_batch_size,
+        prefill_chunk_tokens=config.engine.max_prefill_tokens,
+        prefill_noise=tuple(drawn),
+        overhead_s=max(0.0, statistics.median(one.ttft_s - one.summary.prefill_engine_ms / 1e3 for one in served)),
+    )
+
+
+def _three(values: Sequence[float]) -> Costs:
+    a, b, c = values
+    return a, b, c
