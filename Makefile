@@ -7,6 +7,8 @@ TRITON ?= triton==3.4.0
 LOCK   ?= requirements.lock
 VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
+BASE ?= origin/main
+GATE_ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 bin := $(VENV)/bin
@@ -20,7 +22,7 @@ index := sagellm_common/prefix_reuse/native
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm system-deps run demo proto fmt lint type test test-unit test-integration test-faults \
-        test-long test-states test-vllm cov bench chart-check clean
+        test-long test-states test-vllm cov bench gate gate-check chart-check clean
 
 help: ## this table
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +128,14 @@ cov: setup $(triton) ## the whole suite; fails below 85 % of sagellm_common
 
 bench: setup ## TTFT, TPOT and tokens/s side by side
 	@$(bin)/python -m bench
+
+gate: setup ## is this tree slower than BASE? Both take turns; a quarter of an hour
+	@$(bin)/python -m bench.ci_gate --baseline $(BASE) --current . $(GATE_ARGS)
+
+gate-check: setup ## the gate fails where each token is held up by 5 ms
+	@planted=$$(mktemp -d) && echo delay_ms=5 >$$planted/decode.streaming && \
+	  { $(bin)/python -m bench.ci_gate --baseline . --current . --current-env SAGELLM_FAILPOINTS=$$planted $(GATE_ARGS); \
+	    found=$$?; rm -r $$planted; test $$found = 1; }
 
 chart-check: setup ## helm 3 and 4 (fetched, 80 MB once) and the Kubernetes API schemas over helm/sagellm with all of its ci values
 	@$(bin)/python -m helm.check

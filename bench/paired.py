@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,6 +41,18 @@ def estimate(values: Sequence[float]) -> Estimate:
     medians = np.median(rng.choice(data, size=(RESAMPLES, len(data))), axis=1)
     low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(float(np.median(data)), float(low), float(high), len(data))
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Of the values' distribution, whatever its form: between the k-th smallest and the k-th largest lies the median
+    unless fewer than k values fall on one side of it, as coins fall (sign test). With too few values for such a
+    confidence the interval has no end."""
+    data, count = sorted(values), len(values)
+    beyond, below = 0, 0.0
+    while 2 * (below := below + math.comb(count, beyond) / 2**count) <= 1 - confidence:
+        beyond += 1
+    low, high = (data[beyond - 1], data[count - beyond]) if beyond else (-math.inf, math.inf)
+    return Estimate(float(np.median(data)), low, high, count)
 
 
 async def in_turns(

@@ -2,17 +2,20 @@
 
 Between processes: SAGELLM_FAILPOINTS names a directory. A process that passes `hit("decode.pulling")` and finds a file
 `decode.pulling` (or `decode.pulling@<worker id>`) there removes it and gets the signal the file names, SIGKILL if it is
-empty: no cleanup runs, as with a crashed machine, and a restarted process passes. Within one: `armed` calls a function.
+empty: no cleanup runs, as with a crashed machine, and a restarted process passes. A file that says `delay_ms=5` stays,
+and whoever passes takes so much longer: a regression, planted. Within one: `armed` calls a function.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DELAY = "delay_ms="
 _DIRECTORY = os.environ.get("SAGELLM_FAILPOINTS", "")
 _worker_id = ""
 _actions: dict[str, Callable[[], None]] = {}
@@ -44,6 +47,9 @@ def hit(name: str) -> None:
         file = Path(_DIRECTORY) / armed_name
         try:
             number = file.read_text()
+            if number.startswith(DELAY):
+                time.sleep(float(number.removeprefix(DELAY)) / 1e3)
+                continue
             file.unlink()
         except FileNotFoundError:
             continue
