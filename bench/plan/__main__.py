@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.plan.search import Shape, cheapest
 from bench.plots import grid
-from bench.sim.__main__ import add_workload, check_targets, slo_of, strategy_maker, workload
+from bench.sim.__main__ import SHOWN_REQUESTS, add_workload, check_targets, every, slo_of, strategy_maker, workload
 from bench.sim.cluster import SimCluster
 from bench.sim.profile import load_profile
 from bench.sim.report import ATTAINMENT, attainment, summary
@@ -67,7 +67,7 @@ def plan(args: argparse.Namespace) -> tuple[Tried | None, list[Tried]]:
                     eviction=args.eviction,
                     max_misses=(1 - ATTAINMENT) * len(requests),
                     seed=args.seed,
-                ).run(requests, lambda: progress.advance(task))
+                ).run(requests, every(SHOWN_REQUESTS, lambda: progress.advance(task, SHOWN_REQUESTS)))
                 result = summary(outcome, slo, shape.workers)
                 complete = not outcome.gave_up
                 tried[shape] = Tried(shape, attainment(outcome, slo), complete, cost(shape), result)

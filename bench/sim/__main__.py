@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from sagellm_common.kv_policy.eviction import EVICTION
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.strategies import STRATEGIES, Strategy, make_strategy
 
+SHOWN_REQUESTS = 100
 DRAWN = {"poisson": 1.0, "bursty": 16.0}
 """Workloads drawn instead of read, and the squared coefficient of variation of their gaps."""
 
@@ -116,20 +118,31 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
     make, profile, slo = strategy_maker(args.strategy), load_profile(args.profile), slo_of(args)
     requests = workload(args)
 
-    def run(requests: Sequence[SimRequest], advance: Callable[[], None] = lambda: None) -> Outcome:
-        return cluster(profile, args, make, slo).run(requests, advance)
-
-    def search(requests: Sequence[SimRequest]) -> Outcome:
-        return cluster(profile, args, make, slo, max_misses=(1 - ATTAINMENT) * len(requests)).run(requests)
-
     with Progress(transient=True) as progress:
-        task = progress.add_task(f"{len(requests):,} requests", total=len(requests))
-        result = summary(run(requests, lambda: progress.advance(task)), slo, args.prefill + args.decode)
+        task = progress.add_task("", total=len(requests))
+
+        def run(requests: Sequence[SimRequest], max_misses: float = math.inf) -> Outcome:
+            rate_rps = len(requests) / max(requests[-1].arrival_s, 1e-9)
+            progress.reset(task, description=f"{len(requests):,} requests, {rate_rps:,.2f} a second")
+            arrived = every(SHOWN_REQUESTS, lambda: progress.advance(task, SHOWN_REQUESTS))
+            return cluster(profile, args, make, slo, max_misses).run(requests, arrived)
+
+        result = summary(run(requests), slo, args.prefill + args.decode)
         found: float | None = None
         if not args.no_goodput:
-            searching = progress.add_task("searching the highest rate", total=None)
-            found = goodput(requests, search, slo, lambda: progress.advance(searching))
+            found = goodput(requests, lambda scaled: run(scaled, (1 - ATTAINMENT) * len(requests)), slo)
     return {"goodput_rps": found, **result}
+
+
+def every(count: int, act: Callable[[], None]) -> Callable[[], None]:
+    """Acts at each so-many-th call: a progress bar costs more than a simulated request."""
+    calls = itertools.count(1)
+
+    def called() -> None:
+        if next(calls) % count == 0:
+            act()
+
+    return called
 
 
 def cluster(

@@ -94,7 +94,7 @@ class OnlineFit:
         # Without numpy: a placement asks dozens of times, and three numbers are no array.
         coefficients, sigma, inverse = self._prediction
         seconds = sum(map(mul, coefficients, features))
-        known = sum(f * sum(map(mul, row, features)) for f, row in zip(features, inverse, strict=True))
+        known = sum(map(mul, features, [sum(map(mul, row, features)) for row in inverse]))
         spread = math.sqrt(seconds * seconds + max(0.0, known))  # known: in seconds², per unit of relative variance
         return Estimate(seconds, sigma * spread if spread else math.inf)
 
