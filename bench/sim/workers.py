@@ -55,7 +55,9 @@ class Job:
 
 
 class PrefillSim:
-    """Computes the waiting prompts in the engine policy's order, `prefill_chunk_tokens` a step."""
+    """Computes the waiting prompts in the engine policy's order, as our engine does: together as many whole ones as
+    `prefill_chunk_tokens` hold; one that is longer alone, so many tokens a step, and between its steps who comes first.
+    """
 
     def __init__(
         self,
@@ -109,10 +111,12 @@ class PrefillSim:
             self._reorder()
         a, b, c = self._profile.prefill
         room, seconds, done = self._profile.prefill_chunk_tokens, a, list[tuple[Job, Callable[[float], None]]]()
-        chunks = []
-        while self._waiting and room > 0:
+        chunks: list[tuple[int, int]] = []
+        while self._waiting:
             job = self._waiting[0][0]
-            start = job.computed_tokens
+            start, alone = job.computed_tokens, job.computed_tokens > job.prefill_hit_tokens
+            if chunks and (alone or job.request.prompt_tokens - start > room):
+                break
             end = min(job.request.prompt_tokens, start + room)
             self._count(job, -1)
             job.computed_tokens = end
@@ -123,6 +127,8 @@ class PrefillSim:
                 self._count(job, 1)
                 break
             done.append(self._waiting.popleft())
+            if alone:
+                break
         if self._profile.prefill_noise:
             seconds *= self._rng.choice(self._profile.prefill_noise)
         self.busy_s += seconds

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.benchmarks.calibrate.compare import TARGET, Distance, distance
-from bench.benchmarks.calibrate.fit import Foretold, foretold, learned, profile_of, undisturbed
+from bench.benchmarks.calibrate.fit import Foretold, foretold, learned, on_a_core, profile_of
 from bench.benchmarks.calibrate.measure import RealCluster, Served, real_cluster
 from bench.plots import lines
 from bench.sim.__main__ import strategy_maker
@@ -87,19 +87,21 @@ async def measure(config: Config, args: argparse.Namespace, progress: Progress) 
             served = await real.serve(requests_of(args, rate_rps, seed=args.seed + number), seed=100 + number)
             rounds.append((served, list(real.steps)))
             progress.advance(task)
-        model, kv = real.workers[0].record.model, real.workers[0].kv
+        model, blocks = real.workers[0].record.model, real.workers[0].kv.total_blocks
     assert model is not None, "prefill and decode workers have a model"
     learn, check = rounds[0::2], rounds[1::2]
     steps = [step for _, told in learn for step in told]
     unseen = [step for _, told in check for step in told]
     costs = learned(steps, (one for served, _ in learn for one in served))
-    clean = learned(undisturbed(steps), ())
+    clean = learned(on_a_core(steps), ())
     return {
         "rate_rps": rate_rps,
         "costs": costs,
-        "profile": profile_of(costs, steps, alone, config, model, kv.total_blocks),
+        "profile": profile_of(
+            costs, steps, alone, [one for served, _ in learn for one in served], config, model, blocks
+        ),
         "foretold": foretold(costs, unseen),
-        "undisturbed": foretold(clean, undisturbed(unseen)),
+        "on_a_core": foretold(clean, on_a_core(unseen)),
         "check": [served for served, _ in check],
         "steps": [asdict(step) for _, told in rounds for step in told],
     }
@@ -160,12 +162,12 @@ def print_tables(
             f"{d.distribution_error:.1%}",
         )
     steps = Table(title=f"steps not learned from; target: MAPE ≤ {MAPE_TARGET:.0%}", title_justify="left")
-    for name in ("part", "steps", "MAPE", "median error", "undisturbed", "MAPE", "median error"):
+    for name in ("part", "steps", "MAPE", "median error", "MAPE on a core", "median error"):
         steps.add_column(name, justify="right")
     alone = {part.part: part for part in clean}
     for part in parts:
         beside = alone.get(part.part)
-        steps.add_row(*_cells(part), *(_cells(beside)[1:] if beside else ("0", "–", "–")))
+        steps.add_row(*_cells(part), *(_cells(beside)[2:] if beside else ("–", "–")))
     console = Console()
     console.print(table)
     console.print(steps)
@@ -246,7 +248,7 @@ def main() -> int:
         f"{args.prefill}P{args.decode}D, {config.model.path.rpartition('/')[2]} ({args.weights}), {args.strategy}, "
         f"{requests} requests at {found['rate_rps']:.2f}/s; target: errors ≤ {TARGET:.0%}"
     )
-    print_tables(distances, found["foretold"], found["undisturbed"], title)
+    print_tables(distances, found["foretold"], found["on_a_core"], title)
     found["profile"].save(args.profile)
     print(f"written: {args.profile} (simulate --profile), {costs} (router.cost_model_path)")
     if args.steps:
@@ -256,7 +258,7 @@ def main() -> int:
             "conditions": {**vars(args), "rate_rps": found["rate_rps"], "requests": requests},
             "distances": [asdict(d) for d in distances],
             "foretold": [asdict(part) for part in found["foretold"]],
-            "foretold_undisturbed": [asdict(part) for part in found["undisturbed"]],
+            "foretold_on_a_core": [asdict(part) for part in found["on_a_core"]],
             "profile": asdict(found["profile"]),
         }
         args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")

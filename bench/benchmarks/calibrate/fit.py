@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.benchmarks.calibrate.measure import Served
 from bench.sim.profile import Costs, Profile
@@ -14,8 +14,6 @@ from sagellm_common.core.types import ModelInfo
 from sagellm_common.scheduler_ir.cost_model import CostModel
 
 NOISE_SAMPLES = 64
-UNDISTURBED = 0.9
-"""Of a step's time its engine's thread was on a core: what it took is what it costs, not what others took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,9 @@ def learned(steps: Iterable[StepCost], served: Iterable[Served]) -> CostModel:
     return costs
 
 
-def undisturbed(steps: Iterable[StepCost]) -> list[StepCost]:
-    return [step for step in steps if step.cpu_seconds >= UNDISTURBED * step.seconds]
+def on_a_core(steps: Iterable[StepCost]) -> list[StepCost]:
+    """As long as the engine's thread was on a core: what they cost, without what others on the machine took."""
+    return [replace(step, seconds=step.cpu_seconds) for step in steps if step.cpu_seconds]
 
 
 def foretold(costs: CostModel, steps: Sequence[StepCost]) -> list[Foretold]:
@@ -74,6 +73,7 @@ def ratios(costs: CostModel, steps: Iterable[StepCost]) -> list[float]:
 def profile_of(
     costs: CostModel,
     steps: Sequence[StepCost],
+    alone: Sequence[Served],
     served: Sequence[Served],
     config: Config,
     model: ModelInfo,
@@ -83,8 +83,9 @@ def profile_of(
     of handoffs, as medians.
 
     Costs fitted to relative errors are those of an ordinary step, and the mean of what steps take is above: of prompts
-    the spread is drawn from, decode steps are so many that their mean will do. `served` is to have requests that found
-    nobody in front of them: what their first token took beyond the engine's own time is the overhead.
+    the spread is drawn from, decode steps are so many that their mean will do. What a first token took beyond the
+    engine's own time, waiting there included, is the overhead. Of requests that were `alone` the second token tells the
+    handoff: it waited for nobody's step but that of joining.
     """
     layout = model.kv_layout
     slower = statistics.mean(ratios(costs, (step for step in steps if step.sequences)) or [1.0])
@@ -92,13 +93,17 @@ def profile_of(
     noise = sorted(ratios(costs, (step for step in steps if step.prompt_tokens > step.prompts)))
     drawn = [noise[round(i * (len(noise) - 1) / (NOISE_SAMPLES - 1))] for i in range(NOISE_SAMPLES)] if noise else []
     first, *larger = sorted(decode)
-    handed = [one for one in served if one.summary.kv_bytes_transferred and one.request.output_tokens > 2]
+    handed = [
+        one.first_gap_s - costs.prefill_s([(one.request.prompt_tokens, one.request.prompt_tokens + 1)]).seconds
+        for one in alone
+        if one.summary.kv_bytes_transferred and one.request.output_tokens > 1
+    ]
     bandwidths = [1 / per_byte for fit in costs.links.values() if (per_byte := fit.coefficients[1]) > 0]
     return Profile(
         prefill=_three(costs.prefill.coefficients),
         decode=_three(decode[first]),
         larger_batches=tuple((start, _three(decode[start])) for start in larger),
-        link_latency_s=max(0.0, statistics.median(one.first_gap_s - one.later_gap_s for one in handed)),
+        link_latency_s=max(0.0, statistics.median(handed)),
         link_bytes_per_s=statistics.median(bandwidths) if bandwidths else 1e12,
         kv_bytes_per_token=layout.block_bytes // layout.block_size_tokens,
         num_layers=layout.num_layers,

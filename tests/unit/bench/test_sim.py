@@ -130,6 +130,20 @@ def test_larger_batches_may_cost_otherwise_and_a_profile_is_read_as_it_was_writt
     assert jobs[0.25][0].first_token_s == pytest.approx(jobs[0.0][0].first_token_s + 0.25)
 
 
+def test_prompts_that_fit_are_computed_together_and_a_long_one_alone() -> None:
+    outcome = cluster(decode=2).run([SimRequest(0.0, tokens, 2) for tokens in (10, 300, 600, 200, 1500, 50)])
+    a, b, c = PROFILE.prefill
+
+    def step_s(*chunks: tuple[int, int]) -> float:
+        return a + sum(b * (end - start) + c * (end**2 - start**2) for start, end in chunks)
+
+    first, together, rest = step_s((0, 10)), step_s((0, 300), (0, 600)), step_s((0, 200))
+    long = step_s((0, 1000)) + step_s((1000, 1500))
+    ends = [first, *2 * [first + together], first + together + rest, first + together + rest + long]
+    ends.append(ends[-1] + step_s((0, 50)))
+    assert [job.first_token_s for job in outcome.jobs] == pytest.approx(ends)
+
+
 def test_transfers_through_one_card_share_it() -> None:
     clock = VirtualClock()
     network, ends = Network(clock, bytes_per_s=100.0, latency_s=0.0), dict[str, float]()
