@@ -17,6 +17,7 @@ BENCHMARKS = {
     "chat": "a multi-turn chat on 2P2D with the KV stack on and off, tokens compared",
     "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
     "strategies": "placement strategies and other routers' rules, on a trace, in simulation",
+    "router": "what router and gateway cost per request and token, beside sglang-router and a bare proxy",
     "transfer": "KV between two processes over every byte path",
 }
 
