@@ -21,6 +21,7 @@ from sagellm_common.client.router import (
     Explanation,
     ProbedLinks,
     RouterClient,
+    Tokens,
     WorkerEviction,
     WorkerTransport,
 )
@@ -84,7 +85,7 @@ class Completion:
 
 
 class AsyncClient:
-    """Talks to one router. Errors are SageErrors of `core.errors`.
+    """Talks to one router, or to one of several (`host:port,host:port`). Errors are SageErrors of `core.errors`.
 
     async with AsyncClient(router_address) as client:
         async for output in client.generate("Once upon a time", max_tokens=20):
@@ -92,7 +93,8 @@ class AsyncClient:
 
     `model_path` says where to read the tokenizer when the workers' path does not exist on this machine.
     `timeout_s` bounds a whole generation unless the call says otherwise. `session` is what carries the generations:
-    framed TCP, gRPC, or (auto) framed where the router offers it and can be reached.
+    framed TCP, gRPC, or (auto) framed where the router offers it and can be reached. `tokens` "direct" come straight
+    from the workers where these can be reached and the router says so, too (rpc.tokens).
     """
 
     def __init__(
@@ -102,8 +104,9 @@ class AsyncClient:
         model_path: str | None = None,
         timeout_s: float = 300.0,
         session: Choice = "auto",
+        tokens: Tokens = "relayed",
     ) -> None:
-        self._router = RouterClient(router_address, session=session)
+        self._router = RouterClient(router_address, session=session, tokens=tokens)
         self._models = ModelDirectory(self._router, model_path=model_path)
         self._timeout_s = timeout_s
 

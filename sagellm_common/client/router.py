@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self, TypeVar
 
+from sagellm_common.client.direct import DirectGenerations
+from sagellm_common.client.routers import Router, Routers
+from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.errors import DeadlineExceeded, Draining, InvalidRequest, PeerLost, SageError
 from sagellm_common.core.topology import LinkCost
 from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvHealth, KvStats, ModelInfo, WorkerRecord
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool, call
-from sagellm_common.rpc.gen.sagellm.v1 import (
-    inference_pb2,
-    inference_pb2_grpc,
-    plan_pb2,
-    topology_pb2,
-    topology_pb2_grpc,
-    worker_pb2,
-)
-from sagellm_common.rpc.inference_session import InferenceSession
+from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2, topology_pb2, worker_pb2
+from sagellm_common.rpc.sessions import DecodeSession
 from sagellm_common.rpc.worker_client import IndexedBlocks, decode_indexed
+from sagellm_common.rpc.worker_sessions import WorkerSessions
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
+
+T = TypeVar("T")
+
+Tokens = Literal["relayed", "direct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,39 +110,87 @@ class Explanation:
 
 
 class RouterClient:
-    """Calls one router. Every call has a deadline and raises SageErrors only.
+    """Calls one router, or one of several (`host:port,host:port`): where one is lost, the next. Every call has a
+    deadline and raises SageErrors only.
 
-    `session` is what carries the generations: framed TCP, gRPC, or (auto) framed where the router offers it.
+    `session` is what carries the generations: framed TCP, gRPC, or (auto) framed where the router offers it. `tokens`
+    come through the router, or straight from the workers where these can be reached; see `direct`.
     """
 
     CONTROL_TIMEOUT_S = 5.0
     """Deadline of the calls that do not generate."""
     PROBE_TIMEOUT_S = 120.0
 
-    def __init__(self, router_address: str, *, session: Choice = "auto") -> None:
+    def __init__(self, router_address: str, *, session: Choice = "auto", tokens: Tokens = "relayed") -> None:
         self._channels = ChannelPool()
-        channel = self._channels.get(router_address)
-        self._inference = inference_pb2_grpc.InferenceServiceStub(channel)
-        self._session = InferenceSession(channel, router_address, session)
-        self._topology = topology_pb2_grpc.TopologyServiceStub(channel)
+        self._routers = Routers(router_address, self._channels, session)
+        self._decodes = WorkerSessions(DecodeSession, self._channels, session)
+        self._direct = DirectGenerations(self._routers, self._decodes, SystemClock()) if tokens == "direct" else None
 
     def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationOutput]:
-        """Outputs as the router sends them. Closing the generator cancels the generation everywhere."""
-        return self._session.generate(request, timeout_s=timeout_s)
+        """Outputs as they come. Closing the generator cancels the generation everywhere."""
+        if self._direct is not None:
+            return self._direct.generate(request, timeout_s)
+        if len(self._routers) == 1:
+            return self._routers.current.session.generate(request, timeout_s=timeout_s)
+        return self._relayed(request, timeout_s)
 
     async def cancel(self, request_id: str) -> None:
-        """Ends a generation; its stream gets a last output with CANCELLED. Unknown ids are fine."""
-        await call(
-            self._inference.CancelGeneration,
-            inference_pb2.CancelGenerationRequest(request_id=request_id),
-            timeout_s=self.CONTROL_TIMEOUT_S,
-            response=inference_pb2.CancelGenerationResponse,
-        )
+        """Ends a generation; its stream gets a last output with CANCELLED. Unknown ids are fine.
+
+        Only one of several routers knows it: all of them are told that can be reached. Raises PeerLost, where none can.
+        """
+        lost: SageError | None = None
+        told = 0
+        for router in self._routers.in_turn:
+            try:
+                await call(
+                    router.inference.CancelGeneration,
+                    inference_pb2.CancelGenerationRequest(request_id=request_id),
+                    timeout_s=self.CONTROL_TIMEOUT_S,
+                    response=inference_pb2.CancelGenerationResponse,
+                )
+                told += 1
+            except SageError as err:
+                lost = err
+        if lost is not None and not told:
+            raise lost
+
+    async def _relayed(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationOutput]:
+        """Of the current router; of the next one, where it is lost before its first output."""
+        for number, router in enumerate(self._routers.in_turn, 1):
+            outputs, emitted = router.session.generate(request, timeout_s=timeout_s), False
+            try:
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        emitted = True
+                        yield output
+                return
+            except (PeerLost, Draining) as err:
+                if (
+                    emitted
+                    or number == len(self._routers)
+                    or err.metadata.get("address", "") not in ("", router.address)
+                ):
+                    raise
+                self._routers.lost(router)
+
+    async def _call(
+        self, method: Callable[[Router], Callable[..., Any]], request: Any, *, timeout_s: float, response: type[T]
+    ) -> T:
+        """Of the first router that can be reached, the current one first."""
+        *others, last = self._routers.in_turn
+        for router in others:
+            try:
+                return await call(method(router), request, timeout_s=timeout_s, response=response)
+            except (PeerLost, DeadlineExceeded):
+                self._routers.lost(router)
+        return await call(method(last), request, timeout_s=timeout_s, response=response)
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """The models that workers serve now; none before the first worker has joined."""
-        reply = await call(
-            self._inference.ListModels,
+        reply = await self._call(
+            lambda router: router.inference.ListModels,
             inference_pb2.ListModelsRequest(),
             timeout_s=self.CONTROL_TIMEOUT_S,
             response=inference_pb2.ListModelsResponse,
@@ -147,8 +198,8 @@ class RouterClient:
         return tuple(codec.decode_model_info(model) for model in reply.models)
 
     async def topology(self) -> ClusterView:
-        snapshot = await call(
-            self._topology.Get,
+        snapshot = await self._call(
+            lambda router: router.topology.Get,
             topology_pb2.GetTopologyRequest(),
             timeout_s=self.CONTROL_TIMEOUT_S,
             response=topology_pb2.TopologySnapshot,
@@ -159,8 +210,8 @@ class RouterClient:
 
     async def probe_links(self, target_ids: Sequence[str] = (), max_bytes: int = 0) -> ProbedLinks:
         """Has workers (none named: all) measure the links to them, with so many bytes (0: their default)."""
-        reply = await call(
-            self._topology.ProbeLinks,
+        reply = await self._call(
+            lambda router: router.topology.ProbeLinks,
             topology_pb2.ProbeLinksRequest(target_ids=target_ids, max_bytes=max_bytes),
             timeout_s=self.PROBE_TIMEOUT_S,
             response=topology_pb2.ProbeLinksResponse,
@@ -174,8 +225,8 @@ class RouterClient:
 
         Without settings it only tells what is in force. A worker that refuses says so in its `error`.
         """
-        reply = await call(
-            self._topology.SetTransport,
+        reply = await self._call(
+            lambda router: router.topology.SetTransport,
             topology_pb2.SetTransportRequest(settings=settings, worker_ids=worker_ids),
             timeout_s=self.CONTROL_TIMEOUT_S,
             response=topology_pb2.SetTransportResponse,
@@ -189,8 +240,8 @@ class RouterClient:
 
         Without one ("") it only tells which is in force. A worker that refuses says so in its `error`.
         """
-        reply = await call(
-            self._topology.SetEviction,
+        reply = await self._call(
+            lambda router: router.topology.SetEviction,
             topology_pb2.SetEvictionRequest(policy=policy, worker_ids=worker_ids),
             timeout_s=self.CONTROL_TIMEOUT_S,
             response=topology_pb2.SetEvictionResponse,
@@ -199,18 +250,30 @@ class RouterClient:
 
     async def explain(self, request_id: str) -> Explanation:
         """Raises InvalidRequest when the router does not (or no longer) know the request."""
-        reply = await call(
-            self._topology.ExplainPlan,
+        *others, last = self._routers.in_turn
+        for router in others:  # only the one that planned it knows
+            try:
+                reply = await self._explained(router, request_id)
+                break
+            except (InvalidRequest, PeerLost, DeadlineExceeded):
+                continue
+        else:
+            reply = await self._explained(last, request_id)
+        events = tuple(PlanEvent(e.stage, e.at_ms, e.duration_ms, e.detail) for e in reply.events)
+        return Explanation(_decode_plan(reply.plan), events)
+
+    async def _explained(self, router: Router, request_id: str) -> topology_pb2.ExplainPlanResponse:
+        return await call(
+            router.topology.ExplainPlan,
             topology_pb2.ExplainPlanRequest(request_id=request_id),
             timeout_s=self.CONTROL_TIMEOUT_S,
             response=topology_pb2.ExplainPlanResponse,
         )
-        events = tuple(PlanEvent(e.stage, e.at_ms, e.duration_ms, e.detail) for e in reply.events)
-        return Explanation(_decode_plan(reply.plan), events)
 
     async def close(self) -> None:
         """Cancels the calls in flight. Idempotent."""
-        await self._session.close()
+        await self._decodes.close()
+        await self._routers.close()
         await self._channels.close()
 
     async def __aenter__(self) -> Self:

@@ -173,6 +173,17 @@ class RpcConfig(Section):
         description="what carries the session streams: framed TCP connections, several times as quick to answer, or "
         "gRPC; auto: framed where the peer offers it and can be reached",
     )
+    tokens: Literal["relayed", "direct"] = Field(
+        "relayed",
+        description="how they come to clients: through the router, or straight from the decode worker, where the "
+        "router only plans. A router and a client say so each for itself; a client that cannot reach a worker has its "
+        "tokens relayed",
+    )
+    route_key: str = Field(
+        "",
+        description="shared by routers and workers, who then take direct requests only with a plan that a router has "
+        "signed; empty: from everybody who can connect",
+    )
 
 
 class RouterConfig(Section):

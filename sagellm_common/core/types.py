@@ -148,6 +148,15 @@ class WorkerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """One incarnation of a worker and where its gRPC server is (host:port)."""
+
+    worker_id: str
+    incarnation: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class KvTierStats:
     """Blocks and bytes of a tier, and what became of them since the process began.
 

@@ -39,16 +39,26 @@ OpenCarrier = Callable[[Deliver, Callable[[], None]], Awaitable[Carrier]]
 class Mailbox(Generic[ReplyT]):
     """What one call is answered. Replies that came before a failure are still delivered."""
 
-    __slots__ = ("_error", "_replies", "_waiter")
+    __slots__ = ("_error", "_listener", "_replies", "_waiter")
 
     def __init__(self) -> None:
         self._replies: deque[ReplyT] = deque()
+        self._listener: Callable[[ReplyT], None] | None = None
         self._error: SageError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, reply: ReplyT) -> None:
+        if self._listener is not None:
+            self._listener(reply)
+            return
         self._replies.append(reply)
         self._wake()
+
+    def listen(self, listener: Callable[[ReplyT], None] | None) -> None:
+        """While there is one, replies go to the listener, at once, and `get` gets none."""
+        self._listener = listener
+        while listener is not None and self._replies:
+            listener(self._replies.popleft())
 
     def fail(self, error: SageError) -> None:
         """The first failure counts."""
@@ -90,6 +100,7 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
         """Sent before the carrier was there."""
         self._room = asyncio.Event()
         self.carrier: Carrier | None = None
+        self.heard = False
         self.mailboxes: dict[KeyT, Mailbox[ReplyT]] = {}
         self.broken = False
         self.task = asyncio.create_task(self._run(), name=f"session {lost.message}")
@@ -146,6 +157,7 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
             self._fail()
 
     def _deliver(self, message: Any) -> None:
+        self.heard = True
         for key, reply in self._split(message):
             if (mailbox := self.mailboxes.get(key)) is not None:  # else nobody waits for it any more
                 mailbox.put(reply)
@@ -212,6 +224,7 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
         self._stream: _Stream[KeyT, RequestT, ReplyT] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._heard = False
 
     async def close(self) -> None:
         """Ends the stream; calls waiting on it fail with PeerLost. Idempotent."""
@@ -227,6 +240,13 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
         stream = self._stream
         return stream.carrier.name if stream is not None and stream.carrier is not None and not stream.broken else ""
 
+    @property
+    def heard(self) -> bool:
+        """The peer has said something on the current stream, or did on one before."""
+        if self._stream is not None and self._stream.heard:
+            self._heard = True
+        return self._heard
+
     @abstractmethod
     def _split(self, message: Any) -> Iterable[tuple[KeyT, ReplyT]]:
         """The replies in a message, each with the key of its call."""
@@ -240,8 +260,11 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
 
     def _abandon(self, key: KeyT, what: str) -> None:
         """Ends the call that waits under `key` with Cancelled."""
+        self._abandon_with(key, Cancelled(f"{what} was cancelled"))
+
+    def _abandon_with(self, key: KeyT, error: SageError) -> None:
         if self._stream is not None:
-            self._stream.abandon(key, Cancelled(f"{what} was cancelled"))
+            self._stream.abandon(key, error)
 
     def _send_soon(self, message: RequestT) -> None:
         """Queues a message that nobody answers, on a new stream if there is none: what it undoes outlives a stream."""
@@ -260,6 +283,7 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
         if self._closed:
             raise self._lost()
         if self._stream is None or self._stream.broken:
+            self._heard = self.heard
             self._stream = _Stream(self._open, self._split, self._lost())
             self._ending.add(self._stream.task)
             self._stream.task.add_done_callback(self._ending.discard)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 
-from sagellm_common.core.errors import EngineFailed
+from sagellm_common.core.errors import EngineFailed, SageError
 from sagellm_common.core.telemetry import current_carrier
 from sagellm_common.core.types import (
     AT_HAND,
@@ -25,12 +26,14 @@ from sagellm_common.core.types import (
 )
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.carriers import Choice
-from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2
-from sagellm_common.rpc.session_client import SessionClient, to_ms
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, worker_pb2
+from sagellm_common.rpc.session_client import Mailbox, SessionClient, to_ms
 from sagellm_common.rpc.status import from_status
 
 Key = tuple[str, str, int]
 """(operation, request_id, attempt)"""
+
+Replies = AbstractAsyncContextManager[Mailbox[worker_pb2.DecodeResponse]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,22 @@ class PromptKvReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RemotePrefill:
+    """How the decode worker had a routed request prefilled: `outcome` without tokens; see the proto."""
+
+    outcome: PrefillOutcome
+    reserve_ms: float
+    prefill_ms: float
+    pulling_ahead_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeStep:
     """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
 
     `engine_ms`, of the last one: what the engine took for all of this call's. The last one has finish_reason, CANCELLED
-    where it was `handed_over`.
+    where it was `handed_over`. `prefilled`, of the first of a routed request: another worker has computed the prompt,
+    and this token.
     """
 
     index: int
@@ -97,6 +111,7 @@ class DecodeStep:
     engine_ms: float = 0.0
     prompt_kv: PromptKvReport | None = None
     handed_over: HandedOver | None = None
+    prefilled: RemotePrefill | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +215,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             raise from_status(result.error)
         return codec.decode_ticket(result.response.ticket)
 
-    async def decode(
+    def decode(
         self,
         request: GenerationRequest,
         attempt: int,
@@ -230,7 +245,38 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             wire_dtype=wire_dtype,
         )
         key = ("decode", request.request_id, attempt)
-        async with self._call(key, worker_pb2.DecodeSessionRequest(decode=message), timeout_s, _what(key)) as replies:
+        return self._steps(key, worker_pb2.DecodeSessionRequest(decode=message), timeout_s)
+
+    def routed(
+        self,
+        request: inference_pb2.GenerateRequest,
+        route: inference_pb2.SignedRoute,
+        attempt: int,
+        emitted: Sequence[int],
+        *,
+        timeout_s: float,
+    ) -> Replies:
+        """A whole generation after `emitted`, its prefill included. `async with` gives the mailbox of its replies,
+        which `step_of` reads; the last has finish_reason.
+
+        Errors say in their metadata at which `stage` of it they came: reserve, prefill; else it was decoding.
+        """
+        message = worker_pb2.RoutedRequest(route=route, request=request, emitted_token_ids=pack_int32(emitted))
+        key = ("decode", request.request_id, attempt)
+        return self._call(key, worker_pb2.DecodeSessionRequest(routed=message), timeout_s, _what(key))
+
+    def step_of(self, reply: worker_pb2.DecodeResponse) -> DecodeStep:
+        """Raises what the worker answered; tokens that come with an error are a step of their own before it."""
+        if reply.finish_reason != common_pb2.FINISH_REASON_ERROR:
+            return _decode_step(reply)
+        if reply.HasField("error"):
+            raise from_status(reply.error)
+        raise EngineFailed(f"worker {self._worker_id} failed without saying why")
+
+    async def _steps(
+        self, key: Key, message: worker_pb2.DecodeSessionRequest, timeout_s: float
+    ) -> AsyncGenerator[DecodeStep, None]:
+        async with self._call(key, message, timeout_s, _what(key)) as replies:
             finished = False
             while not finished:
                 reply = await replies.get()
@@ -246,6 +292,12 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
                     if reply.HasField("error")
                     else EngineFailed(f"worker {self._worker_id} failed without saying why")
                 )
+
+    def abandon(self, request_id: str, attempt: int, error: SageError) -> None:
+        """Ends the call that waits for this generation with `error`, and tells the worker."""
+        self._abandon_with(("decode", request_id, attempt), error)
+        cancel = worker_pb2.CancelRequest(request_id=request_id, attempt=attempt, by_client=True)
+        self._send_if_open(worker_pb2.DecodeSessionRequest(cancel=cancel))
 
     def pull_ahead(
         self,
@@ -357,11 +409,17 @@ def _decode_step(response: worker_pb2.DecodeResponse) -> DecodeStep:
         engine_ms=response.engine_ms,
         prompt_kv=_prompt_kv(response.prompt_kv) if response.HasField("prompt_kv") else None,
         handed_over=_handed_over(response.handed_over) if response.HasField("handed_over") else None,
+        prefilled=_remote_prefill(response.prefilled) if response.HasField("prefilled") else None,
     )
 
 
 def _handed_over(message: worker_pb2.HandedOver) -> HandedOver:
     return HandedOver(codec.decode_kv_source(message.source) if message.HasField("source") else None)
+
+
+def _remote_prefill(message: worker_pb2.Prefilled) -> RemotePrefill:
+    outcome = _decode_prefill(message.response)
+    return RemotePrefill(outcome, message.reserve_ms, message.prefill_ms, message.pulling_ahead_blocks)
 
 
 def _prompt_kv(message: worker_pb2.PromptKv) -> PromptKvReport:

@@ -17,15 +17,19 @@ from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
+from sagellm_common.rpc.routes import RouteSigner
 from sagellm_common.rpc.server import Registrar
+from sagellm_common.rpc.sessions import PrefillSession
 from sagellm_common.rpc.store_client import StoreClient
 from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.worker_main import WorkerArgs, make_topology, worker_main
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
+from sagellm_common.rpc.worker_sessions import WorkerSessions
 from services.decode.ahead import PullsAhead
 from services.decode.loop import DecodeLoop
 from services.decode.offload import Offloader
 from services.decode.pull import KvPuller
+from services.decode.routed import RoutedRequests
 from services.decode.servicer import DecodeServicer
 from services.decode.telemetry import ObservedDecode
 
@@ -101,7 +105,15 @@ async def compose(args: WorkerArgs) -> None:
         aheads = PullsAhead(reservations, puller)
         stack.callback(aheads.close)
         loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload, fetch)
-        servicer = DecodeServicer(ObservedDecode(loop, handoffs), config.router.request_timeout_s)
+        prefills = WorkerSessions(PrefillSession, channels, config.rpc.session)
+        stack.push_async_callback(prefills.close)
+        observed = ObservedDecode(loop, handoffs)
+        servicer = DecodeServicer(
+            observed,
+            config.router.request_timeout_s,
+            RoutedRequests(observed, prefills),
+            RouteSigner(config.rpc.route_key),
+        )
         service = Registrar("sagellm.v1.DecodeService", worker_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
         await runtime.run([service], loop.load)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, Self
@@ -11,6 +12,7 @@ from sagellm_common.comm_backend.protocol import TransferResult
 from sagellm_common.core.types import (
     AT_HAND,
     FinishReason,
+    GenerationRequest,
     HandoffTicket,
     KvConversion,
     KvOrigins,
@@ -18,8 +20,10 @@ from sagellm_common.core.types import (
     SamplingParams,
     TokenIds,
     TokenLogprob,
+    WorkerAddress,
     as_token_ids,
 )
+from sagellm_common.rpc.sessions import RemotePrefill
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +72,29 @@ class PullAheadJob:
     priority: int = 0
     wire_dtype: str = ""
     trace_context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutedJob:
+    """A whole generation, brought by its client with a router's route. `prefill` None: it is computed here, too.
+
+    What the prefill worker is asked for is the plan's: `overlap`, `segment_bytes` and `wire_dtype` of the transfer,
+    `chunk_tokens` and `prefill_priority` of the prefill. `first_token_within_s` and `needed_s` are EngineRequest's.
+    """
+
+    request: GenerationRequest
+    attempt: int
+    emitted: TokenIds
+    timeout_s: float
+    prefill: WorkerAddress | None = None
+    priority: int = 0
+    prefill_priority: int = 0
+    chunk_tokens: int = 0
+    overlap: bool | None = None
+    segment_bytes: int = 0
+    wire_dtype: str = ""
+    first_token_within_s: float = math.inf
+    needed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +159,7 @@ class DecodeChunk:
     """Tokens `index, index + 1, …` of one generation, as one engine step gave them.
 
     `engine_ms`, of the last one: what the engine took for all of them. `handed_over`: it is the last one here.
+    `prefilled`: another worker's, that was asked from here.
     """
 
     index: int
@@ -142,6 +170,7 @@ class DecodeChunk:
     prompt_kv: PromptKv | None = None
     engine_ms: float = 0.0
     handed_over: HandedOver | None = None
+    prefilled: RemotePrefill | None = None
 
 
 Emit = Callable[[DecodeChunk], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,24 +14,34 @@ from sagellm_common.comm_backend.wire_dtype import WIRE_DTYPES
 from sagellm_common.core.errors import Cancelled, InvalidRequest, LeaseExpired, SageError
 from sagellm_common.core.types import FinishReason, pack_int32
 from sagellm_common.rpc import codec
-from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2, worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.handoffs import canceller
+from sagellm_common.rpc.interceptors import session_call
+from sagellm_common.rpc.routes import RouteSigner, decode_address, parse_route
 from sagellm_common.rpc.session_writer import SessionWriter
+from sagellm_common.rpc.sessions import RemotePrefill
 from sagellm_common.rpc.status import to_status
-from services.decode.jobs import Decode, DecodeChunk, DecodeJob, PullAheadJob, ReserveJob
+from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob, RoutedJob
+from services.decode.routed import RoutedRequests
 
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Writer = SessionWriter[worker_pb2.DecodeSessionResponse]
 
+SERVICE = "sagellm.v1.DecodeService"
+
+_KINDS = plan_pb2.PLAN_NODE_KIND_PREFILL, plan_pb2.PLAN_NODE_KIND_TRANSFER, plan_pb2.PLAN_NODE_KIND_DECODE
+
 
 class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
-    """`default_timeout_s` is for callers that send no timeout_ms."""
+    """`default_timeout_s` is for callers that send no timeout_ms. Routed requests must come with routes of `signer`."""
 
-    def __init__(self, decode: Decode, default_timeout_s: float) -> None:
+    def __init__(self, decode: Decode, default_timeout_s: float, routed: RoutedRequests, signer: RouteSigner) -> None:
         self._decode = decode
         self._default_timeout_s = default_timeout_s
+        self._routed = routed
+        self._signer = signer
 
     async def Reserve(self, request: worker_pb2.ReserveRequest, context: Context) -> worker_pb2.ReserveResponse:
         return self._reserve(request)
@@ -63,7 +74,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         writer = Writer(worker_pb2.DecodeSessionResponse, write)
         job = self._job(request)
         async with writer.serving():
-            await self._decode.decode(job, lambda chunk: encode_chunk(writer.message.outputs.add(), job, chunk))
+            await self._decode.decode(job, _emitter(job, writer))
 
     async def Session(self, requests: AsyncIterator[worker_pb2.DecodeSessionRequest], context: Context) -> None:
         """Each generation runs in a task of the session: the stream's end, however it comes, cancels the unfinished.
@@ -81,9 +92,12 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                         self._pull_ahead(message.pull_ahead)
                     case "decode":
                         running.create_task(self._generate(message.decode, writer))
+                    case "routed":
+                        running.create_task(self._generate_routed(message.routed, writer))
                     case "cancel":
                         cancel = message.cancel
                         self._decode.cancel(cancel.request_id, cancel.attempt, canceller(cancel))
+                        self._routed.cancel(cancel.request_id, cancel.attempt, canceller(cancel))
                     case "hand_over":
                         self._decode.hand_over(message.hand_over.request_id, message.hand_over.attempt)
                     case "release":
@@ -97,7 +111,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         end = worker_pb2.DecodeResponse(request_id=request.request_id, attempt=request.attempt)
         try:
             job = self._job(request)
-            await self._decode.decode(job, lambda chunk: encode_chunk(writer.message.outputs.add(), job, chunk))
+            await self._decode.decode(job, _emitter(job, writer))
             return
         except Cancelled:
             end.finish_reason = codec.encode_finish_reason(FinishReason.CANCELLED)
@@ -109,6 +123,44 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             end.finish_reason = codec.encode_finish_reason(FinishReason.ERROR)
             end.error.CopyFrom(to_status(err))
         writer.message.outputs.append(end)
+
+    async def _generate_routed(self, message: worker_pb2.RoutedRequest, writer: Writer) -> None:
+        """Whoever ended it, its client is told by an error: a cancellation says in its metadata by whom."""
+        request, route = message.request, inference_pb2.Route()
+
+        def refuse(err: SageError) -> None:
+            end = writer.message.outputs.add(request_id=request.request_id, attempt=route.attempt, error=to_status(err))
+            end.finish_reason = codec.encode_finish_reason(FinishReason.ERROR)
+
+        def emit(chunk: DecodeChunk) -> None:
+            encode_chunk(writer.message.outputs.add(), request.request_id, route.attempt, chunk)
+            if chunk.prefilled is not None:
+                writer.flush()
+
+        with session_call(SERVICE, "Routed", request.request_id, request.trace_context, refuse):
+            route = parse_route(message.route)
+            self._signer.check(message.route, route, request)
+            await self._routed.run(self._routed_job(message, route), emit)
+
+    def _routed_job(self, message: worker_pb2.RoutedRequest, route: inference_pb2.Route) -> RoutedJob:
+        nodes = {node.kind: node for node in route.plan.nodes}
+        prefill, transfer, decode = (nodes.get(kind) for kind in _KINDS)
+        within_s = route.first_token_within_ms / 1e3 if route.HasField("first_token_within_ms") else math.inf
+        return RoutedJob(
+            request=codec.decode_generation_request(message.request),
+            attempt=route.attempt,
+            emitted=codec.decode_token_ids(message.emitted_token_ids, "emitted_token_ids"),
+            timeout_s=self._timeout_s(message.request.timeout_ms),
+            prefill=decode_address(route.prefill, "route.prefill") if route.HasField("prefill") else None,
+            priority=decode.priority if decode else 0,
+            prefill_priority=prefill.priority if prefill else 0,
+            chunk_tokens=prefill.chunk_tokens if prefill else 0,
+            overlap=transfer.overlap if transfer and transfer.HasField("overlap") else None,
+            segment_bytes=transfer.segment_bytes if transfer else 0,
+            wire_dtype=_wire_dtype(transfer.wire_dtype if transfer else ""),
+            first_token_within_s=within_s,
+            needed_s=route.needed_ms / 1e3,
+        )
 
     def _reserve_result(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveResult:
         result = worker_pb2.ReserveResult(request_id=request.request_id, attempt=request.attempt)
@@ -175,6 +227,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         )
 
 
+def _emitter(job: DecodeJob, writer: Writer) -> Emit:
+    return lambda chunk: encode_chunk(writer.message.outputs.add(), job.request_id, job.attempt, chunk)
+
+
 def _wire_dtype(name: str) -> str:
     if name and name not in WIRE_DTYPES:
         raise InvalidRequest(f"wire_dtype is {name!r}, but must be empty or one of {', '.join(WIRE_DTYPES)}")
@@ -187,10 +243,10 @@ def _request_id(request_id: str) -> str:
     return request_id
 
 
-def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: DecodeChunk) -> None:
+def encode_chunk(response: worker_pb2.DecodeResponse, request_id: str, attempt: int, chunk: DecodeChunk) -> None:
     """Into `response`, in place: this is on the path of every token, and most fields are at their defaults."""
-    response.request_id = job.request_id
-    response.attempt = job.attempt
+    response.request_id = request_id
+    response.attempt = attempt
     response.index = chunk.index
     response.token_ids = pack_int32(chunk.token_ids)
     if chunk.logprobs:
@@ -221,3 +277,17 @@ def encode_chunk(response: worker_pb2.DecodeResponse, job: DecodeJob, chunk: Dec
         response.transfer.why = chunk.transfer.why
         if chunk.transfer.conversion is not None:
             response.transfer.conversion.CopyFrom(codec.encode_conversion(chunk.transfer.conversion))
+    if chunk.prefilled is not None:
+        _encode_prefilled(response.prefilled, chunk.prefilled)
+
+
+def _encode_prefilled(message: worker_pb2.Prefilled, prefilled: RemotePrefill) -> None:
+    outcome = prefilled.outcome
+    message.reserve_ms = prefilled.reserve_ms
+    message.prefill_ms = prefilled.prefill_ms
+    message.pulling_ahead_blocks = prefilled.pulling_ahead_blocks
+    for name in ("cached_tokens", "store_tokens", "queue_ms", "compute_ms", "store_fetch_ms", "engine_ms"):
+        setattr(message.response, name, getattr(outcome, name))
+    message.response.origins.CopyFrom(codec.encode_origins(outcome.origins))
+    if outcome.store_conversion is not None:
+        message.response.store_conversion.CopyFrom(codec.encode_conversion(outcome.store_conversion))

@@ -36,7 +36,7 @@ async def serve(config: Config, port: int, router_address: str) -> None:
         process.started()
         print(json.dumps(ready), flush=True)
 
-    async with RouterClient(router_address, session=config.rpc.session) as router:
+    async with RouterClient(router_address, session=config.rpc.session, tokens=config.rpc.tokens) as router:
         models = ModelDirectory(router, model_path=config.model.path or None)
         app = Gateway(config.gateway, router, models, timeout_s=config.router.request_timeout_s)
         server = HttpServer(app, config.cluster.host, port, grace_s=_GRACE_S, on_ready=on_ready)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one setting")
     parser.add_argument("--port", type=int, help="HTTP; 0 is ephemeral; default: from cluster.port_base")
-    parser.add_argument("--router", default="", metavar="HOST:PORT", help="default: router.address")
+    parser.add_argument("--router", default="", metavar="HOST:PORT,…", help="default: router.address")
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, os.environ, args.set)

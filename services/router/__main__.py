@@ -31,6 +31,7 @@ from sagellm_common.core.topology import TopologyStore
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2_grpc, topology_pb2_grpc
+from sagellm_common.rpc.routes import RouteSigner
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.topology_service import TopologyServicer
 from sagellm_common.scheduler_ir.cost_model import CostModel
@@ -42,6 +43,7 @@ from services.router.explain import ExplainLog
 from services.router.moves import Moves
 from services.router.observed import ObservedPipeline, RouterMetrics
 from services.router.pipeline import Pipeline
+from services.router.routes import Routes
 from services.router.servicer import InferenceServicer, explain_plan
 from services.router.transfers import TransferPlanner
 from services.router.workers import Workers
@@ -104,21 +106,20 @@ async def serving(
         workers = Workers(topology, channels, config.rpc.session, cached_blocks, on_steps)
         stack.push_async_callback(workers.close)
         moves = Moves(workers)
-        pipeline = ObservedPipeline(
-            Pipeline(
-                config.router,
-                workers,
-                make_strategy(config.router.strategy, costs),
-                explain,
-                SystemClock(),
-                random.Random(),
-                TransferPlanner(config.transport, workers.cost),
-                learner,
-                moves,
-            ),
-            metrics,
+        inner = Pipeline(
+            config.router,
+            workers,
+            make_strategy(config.router.strategy, costs),
+            explain,
+            SystemClock(),
+            random.Random(),
+            TransferPlanner(config.transport, workers.cost),
+            learner,
+            moves,
         )
-        inference = InferenceServicer(pipeline, workers, explain, config.router.request_timeout_s)
+        pipeline = ObservedPipeline(inner, metrics)
+        routes = Routes(inner, RouteSigner(config.rpc.route_key), metrics) if config.rpc.tokens == "direct" else None
+        inference = InferenceServicer(pipeline, workers, explain, config.router.request_timeout_s, routes)
         known = TopologyServicer(topology, channels, workers.status, partial(explain_plan, explain))
         server = GrpcServer(
             f"{config.cluster.host}:{port}",

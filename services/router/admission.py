@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,12 +15,14 @@ MAX_REQUEST_ID_CHARS = 256
 """Ids outlive their requests in logs and explanations."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slot:
-    """One request's place. `cancelled` is set by CancelGeneration, after its calls were cancelled."""
+    """One request's place. `cancelled` is set by CancelGeneration, after its calls were cancelled; then `on_cancel` is
+    called."""
 
     calls: OpenCalls
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    on_cancel: Callable[[], None] = lambda: None
 
 
 class Admission:
@@ -69,6 +71,7 @@ class Admission:
             return False
         slot.calls.cancel()
         slot.cancelled.set()
+        slot.on_cancel()
         return True
 
     async def drain(self) -> None:

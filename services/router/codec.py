@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2, topology_pb2
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNodeKind
-from services.router.explain import Explanation
+from services.router.explain import Explanation, PlanEvent
 
 _KINDS = {
     PlanNodeKind.LOOKUP: plan_pb2.PLAN_NODE_KIND_LOOKUP,
@@ -46,9 +48,11 @@ def encode_explanation(explanation: Explanation) -> topology_pb2.ExplainPlanResp
     return topology_pb2.ExplainPlanResponse(
         plan=encode_plan(explanation.plan) if explanation.plan else None,
         events=[
-            topology_pb2.PlanEvent(
-                stage=event.stage, at_ms=event.at_ms, duration_ms=event.duration_ms, detail=event.detail
-            )
-            for event in explanation.events
+            plan_pb2.PlanEvent(stage=event.stage, at_ms=event.at_ms, duration_ms=event.duration_ms, detail=event.detail)
+            for event in (*explanation.events, *explanation.told())
         ],
     )
+
+
+def decode_events(messages: Iterable[plan_pb2.PlanEvent]) -> list[PlanEvent]:
+    return [PlanEvent(event.stage, event.at_ms, event.duration_ms, event.detail) for event in messages]

@@ -15,9 +15,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.step_costs import StepCost
-from sagellm_common.rpc.sessions import PrefillOutcome, TransferReport
+from sagellm_common.rpc.sessions import TransferReport
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.ir_types import PlanNode
+from services.router.held import PromptComputed
 from services.router.load import Sent
 from services.router.workers import WorkerLink
 
@@ -75,7 +76,7 @@ class CostLearner:
             if self._due("prefill" if step.prompts else "decode", now_s):
                 self.costs.observe_step(step)
 
-    def prefilled(self, link: WorkerLink, prompt_tokens: int, outcome: PrefillOutcome) -> None:
+    def prefilled(self, link: WorkerLink, prompt_tokens: int, outcome: PromptComputed) -> None:
         """Call it when the prompt is no longer counted in the worker's load."""
         if link in self._telling:
             return
@@ -115,6 +116,15 @@ class CostLearner:
         if now_s - window.began_s >= STEPS_S:
             self._learn_decode(window, now_s)
             self._steps[link] = _Steps(sent, now_s, now_s)
+
+    def decoded(self, link: WorkerLink, sent: Sent, num_tokens: int, tpot_s: float) -> None:
+        """A sequence of which only its end was heard: its steps, taken as of its mean length, and of the load now."""
+        steps, now_s = num_tokens - 1, self._clock.now()
+        if link in self._telling or steps < STEPS or tpot_s <= 0 or not self._due("decode", now_s):
+            return
+        others = max(0, link.work.sequences - 1)
+        context_tokens = sent.context_tokens + num_tokens // 2 + max(0, link.work.context_tokens - sent.context_tokens)
+        self.costs.observe_decode(1 + others, context_tokens, tpot_s)
 
     def transferred(self, source_id: str, target_id: str, transfer: TransferReport) -> None:
         if transfer.bytes and transfer.transfer_ms > 0 and self._due("transfer", self._clock.now()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sagellm_common.core.errors import InvalidRequest
@@ -28,10 +29,12 @@ class Explanation:
     request_id: str
     plan: ExecutionPlan | None = None
     events: list[PlanEvent] = field(default_factory=list)
+    told: Callable[[], Sequence[PlanEvent]] = tuple
+    """What a client that went to the workers itself has told at the end."""
 
-    def add(self, event: PlanEvent) -> None:
+    def add(self, stage: str, at_ms: float, duration_ms: float, detail: str = "") -> None:
         if len(self.events) < MAX_EVENTS:
-            self.events.append(event)
+            self.events.append(PlanEvent(stage, at_ms, duration_ms, detail))
 
 
 class ExplainLog:

@@ -10,7 +10,7 @@ from typing import Protocol
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from sagellm_common.core.errors import SageError
-from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, GenerationSummary
+from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -27,6 +27,27 @@ class Generates(Protocol):
 
     @property
     def in_flight(self) -> int: ...
+
+
+class Summary(Protocol):
+    """Of `GenerationSummary`, here or on the wire, what is counted."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def kv_bytes_transferred(self) -> int: ...
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def queue_ms(self) -> float: ...
+    @property
+    def ttft_ms(self) -> float: ...
+    @property
+    def tpot_ms(self) -> float: ...
 
 
 class RouterMetrics:
@@ -53,7 +74,11 @@ class RouterMetrics:
         self.retries = Counter("sagellm_router_retries", "Attempts after a failed one", registry=registry)
         self.in_flight = Gauge("sagellm_router_in_flight_requests", "Requests in flight", registry=registry)
 
-    def record(self, summary: GenerationSummary) -> None:
+    def counted(self, code: str) -> None:
+        """A request has ended."""
+        self.requests.labels(code).inc()
+
+    def record(self, summary: Summary) -> None:
         self.prompt_tokens.inc(summary.prompt_tokens)
         self.tokens.inc(summary.completion_tokens)
         self.kv_hit_tokens.inc(summary.cached_tokens)
@@ -103,4 +128,4 @@ class ObservedPipeline:
             code = code if code == "OK" else "CANCELLED"
             raise
         finally:
-            self._metrics.requests.labels(code).inc()
+            self._metrics.counted(code)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -27,16 +28,18 @@ from sagellm_common.core.types import (
     HandoffTicket,
     KvSource,
     ModelInfo,
+    WorkerAddress,
 )
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import packed_block_hashes, root_hash
-from sagellm_common.rpc.sessions import DecodeStep
+from sagellm_common.rpc.sessions import DecodeStep, TransferReport
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from sagellm_common.scheduler_ir.strategies import Strategy
 from services.router.admission import Admission, Slot
 from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
 from services.router.generation import Generation
+from services.router.held import Ended, Held, PromptComputed
 from services.router.load import Sent
 from services.router.moves import Move, Moved, Moves
 from services.router.placing import place, sent_of, ttft_target_s
@@ -235,7 +238,7 @@ class Pipeline:
         overlap = transfer.overlap if transfer else None
 
         def pull_ahead(source: KvSource) -> None:
-            generation.pulling_ahead(routed.decode, source)
+            generation.pulling_ahead(routed.decode.worker_id, source.worker_id, len(source.block_table))
             routed.decode.decode.pull_ahead(
                 admitted.request.request_id,
                 generation.attempts,
@@ -311,6 +314,93 @@ class Pipeline:
             self._learner.transferred(source.worker.worker_id, link.worker_id, step.transfer)
         if step.token_ids:
             self._learner.stepped(link, sent, len(step.token_ids))
+
+    # ---- for clients that go to the workers themselves, see `routes` ----
+
+    def hold(self, request: GenerationRequest, timeout_s: float | None) -> Held:
+        """A place among the requests in flight; the caller releases it. Raises QueueFull, Draining, InvalidRequest."""
+        deadline = self._deadline(timeout_s)
+        with ExitStack() as place:
+            slot = place.enter_context(self._admission.admit(request.request_id))
+            generation = Generation(request, self._clock, self._explain.begin(request.request_id))
+            held = Held(request, deadline, slot, generation, Retry(self._config.max_attempts))
+            held.place = place.pop_all()
+        return held
+
+    def plan_now(self, held: Held) -> Routed:
+        """The first attempt. Raises InvalidRequest, ContextTooLong, UnknownModel, and NoWorker, after which
+        `plan_when_possible` goes on."""
+        generation = held.generation
+        generation.attempts += 1
+        with generation.stage("admit"):
+            model = self._model(held.request.model)
+            validate_request(held.request, model)
+            held.admitted = Admitted(held.request, model, held.deadline)
+        return self._plan(held, held.admitted)
+
+    async def plan_when_possible(self, held: Held) -> Routed:
+        """Waits a little for workers. Raises as `plan_now`."""
+        generation, slot = held.generation, held.slot
+        if held.admitted is None:
+            with generation.stage("admit"):
+                held.admitted = await self._admit(held.request, held.deadline, slot)
+        admitted = held.admitted
+        grace_s = self._config.resume_grace_s if generation.attempts > 1 else self._config.worker_grace_s
+        return await self._with_grace(lambda: self._plan(held, admitted), grace_s, held.deadline, slot)
+
+    async def before_replan(self, held: Held, error: SageError) -> None:
+        """Gives back what the failed attempt counted for, and waits a little. Raises `error` when it was the last
+        attempt."""
+        held.end_attempt()
+        if held.admitted is None:  # by another router
+            held.admitted = await self._admit(held.request, held.deadline, held.slot)
+        await self._before_retry(error, held.admitted, held.generation, held.retry, held.slot)
+
+    def _plan(self, held: Held, admitted: Admitted) -> Routed:
+        generation = held.generation
+        with generation.stage("match"):
+            matched = self._match(admitted)
+        with generation.stage("plan"):
+            links = held.retry.preferred(self._workers.usable(admitted.model))
+            routed = place(admitted, matched, generation, links, self._strategy, self._transfers, self._config)
+        generation.explanation.plan = routed.plan
+        held.begin(admitted, routed)
+        return routed
+
+    def needed_ms(self, routed: Routed) -> float:
+        """What the planned prefill is expected to take; 0: not known, or there is none."""
+        compute = routed.plan.node(PlanNodeKind.PREFILL)
+        return self._learner.needed_s(compute) * 1e3 if self._learner and compute is not None else 0.0
+
+    def first_token_within_ms(self, held: Held) -> float | None:
+        """What is left until the first token is late; None: there is no target."""
+        target_s = ttft_target_s(self._config)
+        return None if math.isinf(target_s) else (target_s - held.generation.age_s) * 1e3
+
+    def worker(self, named: WorkerAddress) -> WorkerLink | None:
+        return self._workers.find(named.worker_id, named.incarnation)
+
+    def hear_first_token(self, held: Held, told: PromptComputed) -> None:
+        routed = held.routed
+        if routed is None or routed.prefill is None or held.sent is None:
+            return
+        held.prefilled()
+        num_tokens = len(held.request.prompt_token_ids)
+        self._transfers.observe(routed.prefill.worker_id, num_tokens - told.cached_tokens, told.compute_ms / 1e3)
+        if routed.expected_s:
+            held.generation.compare(routed.expected_s, held.planned_s)
+        if self._learner:
+            self._learner.prefilled(routed.prefill, num_tokens, told)
+
+    def hear_end(self, held: Held, told: Ended, *, well: bool) -> None:
+        """Gives back what it counts for."""
+        routed = held.routed
+        if self._learner and routed is not None and held.sent is not None:
+            if routed.prefill is not None:
+                transfer = TransferReport(told.kv_bytes_transferred, told.transfer_ms, 0, 0, "")
+                self._learner.transferred(routed.prefill.worker_id, routed.decode.worker_id, transfer)
+            self._learner.decoded(routed.decode, held.sent, told.completion_tokens, told.tpot_ms / 1e3)
+        held.release(well=well)
 
     # ---- when a worker fails, or is not there ----
 

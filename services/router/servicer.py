@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -20,6 +21,7 @@ from sagellm_common.rpc.status import to_status
 from services.router.codec import encode_explanation, encode_plan
 from services.router.explain import ExplainLog
 from services.router.observed import Generates
+from services.router.routes import Routes
 from services.router.workers import Workers
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -32,13 +34,21 @@ SLOW_READER_S = 5.0
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """`request_timeout_s` bounds clients that set no deadline."""
+    """`request_timeout_s` bounds clients that set no deadline. Without `routes` all tokens are relayed."""
 
-    def __init__(self, pipeline: Generates, workers: Workers, explain: ExplainLog, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        pipeline: Generates,
+        workers: Workers,
+        explain: ExplainLog,
+        request_timeout_s: float,
+        routes: Routes | None = None,
+    ) -> None:
         self._pipeline = pipeline
         self._workers = workers
         self._explain = explain
         self._request_timeout_s = request_timeout_s
+        self._routes = routes
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         asked = codec.decode_generation_request(request, current_carrier())
@@ -58,15 +68,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         writer = Writer.of(inference_pb2.InferenceSessionResponse, context)
         running: dict[int, asyncio.Task[None]] = {}
         async with writer.serving() as tasks:
-            async for message in requests:
-                call_id = message.call_id
-                if message.HasField("generate"):
-                    if call_id in running:
-                        raise InvalidRequest(f"call_id {call_id} is in use; give each generation a new one")
-                    running[call_id] = task = tasks.create_task(self._generate(call_id, message.generate, writer))
-                    task.add_done_callback(lambda _, call_id=call_id: running.pop(call_id))  # type: ignore[misc]
-                elif message.HasField("leave") and call_id in running:
-                    running[call_id].cancel()
+            routes = self._routes.session(writer, tasks) if self._routes is not None else None
+
+            def relay(call_id: int, request: inference_pb2.GenerateRequest) -> None:
+                if call_id in running or (routes is not None and call_id in routes):
+                    raise InvalidRequest(f"call_id {call_id} is in use; give each generation a new one")
+                running[call_id] = task = tasks.create_task(self._generate(call_id, request, writer))
+                task.add_done_callback(lambda _: running.pop(call_id))
+
+            with contextlib.closing(routes) if routes is not None else contextlib.nullcontext():
+                async for message in requests:
+                    call_id = message.call_id
+                    match message.WhichOneof("op"):
+                        case "generate":
+                            relay(call_id, message.generate)
+                        case "plan" if routes is not None:
+                            routes.plan(call_id, message.plan)
+                        case "plan" if not message.plan.emitted_token_ids:
+                            relay(call_id, message.plan.request)
+                        case "plan":
+                            writer.message.results.add(call_id=call_id, error=to_status(_begun_elsewhere()))
+                        case "progress" if routes is not None:
+                            routes.progress(call_id, message.progress)
+                        case "leave" if call_id in running:
+                            running[call_id].cancel()
+                        case "leave" if routes is not None:
+                            routes.leave(call_id)
 
     async def _generate(self, call_id: int, request: inference_pb2.GenerateRequest, writer: Writer) -> None:
         def refuse(err: SageError) -> None:
@@ -100,6 +127,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.ListModelsResponse(
             models=[codec.encode_model_info(models[name]) for name in sorted(models)]
         )
+
+
+def _begun_elsewhere() -> SageError:
+    return InvalidRequest(
+        "this router relays all tokens and cannot go on with a generation that another one began; set rpc.tokens alike "
+        "on all of them",
+        metadata={"field": "plan.emitted_token_ids"},
+    )
 
 
 async def explain_plan(log: ExplainLog, request_id: str) -> topology_pb2.ExplainPlanResponse:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 from prometheus_client import CollectorRegistry
 
+from sagellm_common.client.router import Tokens
 from sagellm_common.core.config import Config, RouterConfig, RpcConfig
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationSummary, SamplingParams, pack_int32
@@ -152,10 +153,12 @@ class RouterHarness:
 
 
 @asynccontextmanager
-async def router_harness(carried_by: Choice = "auto", **router: Any) -> AsyncIterator[RouterHarness]:
+async def router_harness(
+    carried_by: Choice = "auto", tokens: Tokens = "relayed", route_key: str = "", **router: Any
+) -> AsyncIterator[RouterHarness]:
     """`carried_by` is for the router's sessions."""
     config = Config(
-        rpc=RpcConfig(session=carried_by),
+        rpc=RpcConfig(session=carried_by, tokens=tokens, route_key=route_key),
         router=RouterConfig(**({"worker_grace_s": 0.5, "resume_grace_s": 0.5} | router)),
     )
     topology, registry = EmbeddedTopology(), CollectorRegistry()

@@ -181,7 +181,7 @@ class ScriptedRouter:
         plan = plan_pb2.ExecutionPlan(
             plan_id="p", request_id=message.request_id, strategy="fifo", nodes=[node], reason="only one"
         )
-        event = topology_pb2.PlanEvent(stage="admit", at_ms=0.5, duration_ms=0.25, detail="ok")
+        event = plan_pb2.PlanEvent(stage="admit", at_ms=0.5, duration_ms=0.25, detail="ok")
         return topology_pb2.ExplainPlanResponse(plan=plan, events=[event])
 
 

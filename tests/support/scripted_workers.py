@@ -33,9 +33,13 @@ from sagellm_common.core.types import (
     unpack_int32,
 )
 from sagellm_common.rpc import codec
-from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.channels import ChannelPool
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, inference_pb2, worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.routes import decode_address, parse_route
 from sagellm_common.rpc.server import GrpcServer, Registrar
-from sagellm_common.rpc.status import to_status
+from sagellm_common.rpc.sessions import PrefillSession
+from sagellm_common.rpc.status import from_status, to_status
+from sagellm_common.rpc.worker_sessions import WorkerSessions
 
 LAYOUT = KvLayout(
     model_fingerprint="scripted",
@@ -358,10 +362,16 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
         self.ended_by_client: set[bool] = set()
         """What releases and cancellations said."""
         self.pulling_ahead: list[worker_pb2.PullAheadRequest] = []
+        self.routed: list[inference_pb2.Route] = []
+        self.prefill_sessions = WorkerSessions(PrefillSession, ChannelPool(), "auto")
         self.lease_ttl_ms = 30_000
         self.running: set[Attempt] = set()
         self.requests: list[worker_pb2.DecodeRequest] = []
         self.index_error = 0
+
+    async def stop(self) -> None:
+        await self.prefill_sessions.close()
+        await super().stop()
 
     @property
     def used_blocks(self) -> int:
@@ -377,7 +387,7 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
         async def handle(message: worker_pb2.DecodeSessionRequest) -> None:
             operation = message.WhichOneof("op")
             request = getattr(message, operation)
-            attempt = (request.request_id, request.attempt)
+            attempt = (request.request_id, request.attempt) if operation != "routed" else ("", 0)
             if operation == "reserve":
                 await write(worker_pb2.DecodeSessionResponse(reservations=[await self._reserve(request)]))
             elif operation == "release":
@@ -393,6 +403,10 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
                 self.cancelled.append(attempt)
                 if attempt in jobs:
                     jobs[attempt].cancel()
+            elif operation == "routed":
+                route = parse_route(request.route)
+                jobs[route.request_id, route.attempt] = asyncio.current_task()  # type: ignore[assignment]
+                await self._routed(request, route, write)
             else:
                 jobs[attempt] = asyncio.current_task()  # type: ignore[assignment]
                 self.running.add(attempt)
@@ -423,6 +437,51 @@ class ScriptedDecode(ScriptedWorker, worker_pb2_grpc.DecodeServiceServicer):
         )
         result.response.ticket.CopyFrom(codec.encode_ticket(ticket))
         return result
+
+    async def _routed(self, message: worker_pb2.RoutedRequest, route: inference_pb2.Route, write: Write) -> None:
+        """As a real one: reserved here, prefilled there, decoded here. What it holds ends with its task."""
+        self.routed.append(route)
+        request, attempt = message.request, (route.request_id, route.attempt)
+        decoding = worker_pb2.DecodeRequest(
+            request_id=route.request_id,
+            attempt=route.attempt,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            emitted_token_ids=message.emitted_token_ids,
+        )
+        output = worker_pb2.DecodeResponse(request_id=route.request_id, attempt=route.attempt)
+        stage = "decode"
+        self.running.add(attempt)
+        session: PrefillSession | None = None
+        try:
+            if route.HasField("prefill"):
+                stage = "reserve"
+                reserved = await self._reserve(worker_pb2.ReserveRequest(request_id=attempt[0], attempt=attempt[1]))
+                if reserved.HasField("error"):
+                    raise from_status(reserved.error)
+                stage, session = "prefill", self.prefill_sessions.get(decode_address(route.prefill, "prefill"))
+                asked, ticket = codec.decode_generation_request(request), codec.decode_ticket(reserved.response.ticket)
+                outcome = await session.prefill(asked, route.attempt, ticket, timeout_s=10.0)
+                output.token_ids = pack_int32(outcome.token_ids)
+                output.finish_reason = codec.encode_finish_reason(outcome.finish_reason)
+                output.prefilled.response.compute_ms = outcome.compute_ms
+                await write(worker_pb2.DecodeSessionResponse(outputs=[output]))
+                if outcome.source is None:
+                    return
+                decoding.emitted_token_ids = pack_int32(outcome.token_ids)
+                decoding.source.CopyFrom(codec.encode_kv_source(outcome.source))
+            session = None
+            await self._decode(decoding, write)
+        except SageError as err:
+            err.metadata.setdefault("stage", stage)
+            output.finish_reason = common_pb2.FINISH_REASON_ERROR
+            output.error.CopyFrom(to_status(err))
+            await write(worker_pb2.DecodeSessionResponse(outputs=[output]))
+        finally:
+            self.running.discard(attempt)
+            self.reservations.discard(attempt)
+            if session is not None:
+                session.cancel(*attempt)
 
     async def _decode(self, request: worker_pb2.DecodeRequest, write: Write) -> None:
         self.requests.append(request)

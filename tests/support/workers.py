@@ -36,6 +36,7 @@ from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import CALL_TIMEOUT_S, KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
 from sagellm_common.rpc.peer_fetch import PeerFetch
+from sagellm_common.rpc.routes import RouteSigner
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcome, PrefillSession
 from sagellm_common.rpc.store_client import StoreClient
@@ -43,10 +44,12 @@ from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.topology_client import RemoteTopology
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from sagellm_common.rpc.worker_service import Load
+from sagellm_common.rpc.worker_sessions import WorkerSessions
 from services.decode.ahead import PullsAhead
 from services.decode.loop import DecodeLoop
 from services.decode.offload import Offloader
 from services.decode.pull import KvPuller
+from services.decode.routed import RoutedRequests
 from services.decode.servicer import DecodeServicer
 from services.decode.telemetry import ObservedDecode
 from services.prefill.attempts import IdempotentPrefill
@@ -241,10 +244,13 @@ async def worker(
             )
             stack.callback(aheads.close)
             loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload, fetch)
+            observed = ObservedDecode(loop, handoffs)
+            prefills = WorkerSessions(PrefillSession, channels, "auto")
+            stack.push_async_callback(prefills.close)
             service = Registrar(
                 "sagellm.v1.DecodeService",
                 worker_pb2_grpc.add_DecodeServiceServicer_to_server,
-                DecodeServicer(ObservedDecode(loop, handoffs), 60.0),
+                DecodeServicer(observed, 60.0, RoutedRequests(observed, prefills), RouteSigner("")),
             )
         stack.push_async_callback(runtime.close)
         await runtime.start([service], loop.load)

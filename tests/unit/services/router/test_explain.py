@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sagellm_common.core.errors import InvalidRequest
-from services.router.explain import MAX_EVENTS, ExplainLog, PlanEvent
+from services.router.explain import MAX_EVENTS, ExplainLog
 
 
 def test_only_the_latest_requests_are_kept() -> None:
@@ -17,12 +17,12 @@ def test_only_the_latest_requests_are_kept() -> None:
 
 def test_an_id_that_comes_again_starts_afresh() -> None:
     log = ExplainLog()
-    log.begin("a").add(PlanEvent("admit", 0.0, 1.0))
+    log.begin("a").add("admit", 0.0, 1.0)
     assert log.begin("a").events == []
 
 
 def test_events_are_bounded() -> None:
     explanation = ExplainLog().begin("a")
     for _ in range(2 * MAX_EVENTS):
-        explanation.add(PlanEvent("reserve", 0.0, 1.0))
+        explanation.add("reserve", 0.0, 1.0)
     assert len(explanation.events) == MAX_EVENTS

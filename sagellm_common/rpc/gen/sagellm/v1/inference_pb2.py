@@ -27,7 +27,7 @@ from sagellm_common.rpc.gen.sagellm.v1 import common_pb2 as sagellm_dot_v1_dot_c
 from sagellm_common.rpc.gen.sagellm.v1 import plan_pb2 as sagellm_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asagellm/v1/inference.proto\x12\nsagellm.v1\x1a\x17google/rpc/status.proto\x1a\x17sagellm/v1/common.proto\x1a\x15sagellm/v1/plan.proto\"\xc1\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.sagellm.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x12\n\ntimeout_ms\x18\x08 \x01(\x03\x12\x44\n\rtrace_context\x18\t \x03(\x0b\x32-.sagellm.v1.GenerateRequest.TraceContextEntry\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8c\x01\n\x17InferenceSessionRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x03\x12/\n\x08generate\x18\x02 \x01(\x0b\x32\x1b.sagellm.v1.GenerateRequestH\x00\x12)\n\x05leave\x18\x03 \x01(\x0b\x32\x18.sagellm.v1.LeaveRequestH\x00\x42\x04\n\x02op\"\x0e\n\x0cLeaveRequest\"G\n\x18InferenceSessionResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.sagellm.v1.GenerateResult\"\x81\x01\n\x0eGenerateResult\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x03\x12.\n\x06output\x18\x02 \x01(\x0b\x32\x1c.sagellm.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"\xd6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.sagellm.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.sagellm.v1.FinishReason\x12.\n\x07summary\x18\x06 \x01(\x0b\x32\x1d.sagellm.v1.GenerationSummary\"\xcd\x05\n\x11GenerationSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x14\n\x0cstore_tokens\x18\x04 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x06 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x07 \x01(\x03\x12\x10\n\x08queue_ms\x18\x08 \x01(\x01\x12\x12\n\nreserve_ms\x18\t \x01(\x01\x12\x12\n\nprefill_ms\x18\n \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x0b \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x0c \x01(\x01\x12\x0f\n\x07tpot_ms\x18\r \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x0e \x01(\x05\x12\'\n\x04plan\x18\x0f \x01(\x0b\x32\x19.sagellm.v1.ExecutionPlan\x12\x11\n\ttransport\x18\x10 \x01(\t\x12\x1a\n\x12prefill_compute_ms\x18\x11 \x01(\x01\x12\x16\n\x0estore_fetch_ms\x18\x12 \x01(\x01\x12\x16\n\x0ekv_bytes_ahead\x18\x13 \x01(\x03\x12\x1b\n\x13transfer_exposed_ms\x18\x14 \x01(\x01\x12/\n\rkv_conversion\x18\x15 \x01(\x0b\x32\x18.sagellm.v1.KvConversion\x12\x19\n\x11prefill_engine_ms\x18\x16 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_engine_ms\x18\x17 \x01(\x01\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\x18 \x01(\x05\x12\x32\n\x10store_conversion\x18\x19 \x01(\x0b\x32\x18.sagellm.v1.KvConversion\x12&\n\x07origins\x18\x1a \x01(\x0b\x32\x15.sagellm.v1.KvOrigins\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\x18\x43\x61ncelGenerationResponse\"\x13\n\x11ListModelsRequest\"\x83\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x1d\n\x15\x63ontext_length_tokens\x18\x03 \x01(\x05\x12\'\n\tkv_layout\x18\x04 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.sagellm.v1.ModelInfo2\xe1\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.sagellm.v1.GenerateRequest\x1a\x1c.sagellm.v1.GenerateResponse0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.sagellm.v1.CancelGenerationRequest\x1a$.sagellm.v1.CancelGenerationResponse\x12K\n\nListModels\x12\x1d.sagellm.v1.ListModelsRequest\x1a\x1e.sagellm.v1.ListModelsResponse\x12X\n\x07Session\x12#.sagellm.v1.InferenceSessionRequest\x1a$.sagellm.v1.InferenceSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asagellm/v1/inference.proto\x12\nsagellm.v1\x1a\x17google/rpc/status.proto\x1a\x17sagellm/v1/common.proto\x1a\x15sagellm/v1/plan.proto\"\xc1\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.sagellm.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x12\n\ntimeout_ms\x18\x08 \x01(\x03\x12\x44\n\rtrace_context\x18\t \x03(\x0b\x32-.sagellm.v1.GenerateRequest.TraceContextEntry\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe5\x01\n\x17InferenceSessionRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x03\x12/\n\x08generate\x18\x02 \x01(\x0b\x32\x1b.sagellm.v1.GenerateRequestH\x00\x12)\n\x05leave\x18\x03 \x01(\x0b\x32\x18.sagellm.v1.LeaveRequestH\x00\x12\'\n\x04plan\x18\x04 \x01(\x0b\x32\x17.sagellm.v1.PlanRequestH\x00\x12.\n\x08progress\x18\x05 \x01(\x0b\x32\x1a.sagellm.v1.ProgressReportH\x00\x42\x04\n\x02op\"\xc5\x01\n\x0bPlanRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.sagellm.v1.GenerateRequest\x12\x19\n\x11\x65mitted_token_ids\x18\x02 \x01(\x0c\x12\x16\n\x0e\x66\x61iled_attempt\x18\x03 \x01(\x05\x12#\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12\x30\n\rfailed_worker\x18\x05 \x01(\x0b\x32\x19.sagellm.v1.WorkerAddress\"H\n\rWorkerAddress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\xaa\x02\n\x05Route\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\'\n\x04plan\x18\x03 \x01(\x0b\x32\x19.sagellm.v1.ExecutionPlan\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.sagellm.v1.WorkerAddress\x12*\n\x07prefill\x18\x05 \x01(\x0b\x32\x19.sagellm.v1.WorkerAddress\x12\x11\n\tneeded_ms\x18\x06 \x01(\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\"\n\x15\x66irst_token_within_ms\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x13\x64\x65\x63ode_block_tokens\x18\t \x01(\x05\x42\x18\n\x16_first_token_within_ms\"/\n\x0bSignedRoute\x12\r\n\x05route\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xe8\x01\n\x0eProgressReport\x12+\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x16.sagellm.v1.FirstToken\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.sagellm.v1.FinishReason\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12.\n\x07summary\x18\x04 \x01(\x0b\x32\x1d.sagellm.v1.GenerationSummary\x12%\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x15.sagellm.v1.PlanEvent\"J\n\nFirstToken\x12\x15\n\rcached_tokens\x18\x01 \x01(\x05\x12\x12\n\ncompute_ms\x18\x02 \x01(\x01\x12\x11\n\tengine_ms\x18\x03 \x01(\x01\"\x0e\n\x0cLeaveRequest\"G\n\x18InferenceSessionResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.sagellm.v1.GenerateResult\"\xab\x01\n\x0eGenerateResult\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x03\x12.\n\x06output\x18\x02 \x01(\x0b\x32\x1c.sagellm.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12(\n\x05route\x18\x04 \x01(\x0b\x32\x17.sagellm.v1.SignedRouteH\x00\x42\t\n\x07outcome\"\xd6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.sagellm.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.sagellm.v1.FinishReason\x12.\n\x07summary\x18\x06 \x01(\x0b\x32\x1d.sagellm.v1.GenerationSummary\"\xcd\x05\n\x11GenerationSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x14\n\x0cstore_tokens\x18\x04 \x01(\x05\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x06 \x01(\t\x12\x1c\n\x14kv_bytes_transferred\x18\x07 \x01(\x03\x12\x10\n\x08queue_ms\x18\x08 \x01(\x01\x12\x12\n\nreserve_ms\x18\t \x01(\x01\x12\x12\n\nprefill_ms\x18\n \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x0b \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x0c \x01(\x01\x12\x0f\n\x07tpot_ms\x18\r \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x0e \x01(\x05\x12\'\n\x04plan\x18\x0f \x01(\x0b\x32\x19.sagellm.v1.ExecutionPlan\x12\x11\n\ttransport\x18\x10 \x01(\t\x12\x1a\n\x12prefill_compute_ms\x18\x11 \x01(\x01\x12\x16\n\x0estore_fetch_ms\x18\x12 \x01(\x01\x12\x16\n\x0ekv_bytes_ahead\x18\x13 \x01(\x03\x12\x1b\n\x13transfer_exposed_ms\x18\x14 \x01(\x01\x12/\n\rkv_conversion\x18\x15 \x01(\x0b\x32\x18.sagellm.v1.KvConversion\x12\x19\n\x11prefill_engine_ms\x18\x16 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_engine_ms\x18\x17 \x01(\x01\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\x18 \x01(\x05\x12\x32\n\x10store_conversion\x18\x19 \x01(\x0b\x32\x18.sagellm.v1.KvConversion\x12&\n\x07origins\x18\x1a \x01(\x0b\x32\x15.sagellm.v1.KvOrigins\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\x18\x43\x61ncelGenerationResponse\"\x13\n\x11ListModelsRequest\"\x83\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x1d\n\x15\x63ontext_length_tokens\x18\x03 \x01(\x05\x12\'\n\tkv_layout\x18\x04 \x01(\x0b\x32\x14.sagellm.v1.KvLayout\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.sagellm.v1.ModelInfo2\xe1\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.sagellm.v1.GenerateRequest\x1a\x1c.sagellm.v1.GenerateResponse0\x01\x12]\n\x10\x43\x61ncelGeneration\x12#.sagellm.v1.CancelGenerationRequest\x1a$.sagellm.v1.CancelGenerationResponse\x12K\n\nListModels\x12\x1d.sagellm.v1.ListModelsRequest\x1a\x1e.sagellm.v1.ListModelsResponse\x12X\n\x07Session\x12#.sagellm.v1.InferenceSessionRequest\x1a$.sagellm.v1.InferenceSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,27 +41,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_start=386
   _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_end=437
   _globals['_INFERENCESESSIONREQUEST']._serialized_start=440
-  _globals['_INFERENCESESSIONREQUEST']._serialized_end=580
-  _globals['_LEAVEREQUEST']._serialized_start=582
-  _globals['_LEAVEREQUEST']._serialized_end=596
-  _globals['_INFERENCESESSIONRESPONSE']._serialized_start=598
-  _globals['_INFERENCESESSIONRESPONSE']._serialized_end=669
-  _globals['_GENERATERESULT']._serialized_start=672
-  _globals['_GENERATERESULT']._serialized_end=801
-  _globals['_GENERATERESPONSE']._serialized_start=804
-  _globals['_GENERATERESPONSE']._serialized_end=1018
-  _globals['_GENERATIONSUMMARY']._serialized_start=1021
-  _globals['_GENERATIONSUMMARY']._serialized_end=1738
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=1740
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1785
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1787
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1813
-  _globals['_LISTMODELSREQUEST']._serialized_start=1815
-  _globals['_LISTMODELSREQUEST']._serialized_end=1834
-  _globals['_MODELINFO']._serialized_start=1837
-  _globals['_MODELINFO']._serialized_end=1968
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1970
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2029
-  _globals['_INFERENCESERVICE']._serialized_start=2032
-  _globals['_INFERENCESERVICE']._serialized_end=2385
+  _globals['_INFERENCESESSIONREQUEST']._serialized_end=669
+  _globals['_PLANREQUEST']._serialized_start=672
+  _globals['_PLANREQUEST']._serialized_end=869
+  _globals['_WORKERADDRESS']._serialized_start=871
+  _globals['_WORKERADDRESS']._serialized_end=943
+  _globals['_ROUTE']._serialized_start=946
+  _globals['_ROUTE']._serialized_end=1244
+  _globals['_SIGNEDROUTE']._serialized_start=1246
+  _globals['_SIGNEDROUTE']._serialized_end=1293
+  _globals['_PROGRESSREPORT']._serialized_start=1296
+  _globals['_PROGRESSREPORT']._serialized_end=1528
+  _globals['_FIRSTTOKEN']._serialized_start=1530
+  _globals['_FIRSTTOKEN']._serialized_end=1604
+  _globals['_LEAVEREQUEST']._serialized_start=1606
+  _globals['_LEAVEREQUEST']._serialized_end=1620
+  _globals['_INFERENCESESSIONRESPONSE']._serialized_start=1622
+  _globals['_INFERENCESESSIONRESPONSE']._serialized_end=1693
+  _globals['_GENERATERESULT']._serialized_start=1696
+  _globals['_GENERATERESULT']._serialized_end=1867
+  _globals['_GENERATERESPONSE']._serialized_start=1870
+  _globals['_GENERATERESPONSE']._serialized_end=2084
+  _globals['_GENERATIONSUMMARY']._serialized_start=2087
+  _globals['_GENERATIONSUMMARY']._serialized_end=2804
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2806
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2851
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2853
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2879
+  _globals['_LISTMODELSREQUEST']._serialized_start=2881
+  _globals['_LISTMODELSREQUEST']._serialized_end=2900
+  _globals['_MODELINFO']._serialized_start=2903
+  _globals['_MODELINFO']._serialized_end=3034
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3036
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3095
+  _globals['_INFERENCESERVICE']._serialized_start=3098
+  _globals['_INFERENCESERVICE']._serialized_end=3451
 # @@protoc_insertion_point(module_scope)

@@ -39,14 +39,96 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class InferenceSessionRequest(_message.Message):
-    __slots__ = ("call_id", "generate", "leave")
+    __slots__ = ("call_id", "generate", "leave", "plan", "progress")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     generate: GenerateRequest
     leave: LeaveRequest
-    def __init__(self, call_id: _Optional[int] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., leave: _Optional[_Union[LeaveRequest, _Mapping]] = ...) -> None: ...
+    plan: PlanRequest
+    progress: ProgressReport
+    def __init__(self, call_id: _Optional[int] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., leave: _Optional[_Union[LeaveRequest, _Mapping]] = ..., plan: _Optional[_Union[PlanRequest, _Mapping]] = ..., progress: _Optional[_Union[ProgressReport, _Mapping]] = ...) -> None: ...
+
+class PlanRequest(_message.Message):
+    __slots__ = ("request", "emitted_token_ids", "failed_attempt", "failure", "failed_worker")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_WORKER_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateRequest
+    emitted_token_ids: bytes
+    failed_attempt: int
+    failure: _status_pb2.Status
+    failed_worker: WorkerAddress
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., emitted_token_ids: _Optional[bytes] = ..., failed_attempt: _Optional[int] = ..., failure: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., failed_worker: _Optional[_Union[WorkerAddress, _Mapping]] = ...) -> None: ...
+
+class WorkerAddress(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "address")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    address: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("request_id", "attempt", "plan", "decode", "prefill", "needed_ms", "tenant", "first_token_within_ms", "decode_block_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_MS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    plan: _plan_pb2.ExecutionPlan
+    decode: WorkerAddress
+    prefill: WorkerAddress
+    needed_ms: float
+    tenant: str
+    first_token_within_ms: float
+    decode_block_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., decode: _Optional[_Union[WorkerAddress, _Mapping]] = ..., prefill: _Optional[_Union[WorkerAddress, _Mapping]] = ..., needed_ms: _Optional[float] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., decode_block_tokens: _Optional[int] = ...) -> None: ...
+
+class SignedRoute(_message.Message):
+    __slots__ = ("route", "signature")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    route: bytes
+    signature: bytes
+    def __init__(self, route: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class ProgressReport(_message.Message):
+    __slots__ = ("first_token", "finish_reason", "error", "summary", "events")
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    first_token: FirstToken
+    finish_reason: _common_pb2.FinishReason
+    error: _status_pb2.Status
+    summary: GenerationSummary
+    events: _containers.RepeatedCompositeFieldContainer[_plan_pb2.PlanEvent]
+    def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., summary: _Optional[_Union[GenerationSummary, _Mapping]] = ..., events: _Optional[_Iterable[_Union[_plan_pb2.PlanEvent, _Mapping]]] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("cached_tokens", "compute_ms", "engine_ms")
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
+    cached_tokens: int
+    compute_ms: float
+    engine_ms: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., compute_ms: _Optional[float] = ..., engine_ms: _Optional[float] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ()
@@ -59,14 +141,16 @@ class InferenceSessionResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[GenerateResult, _Mapping]]] = ...) -> None: ...
 
 class GenerateResult(_message.Message):
-    __slots__ = ("call_id", "output", "error")
+    __slots__ = ("call_id", "output", "error", "route")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     output: GenerateResponse
     error: _status_pb2.Status
-    def __init__(self, call_id: _Optional[int] = ..., output: _Optional[_Union[GenerateResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    route: SignedRoute
+    def __init__(self, call_id: _Optional[int] = ..., output: _Optional[_Union[GenerateResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., route: _Optional[_Union[SignedRoute, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "index", "token_ids", "logprobs", "finish_reason", "summary")

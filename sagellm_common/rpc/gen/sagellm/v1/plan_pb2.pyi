@@ -65,3 +65,15 @@ class ExecutionPlan(_message.Message):
     nodes: _containers.RepeatedCompositeFieldContainer[PlanNode]
     reason: str
     def __init__(self, plan_id: _Optional[str] = ..., request_id: _Optional[str] = ..., strategy: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[PlanNode, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class PlanEvent(_message.Message):
+    __slots__ = ("stage", "at_ms", "duration_ms", "detail")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    at_ms: float
+    duration_ms: float
+    detail: str
+    def __init__(self, stage: _Optional[str] = ..., at_ms: _Optional[float] = ..., duration_ms: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...

@@ -37,25 +37,13 @@ class ExplainPlanRequest(_message.Message):
     request_id: str
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
-class PlanEvent(_message.Message):
-    __slots__ = ("stage", "at_ms", "duration_ms", "detail")
-    STAGE_FIELD_NUMBER: _ClassVar[int]
-    AT_MS_FIELD_NUMBER: _ClassVar[int]
-    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
-    DETAIL_FIELD_NUMBER: _ClassVar[int]
-    stage: str
-    at_ms: float
-    duration_ms: float
-    detail: str
-    def __init__(self, stage: _Optional[str] = ..., at_ms: _Optional[float] = ..., duration_ms: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
-
 class ExplainPlanResponse(_message.Message):
     __slots__ = ("plan", "events")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     plan: _plan_pb2.ExecutionPlan
-    events: _containers.RepeatedCompositeFieldContainer[PlanEvent]
-    def __init__(self, plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., events: _Optional[_Iterable[_Union[PlanEvent, _Mapping]]] = ...) -> None: ...
+    events: _containers.RepeatedCompositeFieldContainer[_plan_pb2.PlanEvent]
+    def __init__(self, plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., events: _Optional[_Iterable[_Union[_plan_pb2.PlanEvent, _Mapping]]] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("record", "ttl_ms")

@@ -319,7 +319,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., emitted_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("request_id", "attempt", "index", "token_ids", "logprobs", "finish_reason", "error", "transfer", "engine_ms", "prompt_kv", "handed_over")
+    __slots__ = ("request_id", "attempt", "index", "token_ids", "logprobs", "finish_reason", "error", "transfer", "engine_ms", "prompt_kv", "handed_over", "prefilled")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -331,6 +331,7 @@ class DecodeResponse(_message.Message):
     ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_KV_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     index: int
@@ -342,7 +343,8 @@ class DecodeResponse(_message.Message):
     engine_ms: float
     prompt_kv: PromptKv
     handed_over: HandedOver
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ..., prompt_kv: _Optional[_Union[PromptKv, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ...) -> None: ...
+    prefilled: Prefilled
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., engine_ms: _Optional[float] = ..., prompt_kv: _Optional[_Union[PromptKv, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., prefilled: _Optional[_Union[Prefilled, _Mapping]] = ...) -> None: ...
 
 class HandOverRequest(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -361,6 +363,18 @@ class HandedOver(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     source: _common_pb2.KvSource
     def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
+
+class Prefilled(_message.Message):
+    __slots__ = ("response", "reserve_ms", "prefill_ms", "pulling_ahead_blocks")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    PULLING_AHEAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    response: PrefillResponse
+    reserve_ms: float
+    prefill_ms: float
+    pulling_ahead_blocks: int
+    def __init__(self, response: _Optional[_Union[PrefillResponse, _Mapping]] = ..., reserve_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., pulling_ahead_blocks: _Optional[int] = ...) -> None: ...
 
 class PromptKv(_message.Message):
     __slots__ = ("cached_tokens", "store_tokens", "store_fetch_ms", "store_conversion", "origins")
@@ -401,7 +415,7 @@ class TransferReport(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., blocks: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., backend: _Optional[str] = ..., bytes_ahead: _Optional[int] = ..., exposed_ms: _Optional[float] = ..., began_ahead_ms: _Optional[float] = ..., why: _Optional[str] = ..., conversion: _Optional[_Union[_common_pb2.KvConversion, _Mapping]] = ...) -> None: ...
 
 class DecodeSessionRequest(_message.Message):
-    __slots__ = ("reserve", "decode", "cancel", "release", "renew", "pull_ahead", "hand_over")
+    __slots__ = ("reserve", "decode", "cancel", "release", "renew", "pull_ahead", "hand_over", "routed")
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
@@ -409,6 +423,7 @@ class DecodeSessionRequest(_message.Message):
     RENEW_FIELD_NUMBER: _ClassVar[int]
     PULL_AHEAD_FIELD_NUMBER: _ClassVar[int]
     HAND_OVER_FIELD_NUMBER: _ClassVar[int]
+    ROUTED_FIELD_NUMBER: _ClassVar[int]
     reserve: ReserveRequest
     decode: DecodeRequest
     cancel: CancelRequest
@@ -416,7 +431,18 @@ class DecodeSessionRequest(_message.Message):
     renew: RenewReservationRequest
     pull_ahead: PullAheadRequest
     hand_over: HandOverRequest
-    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ..., pull_ahead: _Optional[_Union[PullAheadRequest, _Mapping]] = ..., hand_over: _Optional[_Union[HandOverRequest, _Mapping]] = ...) -> None: ...
+    routed: RoutedRequest
+    def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ..., pull_ahead: _Optional[_Union[PullAheadRequest, _Mapping]] = ..., hand_over: _Optional[_Union[HandOverRequest, _Mapping]] = ..., routed: _Optional[_Union[RoutedRequest, _Mapping]] = ...) -> None: ...
+
+class RoutedRequest(_message.Message):
+    __slots__ = ("route", "request", "emitted_token_ids")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    route: _inference_pb2.SignedRoute
+    request: _inference_pb2.GenerateRequest
+    emitted_token_ids: bytes
+    def __init__(self, route: _Optional[_Union[_inference_pb2.SignedRoute, _Mapping]] = ..., request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., emitted_token_ids: _Optional[bytes] = ...) -> None: ...
 
 class PullAheadRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "source", "timeout_ms", "trace_context", "priority", "wire_dtype")
