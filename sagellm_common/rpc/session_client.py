@@ -147,6 +147,7 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
                 carrier.send(message)
             self._early.clear()
             self.carrier = carrier
+            self.heard = self.heard or carrier.name == "framed"  # it was greeted
             self._room.set()
             await carrier.run()
         except SageError as err:
@@ -242,7 +243,7 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
 
     @property
     def heard(self) -> bool:
-        """The peer has said something on the current stream, or did on one before."""
+        """The peer could be reached, now or before."""
         if self._stream is not None and self._stream.heard:
             self._heard = True
         return self._heard
