@@ -24,6 +24,13 @@ CHARTS_OWN = (
     ("router", "address"),
     ("gateway", "api_keys"),
     ("gateway", "tenant_keys"),
+    ("autoscaler", "mode"),
+    ("autoscaler", "routers"),
+    ("autoscaler", "namespace"),
+    ("autoscaler", "prefill_target"),
+    ("autoscaler", "decode_target"),
+    ("autoscaler", "lease"),
+    *(("autoscaler", f"{end}_{phase}") for end in ("min", "max") for phase in ("prefill", "decode")),
     ("kv_store", "enabled"),
     ("kv_store", "stores"),
     ("kv_store", "disk", "path"),
@@ -71,6 +78,14 @@ def values_schema() -> Schema:
                 "prefill": _object(worker),
                 "decode": _object(worker),
                 "kvStore": _object(part | {"disk": _object({"size": _size(), "storageClass": _text()})}),
+                "autoscaler": _object(
+                    part
+                    | {
+                        "enabled": {"type": "boolean"},
+                        "scaledBy": {"enum": ["autoscaler", "keda"]},
+                        "bounds": _object({phase: _bounds() for phase in ("prefill", "decode")}),
+                    }
+                ),
                 "etcd": _object(
                     {name: rule for name, rule in part.items() if name not in ("drainSeconds", "addCapabilities")}
                     | {
@@ -89,6 +104,13 @@ def values_schema() -> Schema:
                         }
                     )
                     | {"required": ["topologyKey", "maxSkew", "whenUnsatisfiable"]}
+                ),
+                "podMonitor": _object(
+                    {
+                        "enabled": {"type": "boolean"},
+                        "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m)$"},
+                        "labels": _texts(),
+                    }
                 ),
                 "networkPolicy": _object(
                     {"enabled": {"type": "boolean"}}
@@ -173,6 +195,10 @@ def _absolute() -> Schema:
 
 def _integer(minimum: int, description: str = "") -> Schema:
     return {"type": "integer", "minimum": minimum} | ({"description": description} if description else {})
+
+
+def _bounds() -> Schema:
+    return _list(_integer(1)) | {"minItems": 2, "maxItems": 2}
 
 
 def _quantity() -> Schema:

@@ -20,7 +20,10 @@ from pathlib import Path
 from sagellm_common.core.paths import cache_home
 
 HOME = cache_home() / "chart-tools"
-VALIDATOR = ("kubernetes-validate==1.37.0", "importlib_resources==7.1.0", "jsonschema==4.26.0", "PyYAML==6.0.3")
+VALIDATOR = (
+    *("kubernetes-validate==1.37.0", "importlib_resources==7.1.0", "jsonschema==4.26.0", "PyYAML==6.0.3"),
+    *("cloudcoil.models.keda==2.16.1.0", "cloudcoil.models.prometheus_operator==0.80.1.0"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,10 @@ def install() -> list[Path]:
 
 
 def validator_python() -> Path:
-    """The Python that has kubernetes-validate: an environment of its own, for sageLLM itself needs none of it."""
-    return HOME / f"validator-{VALIDATOR[0].rpartition('=')[2]}" / "bin" / "python"
+    """The Python that has kubernetes-validate and the models of custom resources, in an environment of its own: sageLLM
+    itself needs none of it."""
+    pinned = hashlib.sha256(" ".join(VALIDATOR).encode()).hexdigest()[:8]
+    return HOME / f"validator-{pinned}" / "bin" / "python"
 
 
 PIP = ("--disable-pip-version-check",)

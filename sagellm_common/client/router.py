@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2, topology_
 from sagellm_common.rpc.sessions import DecodeSession
 from sagellm_common.rpc.worker_client import IndexedBlocks, decode_indexed
 from sagellm_common.rpc.worker_sessions import WorkerSessions
+from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
 
 T = TypeVar("T")
@@ -247,6 +249,16 @@ class RouterClient:
             response=topology_pb2.SetEvictionResponse,
         )
         return tuple(WorkerEviction(w.worker_id, w.policy, w.cached_blocks, w.error) for w in reply.workers)
+
+    async def cost_model(self) -> CostModel:
+        """What the router has learned of its workers' costs; it keeps learning, this does not."""
+        reply = await self._call(
+            lambda router: router.topology.GetCostModel,
+            topology_pb2.GetCostModelRequest(),
+            timeout_s=self.CONTROL_TIMEOUT_S,
+            response=topology_pb2.GetCostModelResponse,
+        )
+        return CostModel.from_dict(json.loads(reply.state_json))
 
     async def explain(self, request_id: str) -> Explanation:
         """Raises InvalidRequest when the router does not (or no longer) know the request."""

@@ -220,6 +220,53 @@ class RouterConfig(Section):
     resume_grace_s: float = Field(30.0, ge=0, description="the same for a request whose worker was lost: its restart")
 
 
+class AutoscalerConfig(Section):
+    """Needs the router's targets and learned costs: `router.{ttft,tpot}_target_ms`, and a strategy that learns."""
+
+    mode: Literal["act", "dry-run"] = Field("act", description="dry-run: says what it would do")
+    interval_s: float = Field(15.0, gt=0, description="between two looks at the load")
+    startup_s: float = Field(60.0, ge=0, description="until a new worker serves: so far ahead the load is forecast")
+    season_s: float = Field(0.0, ge=0, description="after which load repeats, such as 86400; 0: it does not")
+    forecast_sigmas: float = Field(
+        1.0, ge=0, description="standard deviations of the forecast's past errors that are added to it"
+    )
+    scale_down_after_s: float = Field(300.0, ge=0, description="fewer workers once none more were needed for so long")
+    cooldown_s: float = Field(30.0, ge=0, description="after a change, before the next; more load does not wait for it")
+    min_prefill: int = Field(1, ge=1)
+    max_prefill: int = Field(8, ge=1)
+    min_decode: int = Field(1, ge=1)
+    max_decode: int = Field(8, ge=1)
+    max_workers: int = Field(0, ge=0, description="of both phases together, such as the accelerators there are; 0: any")
+    routers: tuple[str, ...] = Field(
+        (), description="host:port of the routers' metrics; a name with several addresses stands for all of them"
+    )
+    namespace: str = Field("", description="Kubernetes; empty: the pod's own")
+    prefill_target: str = Field("", description="Kubernetes: the prefill workers, such as deployment/sagellm-prefill")
+    decode_target: str = Field("", description="Kubernetes: the decode workers, such as deployment/sagellm-decode")
+    lease: str = Field("", description="Kubernetes Lease by which one of several autoscalers leads; empty: it is alone")
+
+    @field_validator("prefill_target", "decode_target")
+    @classmethod
+    def _names_a_workload(cls, value: str) -> str:
+        kind, slash, name = value.partition("/")
+        if value and (kind not in ("deployment", "statefulset") or not slash or not name):
+            raise ValueError("must be deployment/NAME or statefulset/NAME")
+        return value
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        for role in ("prefill", "decode"):
+            lowest, highest = getattr(self, f"min_{role}"), getattr(self, f"max_{role}")
+            if lowest > highest:
+                raise ValueError(f"min_{role} {lowest} is more than max_{role} {highest}; lower it, or raise the other")
+        if self.max_workers and self.min_prefill + self.min_decode > self.max_workers:
+            raise ValueError(
+                f"max_workers {self.max_workers} is less than min_prefill {self.min_prefill} and min_decode "
+                f"{self.min_decode} together; raise it"
+            )
+        return self
+
+
 class IndexConfig(Section):
     max_blocks: int = Field(
         1 << 24,
@@ -354,6 +401,7 @@ class Config(Section):
     gateway: GatewayConfig = GatewayConfig()
     kv: KvConfig = KvConfig()
     kv_store: KvStoreConfig = KvStoreConfig()
+    autoscaler: AutoscalerConfig = AutoscalerConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
     def of_role(self, role: WorkerRole) -> Self:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
@@ -31,9 +32,18 @@ MAX_TTL_S = 3600.0
 
 
 class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
-    """`status` asks a worker for its live numbers (None: unknown); `explain` is the router's, which has the plans."""
+    """`status` asks a worker for its live numbers (None: unknown); `explain` and `cost_model` are the router's,
+    which has the plans and has learned what they cost."""
 
-    def __init__(self, topology: TopologyStore, channels: ChannelPool, status: StatusOf, explain: ExplainPlan) -> None:
+    def __init__(
+        self,
+        topology: TopologyStore,
+        channels: ChannelPool,
+        status: StatusOf,
+        explain: ExplainPlan,
+        cost_model: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self._cost_model = cost_model
         self._topology = topology
         self._channels = channels
         self._status_of = status
@@ -57,6 +67,11 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
         if not request.request_id:
             raise InvalidRequest("request_id is empty: name the request to explain")
         return await self._explain(request.request_id)
+
+    async def GetCostModel(
+        self, request: topology_pb2.GetCostModelRequest, context: Context
+    ) -> topology_pb2.GetCostModelResponse:
+        return topology_pb2.GetCostModelResponse(state_json=json.dumps(self._cost_model()))
 
     async def Register(self, request: topology_pb2.RegisterRequest, context: Context) -> topology_pb2.RegisterResponse:
         embedded = self._embedded()

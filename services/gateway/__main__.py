@@ -21,8 +21,8 @@ from sagellm_common.core.config_loader import load_config
 from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.core.ports import SagePorts
 from sagellm_common.core.telemetry import setup_logging, setup_tracing, shutdown_tracing
+from sagellm_common.rpc.http_server import HttpServer
 from services.gateway.app import Gateway
-from services.gateway.server import HttpServer
 
 EXIT_REFUSED = 2
 _GRACE_S = 10.0

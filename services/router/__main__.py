@@ -120,7 +120,7 @@ async def serving(
         pipeline = ObservedPipeline(inner, metrics)
         routes = Routes(inner, RouteSigner(config.rpc.route_key), metrics) if config.rpc.tokens == "direct" else None
         inference = InferenceServicer(pipeline, workers, explain, config.router.request_timeout_s, routes)
-        known = TopologyServicer(topology, channels, workers.status, partial(explain_plan, explain))
+        known = TopologyServicer(topology, channels, workers.status, partial(explain_plan, explain), costs.to_dict)
         server = GrpcServer(
             f"{config.cluster.host}:{port}",
             [

@@ -137,6 +137,56 @@ def _container_ports(release: Release, part: str) -> dict[str, int]:
     return {port["name"]: port["containerPort"] for port in container_of(release.workload(part))["ports"]}
 
 
+def test_the_autoscaler_takes_its_command_line_and_may_do_what_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = Release.of(CHART / "ci" / "autoscaled-values.yaml")
+    config = tmp_path / "config.yaml"
+    config.write_text(release.config_text())
+    argv, _ = _started(release, "autoscaler", config, monkeypatch)
+    assert argv[0] == f"--config={config}"
+    own = load_config(config, {}).autoscaler
+    assert own.mode == "act"
+    workloads = {f"deployment/{w['metadata']['name']}": w for w in release.kind("Deployment")}
+    for target in (own.prefill_target, own.decode_target):
+        assert "replicas" not in workloads[target]["spec"], "an upgrade would undo what was scaled"
+    (role,) = release.kind("Role")
+    allowed = {(r, n) for rule in role["rules"] for r in rule["resources"] for n in rule.get("resourceNames", ["*"])}
+    assert {
+        ("deployments/scale", target.partition("/")[2]) for target in (own.prefill_target, own.decode_target)
+    } < allowed
+    assert ("leases", own.lease) in allowed
+    (metrics,) = own.routers
+    services = {s["metadata"]["name"]: s for s in release.kind("Service")}
+    host, _, port = metrics.partition(":")
+    assert int(port) in {p["port"] for p in services[host.partition(".")[0]]["spec"]["ports"]}
+    with_token = {
+        part_of(w) for w in release.kind("Deployment", "StatefulSet") if pod_of(w)["automountServiceAccountToken"]
+    }
+    assert with_token == {"autoscaler"}
+
+
+@pytest.mark.parametrize(
+    ("router", "told"),
+    [({}, "config.router.ttft_target_ms is not set"), ({"ttft_target_ms": 1, "tpot_target_ms": 1}, "learns no costs")],
+)
+def test_an_autoscaler_that_could_not_plan_is_refused(router: dict[str, Any], told: str, tmp_path: Path) -> None:
+    values = {**SMALLEST, "config": {"router": router}, "autoscaler": {"enabled": True}}
+    with pytest.raises(Failed, match=told):
+        Release.of(values_file(tmp_path / "values.yaml", values))
+
+
+def test_keda_asks_the_autoscaler(tmp_path: Path) -> None:
+    release = Release.of(CHART / "ci" / "keda-values.yaml")
+    config = tmp_path / "config.yaml"
+    config.write_text(release.config_text())
+    assert load_config(config, {}).autoscaler.mode == "dry-run", "one of them scales, not both"
+    for scaled in release.kind("ScaledObject"):
+        (trigger,) = scaled["spec"]["triggers"]
+        part = scaled["spec"]["scaleTargetRef"]["name"].rpartition("-")[2]
+        assert trigger["metadata"]["url"] == f"http://demo-sagellm-autoscaler.llm.svc/keda/{part}"
+
+
 def test_containers_run_our_modules(release: Release) -> None:
     for part, workload in release.workloads().items():
         *python, module = container_of(workload)["command"]
@@ -215,7 +265,7 @@ def test_probes_ask_where_the_services_answer(release: Release) -> None:
         container = container_of(workload)
         port = _container_ports(release, part)
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            if part == "gateway":
+            if part in ("gateway", "autoscaler"):
                 assert container[probe]["httpGet"]["port"] == "http"
                 assert container[probe]["httpGet"]["path"] in ("/health", "/ready")
             else:
@@ -225,6 +275,8 @@ def test_probes_ask_where_the_services_answer(release: Release) -> None:
 def test_grace_is_longer_than_the_drain(release: Release) -> None:
     after_sigterm_s = {"router": ROUTER_GRACE_S, "gateway": GATEWAY_GRACE_S}
     for part, workload in release.workloads().items():
+        if part == "autoscaler":
+            continue  # it holds no requests
         command = container_of(workload)["lifecycle"]["preStop"]["exec"]["command"]
         drain_s = float(command[-1].removeprefix("--grace-s="))
         rest_s = after_sigterm_s.get(part, DEFAULT_DRAIN_GRACE_S)
@@ -242,7 +294,7 @@ def test_no_pod_runs_as_root_or_writes_its_image(release: Release) -> None:
     claims = {claim["metadata"]["name"] for w in workloads for claim in w["spec"].get("volumeClaimTemplates", [])}
     for pod in [pod_of(w) for w in workloads] + [p["spec"] for p in release.kind("Pod")]:
         assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["automountServiceAccountToken"] is False
+        assert pod["automountServiceAccountToken"] is (pod["containers"][0]["name"] == "autoscaler")
         for container in pod["containers"]:
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
@@ -267,7 +319,7 @@ def test_services_lead_to_ports_that_are_there(release: Release) -> None:
         names = {port["name"]: port["containerPort"] for port in parts[part_of(service)]["ports"]}
         for port in service["spec"]["ports"]:
             assert port["targetPort"] in names
-            if part_of(service) != "gateway":
+            if part_of(service) not in ("gateway", "autoscaler"):
                 assert port["port"] == names[port["targetPort"]], "clients are told the port itself"
 
 
@@ -359,8 +411,10 @@ def test_each_part_takes_what_values_say_it_takes(tmp_path: Path) -> None:
         "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
         "annotations": {"a": "b"},
     }
-    parts = dict.fromkeys(("router", "gateway", "prefill", "decode", "kvStore", "etcd"), extra)
-    release = Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, **parts}))
+    parts = dict.fromkeys(("router", "gateway", "prefill", "decode", "kvStore", "etcd", "autoscaler"), extra)
+    targets = {"router": {"strategy": "hybrid", "ttft_target_ms": 1, "tpot_target_ms": 1}}
+    parts["autoscaler"] = {**extra, "enabled": True}
+    release = Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, "config": targets, **parts}))
     workloads = release.kind("Deployment", "StatefulSet")
     assert len(workloads) == len(OURS) + 1
     for workload in workloads:

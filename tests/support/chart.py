@@ -16,7 +16,7 @@ from helm.check import CHART, render
 
 Manifest = dict[str, Any]
 CI_VALUES = sorted(CHART.glob("ci/*-values.yaml"))
-OURS = ("router", "gateway", "prefill", "decode", "kv-store")
+OURS = ("router", "gateway", "prefill", "decode", "kv-store", "autoscaler")
 
 
 def helms() -> list[Path]:

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from sagellm_common.client.models import ModelDirectory
 from sagellm_common.client.router import RouterClient
 from sagellm_common.core.config import GatewayConfig
+from sagellm_common.rpc.http_server import HttpServer
 from services.gateway.app import Gateway
-from services.gateway.server import HttpServer
 
 
 @asynccontextmanager

@@ -68,6 +68,19 @@ labels: {{- include "sagellm.labels" . | nindent 2 }}
   "topology" $topology
   "router" (dict "address" (include "sagellm.routerAddress" .))
   "kv_store" $store -}}
+{{- with .Values.autoscaler }}
+{{- if .enabled }}
+{{- $name := include "sagellm.fullname" $ -}}
+{{- $_ := set $known "autoscaler" (dict
+  "mode" (ternary "act" "dry-run" (eq .scaledBy "autoscaler"))
+  "min_prefill" (index .bounds.prefill 0) "max_prefill" (index .bounds.prefill 1)
+  "min_decode" (index .bounds.decode 0) "max_decode" (index .bounds.decode 1)
+  "routers" (list (printf "%s-router-pods.%s.svc:%v" $name $.Release.Namespace (include "sagellm.ports" $ | fromJson).routerMetrics))
+  "namespace" $.Release.Namespace
+  "prefill_target" (printf "deployment/%s-prefill" $name) "decode_target" (printf "deployment/%s-decode" $name)
+  "lease" (printf "%s-autoscaler" $name)) -}}
+{{- end }}
+{{- end }}
 {{- mustMergeOverwrite (deepCopy .Values.config) $known | toYaml -}}
 {{- end }}
 
@@ -81,6 +94,16 @@ labels: {{- include "sagellm.labels" . | nindent 2 }}
 {{- end }}
 {{- if and (gt (int .Values.router.replicas) 1) (eq (include "sagellm.etcdEndpoints" .) "[]") }}
 {{- fail "router.replicas above 1 needs etcd, for each router would keep a topology of its own: set etcd.replicas or etcd.endpoints" }}
+{{- end }}
+{{- if .Values.autoscaler.enabled }}
+{{- range $target := list "ttft_target_ms" "tpot_target_ms" }}
+{{- if not (dig "router" $target 0 $.Values.config) }}
+{{- fail (printf "config.router.%s is not set: the autoscaler needs it to tell what is enough, such as 1000 and 50" $target) }}
+{{- end }}
+{{- end }}
+{{- if and (eq (dig "router" "strategy" "fifo" .Values.config) "fifo") (not (dig "router" "cost_model_path" "" .Values.config)) }}
+{{- fail "config.router.strategy is fifo, which learns no costs, and the autoscaler plans by them: set it to hybrid or slo_aware" }}
+{{- end }}
 {{- end }}
 {{- if and (gt (int .Values.etcd.replicas) 1) (not .Values.etcd.storage) }}
 {{- fail "etcd.storage is empty: a member of several that comes back without its data is not taken; set a size, or etcd.replicas to 1" }}
@@ -105,7 +128,7 @@ metadata:
     {{- end }}
 spec:
   serviceAccountName: {{ include "sagellm.name" . }}
-  automountServiceAccountToken: false
+  automountServiceAccountToken: {{ eq .part "autoscaler" }}
   enableServiceLinks: false # SAGELLM_… variables of Kubernetes' own would be taken for settings
   terminationGracePeriodSeconds: {{ add (int .values.drainSeconds) 20 }}
   {{- include "sagellm.scheduling" . | nindent 2 }}
@@ -123,7 +146,7 @@ spec:
       {{- .container | nindent 6 }}
       env:
         - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
-        {{- if has .part (list "router" "gateway") }}
+        {{- if has .part (list "router" "gateway" "autoscaler") }}
         - {name: SAGELLM_CLUSTER__HOST, value: "0.0.0.0"} # who reaches them knows their Service
         {{- else }}
         - {name: SAGELLM_CLUSTER__HOST, valueFrom: {fieldRef: {fieldPath: status.podIP}}}

@@ -92,6 +92,11 @@ class TopologyServiceStub:
                 request_serializer=sagellm_dot_v1_dot_topology__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.GetCostModel = channel.unary_unary(
+                '/sagellm.v1.TopologyService/GetCostModel',
+                request_serializer=sagellm_dot_v1_dot_topology__pb2.GetCostModelRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_topology__pb2.GetCostModelResponse.FromString,
+                _registered_method=True)
 
 
 class TopologyServiceServicer:
@@ -169,6 +174,13 @@ class TopologyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCostModel(self, request, context):
+        """What this router has learned of what steps and transfers cost: the autoscaler plans with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TopologyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -226,6 +238,11 @@ def add_TopologyServiceServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=sagellm_dot_v1_dot_topology__pb2.DrainWorkerRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'GetCostModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCostModel,
+                    request_deserializer=sagellm_dot_v1_dot_topology__pb2.GetCostModelRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_topology__pb2.GetCostModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -527,6 +544,33 @@ class TopologyService:
             '/sagellm.v1.TopologyService/DrainWorker',
             sagellm_dot_v1_dot_topology__pb2.DrainWorkerRequest.SerializeToString,
             sagellm_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCostModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.TopologyService/GetCostModel',
+            sagellm_dot_v1_dot_topology__pb2.GetCostModelRequest.SerializeToString,
+            sagellm_dot_v1_dot_topology__pb2.GetCostModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

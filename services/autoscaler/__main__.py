@@ -1,0 +1,134 @@
+"""`python -m services.autoscaler`: composes the autoscaler and serves until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+
+import httpx
+import uvloop
+
+from sagellm_common.client.router import RouterClient
+from sagellm_common.core import process
+from sagellm_common.core.clock import SystemClock
+from sagellm_common.core.config import Config
+from sagellm_common.core.config_loader import load_config
+from sagellm_common.core.errors import ConfigError, SageError
+from sagellm_common.core.telemetry import setup_logging
+from sagellm_common.core.types import WorkerRole
+from sagellm_common.rpc.http_server import HttpServer
+from services.autoscaler.app import make_app
+from services.autoscaler.capacity import Targets
+from services.autoscaler.kubernetes_scale import KubernetesScale, api_client, lead, own_namespace
+from services.autoscaler.loop import Autoscaler
+from services.autoscaler.metrics import AutoscalerMetrics
+from services.autoscaler.observe import DEFAULT_LIMITS, Observer
+from services.autoscaler.orchestrator import DryRun, Orchestrator, Phase
+from services.autoscaler.planner import Planner
+
+EXIT_REFUSED = 2
+GRACE_S = 2.0
+
+
+async def serve(config: Config, port: int, router_address: str, api_server: str) -> None:
+    """Until SIGTERM or SIGINT. Raises ConfigError."""
+    own = config.autoscaler
+    targets: dict[Phase, str] = {"prefill": own.prefill_target, "decode": own.decode_target}
+    namespace = own.namespace or own_namespace()
+    async with contextlib.AsyncExitStack() as stack:
+        router = await stack.enter_async_context(RouterClient(router_address, session=config.rpc.session))
+        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
+        api = await stack.enter_async_context(api_client(api_server))
+        observer = Observer(router, http, own.routers, config.of_role(WorkerRole.DECODE).engine.max_batch_size)
+        scale: Orchestrator = KubernetesScale(api, namespace, targets)
+        metrics = AutoscalerMetrics()
+        autoscaler = Autoscaler(
+            own,
+            observer,
+            Planner(own, lambda: observer.costs, _targets(config), DEFAULT_LIMITS),
+            DryRun(scale) if own.mode == "dry-run" else scale,
+            metrics,
+            SystemClock(),
+        )
+
+        async def deciding() -> None:
+            metrics.leading.set(1)
+            try:
+                await autoscaler.run()
+            finally:
+                metrics.leading.set(0)
+
+        identity = f"{socket.gethostname()}-{os.getpid()}"
+        work: Awaitable[None] = lead(api, namespace, own.lease, identity, deciding) if own.lease else deciding()
+        app = make_app(autoscaler, namespace, targets)
+        server = HttpServer(app, config.cluster.host, port, grace_s=GRACE_S, on_ready=lambda: _ready(config, server))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, server.stop)
+        tasks = [asyncio.ensure_future(server.serve()), asyncio.ensure_future(work)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _ready(config: Config, server: HttpServer) -> None:
+    process.started()
+    address = f"{config.cluster.host}:{server.port}"
+    ready = {"ready": True, "id": "autoscaler", "address": address, "metrics_address": address, "pid": os.getpid()}
+    print(json.dumps(ready), flush=True)
+
+
+def _targets(config: Config) -> Targets:
+    """Raises ConfigError: without targets there is no such thing as enough."""
+    for name in ("ttft_target_ms", "tpot_target_ms"):
+        if not getattr(config.router, name):
+            raise ConfigError(f"router.{name} is 0; the autoscaler needs a target, such as --set router.{name}=500")
+    return Targets(config.router.ttft_target_ms / 1e3, config.router.tpot_target_ms / 1e3)
+
+
+def _checked(config: Config, router: str) -> str:
+    """The router's address. Raises ConfigError for what is missing."""
+    for name in ("prefill_target", "decode_target"):
+        if not getattr(config.autoscaler, name):
+            raise ConfigError(f"autoscaler.{name} is empty; name the workload, such as deployment/sagellm-prefill")
+    if not config.autoscaler.routers:
+        raise ConfigError("autoscaler.routers is empty; name the routers' metrics, such as [sagellm-router:18802]")
+    if not (router or config.router.address):
+        raise ConfigError("where is the router? Give --router HOST:PORT or set router.address")
+    return router or config.router.address
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="services.autoscaler", description="Scales prefill and decode on Kubernetes.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one setting")
+    parser.add_argument("--port", type=int, default=0, help="HTTP; 0 is ephemeral")
+    parser.add_argument("--router", default="", metavar="HOST:PORT", help="gRPC; default: router.address")
+    parser.add_argument("--api-server", default="", metavar="URL", help="Kubernetes; default: the pod's, or KUBECONFIG")
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, os.environ, args.set)
+        setup_logging(config.telemetry.log_level)
+        if not 0 <= args.port <= 65535:
+            raise ConfigError(f"--port {args.port}: must be 0..65535")
+        uvloop.run(serve(config, args.port, _checked(config, args.router), args.api_server))
+    except SageError as err:
+        print(f"services.autoscaler: {err.reason}: {err.message}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
