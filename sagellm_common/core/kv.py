@@ -122,7 +122,8 @@ class Allocation:
 
     The first `num_cached_tokens` tokens have valid KV: from the prefix cache at allocation, and from whoever filled
     blocks and raised the number since; `conversion` is what those had lost where they were kept, and `origins` where
-    that was. The leading `num_shared_blocks` are shared and must not be written.
+    that was. The leading `num_shared_blocks` are shared and must not be written. `more_below`: slower memory has more
+    of it, for `KVBackendProtocol.bring_back`.
     """
 
     block_ids: BlockIds
@@ -130,6 +131,7 @@ class Allocation:
     num_shared_blocks: int = 0
     conversion: KvConversion | None = field(default=None, kw_only=True)
     origins: KvOrigins = field(default=AT_HAND, kw_only=True)
+    more_below: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,14 @@ class KVBackendProtocol(Protocol):
         compute. Fresh blocks are charged to `tenant`. Raises KvExhausted and TenantQuota, having taken nothing.
         """
 
+    def bring_back(self, allocation: Allocation, token_ids: TokenIds, cache_salt: str = "") -> int:
+        """Fills blocks with the tokens after the cached ones, out of slower memory below the pool: as `allocate` has
+        done, which stops after some milliseconds' worth (`Allocation.more_below`). So does this.
+
+        Returns the number of tokens gained. Takes milliseconds, on any thread; the allocation may be freed meanwhile,
+        but not used.
+        """
+
     def lend(self, token_ids: TokenIds, cache_salt: str = "") -> Allocation:
         """References on the leading blocks that the prefix cache holds of these tokens, for others to copy: no use of
         them, and nothing fresh. Verified as in `allocate`, but all of the tokens may be covered; empty for none.

@@ -267,6 +267,9 @@ class HierarchyManager:
     def allocate(self, token_ids: TokenIds, num_tokens: int, cache_salt: str = "", tenant: str = "") -> Allocation:
         return self.pool.allocate(token_ids, num_tokens, cache_salt, tenant)
 
+    def bring_back(self, allocation: Allocation, token_ids: TokenIds, cache_salt: str = "") -> int:
+        return self.pool.bring_back(allocation, token_ids, cache_salt)
+
     def lend(self, token_ids: TokenIds, cache_salt: str = "") -> Allocation:
         return self.pool.lend(token_ids, cache_salt)
 

@@ -46,10 +46,9 @@ class HostCache:
         """Fills slots[i] with the block of hashes[i], as far as the leading ones are here for exactly these tokens,
         after exactly those before them.
 
-        Returns how many. Nobody else may use the slots meanwhile.
+        Returns how many, `most_blocks` at most. Nobody else may use the slots meanwhile.
         """
-        size = self._pool.layout.block_size_tokens
-        most = max(1, MAX_COPY_BYTES // self._pool.layout.block_bytes)
+        size, most = self._pool.layout.block_size_tokens, self.most_blocks
         hits = self._pool.get(hashes[:most], token_ids[: len(hashes[:most]) * size], contexts[:most])
         try:
             count = len(hits.block_ids)
@@ -59,6 +58,10 @@ class HostCache:
         finally:
             self._pool.free(hits)
         return count
+
+    @property
+    def most_blocks(self) -> int:
+        return max(1, MAX_COPY_BYTES // self._pool.layout.block_bytes)
 
     def hashes(self) -> list[BlockHash]:
         return self._pool.cached_hashes()

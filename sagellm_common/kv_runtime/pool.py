@@ -35,7 +35,6 @@ from sagellm_common.core.types import (
     BlockHash,
     BlockIds,
     KvLayout,
-    KvOrigins,
     KvStats,
     KvTierStats,
     TenantUsage,
@@ -95,7 +94,10 @@ class Below(Protocol):
         memory: KvMemory,
         slots: BlockIds,
     ) -> int:
-        """Fills slots[i] with the block of hashes[i], leading ones only; returns how many."""
+        """Fills slots[i] with the block of hashes[i], leading ones only and `most_blocks` at most; returns how many."""
+
+    @property
+    def most_blocks(self) -> int: ...
 
     def hashes(self) -> list[BlockHash]:
         """Of the blocks that would come back."""
@@ -193,27 +195,45 @@ class KVPool:
                 raise
             table = np.concatenate([shared, fresh])
             allocation = self._hand_out(table, num_tokens, len(shared), hashes[: len(shared)], account)
-        self._bring_back(allocation, hashes[: len(table)], token_ids, root)
-        return allocation
-
-    def _bring_back(
-        self, allocation: PoolAllocation, hashes: Sequence[BlockHash], token_ids: TokenIds, root: BlockHash
-    ) -> None:
-        """Fills fresh blocks with what was evicted. Without the lock: they are this allocation's alone."""
-        first, size = allocation.num_shared_blocks, self.layout.block_size_tokens
-        if self._below is None or first >= len(hashes):
-            return
         try:
-            slots = allocation.block_ids[first : len(hashes)]
-            known = list(contexts(root, pack_int32(token_ids[: len(hashes) * size]), 4 * size))
-            count = self._below.bring_back(
-                hashes[first:], token_ids[first * size : len(hashes) * size], known[first:], self._memory, slots
-            )
+            self._bring_back(allocation, hashes[: len(table)], token_ids, root)
         except BaseException:
             self.free(allocation)
             raise
+        return allocation
+
+    def bring_back(self, allocation: Allocation, token_ids: TokenIds, cache_salt: str = "") -> int:
+        """See `KVBackendProtocol.bring_back`."""
+        size, root = self.layout.block_size_tokens, root_hash(self.layout, cache_salt)
+        usable = min(len(allocation.block_ids), max(0, len(token_ids) - 1) // size) * size
+        hashes = block_hashes(token_ids[:usable], size, root)
+        with self.lock:
+            # Whoever frees the allocation meanwhile does not give its blocks to somebody else to write.
+            held = self.hold_to_read(self._held(allocation).table)
+        try:
+            return self._bring_back(allocation, hashes, token_ids, root)
+        finally:
+            self.free(held)
+
+    def _bring_back(
+        self, allocation: Allocation, hashes: Sequence[BlockHash], token_ids: TokenIds, root: BlockHash
+    ) -> int:
+        """Fills fresh blocks with what was evicted. Without the lock: they are this allocation's alone."""
+        size = self.layout.block_size_tokens
+        first = max(allocation.num_shared_blocks, allocation.num_cached_tokens // size)
+        allocation.more_below = False
+        if self._below is None or first >= len(hashes):
+            return 0
+        slots = allocation.block_ids[first : len(hashes)]
+        known = list(contexts(root, pack_int32(token_ids[: len(hashes) * size]), 4 * size))
+        count = self._below.bring_back(
+            hashes[first:], token_ids[first * size : len(hashes) * size], known[first:], self._memory, slots
+        )
         allocation.num_cached_tokens += count * size
-        allocation.origins = KvOrigins(host_tokens=count * size)
+        allocation.more_below = count == self._below.most_blocks and first + count < len(hashes)
+        origins = allocation.origins
+        allocation.origins = replace(origins, host_tokens=origins.host_tokens + count * size)
+        return count * size
 
     def lend(self, token_ids: TokenIds, cache_salt: str = "") -> PoolAllocation:
         """See `KVBackendProtocol.lend`. What is below stays there."""

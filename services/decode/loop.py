@@ -195,7 +195,10 @@ class DecodeLoop:
                 blocks.take(self._pool.allocate(known, len(known), job.cache_salt, job.tenant))
             except KvExhausted:
                 return None
-        allocation, began_s, gained = blocks.allocation, time.monotonic(), 0
+        allocation = blocks.allocation
+        while allocation.more_below:
+            await asyncio.to_thread(self._pool.bring_back, allocation, known, job.cache_salt)
+        began_s, gained = time.monotonic(), 0
         if self._fetch is not None:
             # Reserved blocks are the prompt's; those for emitted tokens come when it is submitted.
             within = len(allocation.block_ids) * self._pool.layout.block_size_tokens

@@ -82,6 +82,8 @@ class PrefillLoop:
         began = self._clock.now()
         allocation = self._pool.allocate(job.prompt, len(job.prompt), job.cache_salt, job.tenant)
         with OwnedBlocks(self._pool, allocation) as blocks:
+            while blocks.allocation.more_below:
+                await asyncio.to_thread(self._pool.bring_back, blocks.allocation, job.prompt, job.cache_salt)
             allocated = self._clock.now()
             store_tokens = await self._fetch(job, blocks.allocation)
             fetched = self._clock.now()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -100,7 +102,40 @@ def test_so_much_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(host_blocks=16)
     pool.compute(5)
     pool.compute(5, 100)
-    assert pool.compute(5) == 8
+    hashes, token_ids = chain(5)
+    asked = np.append(token_ids, 7).astype(np.int32)
+    allocation = pool.allocate(asked)
+    gained = [allocation.num_cached_tokens]
+    while allocation.more_below:
+        gained.append(pool.pool.bring_back(allocation, asked))
+    assert gained == [8, 8, 4]
+    assert (allocation.num_cached_tokens, allocation.origins.host_tokens) == (20, 20)
+    assert [bytes(pool.memory.block(block)) for block in allocation.block_ids.tolist()[:5]] == [*map(content, hashes)]
+    assert pool.pool.bring_back(allocation, asked) == 0
+    pool.pool.free(allocation)
+    with pytest.raises(ValueError, match="freed"):
+        pool.pool.bring_back(allocation, asked)
+
+
+def test_blocks_that_are_freed_while_they_are_filled_are_nobody_elses_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_cache, "MAX_COPY_BYTES", 2 * BLOCK_BYTES)
+    pool, copy = Pool(host_blocks=16), host_cache.copy_blocks
+    pool.compute(5)
+    pool.compute(5, 100)
+    asked = np.append(chain(5)[1], 7).astype(np.int32)
+    allocation = pool.allocate(asked)
+    free = []
+
+    def given_up(*args: Any) -> None:
+        pool.pool.free(allocation)
+        free.append(pool.pool.get_utilization().free_blocks)
+        copy(*args)
+
+    monkeypatch.setattr(host_cache, "copy_blocks", given_up)
+    pool.pool.bring_back(allocation, asked)
+    assert free == [0] and pool.pool.get_utilization().used_blocks == 0
 
 
 def test_watchers_hear_of_both_tiers() -> None:
