@@ -232,6 +232,8 @@ class KvHealth:
     tenants: tuple[TenantUsage, ...] = ()
     rejected_hits: int = 0
     """Blocks that were found by name and were not those asked for (`prefix_reuse.matcher`)."""
+    lifetime_skill: float = 0.0
+    """1: eviction knows whether a block is used again, 0: it knows the average, or does not foretell it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ class SelfCheck:
             moved_blocks=pool.moved_blocks,
             tenants=tuple(pool.tenant_usage()),
             rejected_hits=pool.rejected,
+            lifetime_skill=pool.lifetime_skill,
         )
 
     def run(self) -> IntegrityReport:

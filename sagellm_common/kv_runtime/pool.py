@@ -42,6 +42,7 @@ from sagellm_common.core.types import (
     pack_int32,
 )
 from sagellm_common.kv_policy.eviction import Cost, EvictionPolicy, make_eviction, swap_eviction, uniform
+from sagellm_common.kv_policy.eviction.cost_aware import CostAware
 from sagellm_common.kv_runtime import defrag
 from sagellm_common.kv_runtime.block_manager import BlockArray, BlockManager
 from sagellm_common.kv_runtime.prefix_cache import PrefixCache
@@ -394,6 +395,14 @@ class KVPool:
     def rejected(self) -> int:
         """Blocks that were found by name, here or below, and were not those asked for."""
         return self.cache.matcher.rejected + (self._below.rejected if self._below else 0)
+
+    @property
+    def lifetime_skill(self) -> float:
+        """How well the eviction policy foretells whether blocks are used again (`LifetimePredictor.skill`); 0 where it
+        does not."""
+        with self.lock:
+            policy = self.cache.policy
+            return policy.lifetimes.skill if isinstance(policy, CostAware) else 0.0
 
     def tenant_usage(self) -> list[TenantUsage]:
         """Empty where kv.tenants names none."""

@@ -1,9 +1,15 @@
 """What every tier of a KV hierarchy is: blocks found by the hash of their content, copied in and out.
 
-device   the engine's own pool, above the hierarchy: it gives up blocks, and takes them back
-dram     `backends.host_tier.HostTier`: blocks in host memory, also served in place
-nvme     `backends.file.FileTier`: blocks in files, there after a restart
-…        whatever else has blocks to read: another store, an object store
+    worker    device   `pool.KVPool`, the engine's own memory: gives up blocks, and takes them back
+              host     `host_cache.HostCache`, below it: what the device gives up (`kv.host_budget_bytes`)
+              store    the kv_stores, below that: remote memory, and disks that outlive both
+    kv_store  dram     `backends.host_tier.HostTier`: blocks in host memory, also served in place
+              nvme     `backends.file.FileTier`: blocks in files, there after a restart
+
+A kv_store's tiers are one `hierarchy.HierarchyManager`. A worker's lowest tier is written ahead, not at eviction:
+decode offloads what a finished sequence leaves (`services/decode/offload.py`), so what a worker drops is in a store
+already, but where stores were too slow or full. Prefill and decode fetch from there what neither device nor host has
+(`rpc.store_fetch`). A worker has no disk of its own: a kv_store on its host is that, and serves all others, too.
 """
 
 from __future__ import annotations

@@ -434,6 +434,11 @@ def _kv_health(health: KvHealth) -> Iterator[Metric]:
         "Blocks found by name that were not those asked for: of other tokens, or after others.",
         health.rejected_hits,
     )
+    yield GaugeMetricFamily(
+        "sagellm_worker_kv_lifetime_skill_ratio",
+        "How well eviction foretells whether blocks are used again: 1 knows it, 0 knows the average or does not try.",
+        health.lifetime_skill,
+    )
     share = GaugeMetricFamily(
         "sagellm_worker_kv_fragmentation_ratio",
         "Token slots of held blocks that are for no token (internal); free blocks not in the longest run (external).",

@@ -9,6 +9,7 @@ import pytest
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.types import TokenIds
+from sagellm_common.kv_policy.lifetime import LifetimePredictor
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.kv_runtime.backends.mock import MockKvPool
 from sagellm_common.kv_runtime.integrity import SelfCheck, check
@@ -98,3 +99,11 @@ def test_names_that_were_others_are_counted() -> None:
     pool.cache[key.hash].key = replace(key, token_bytes=bytes(len(key.token_bytes)))
     assert pool.allocate(asked, len(asked)).num_cached_tokens == 0
     assert SelfCheck(pool).health().rejected_hits == 1
+
+
+def test_how_well_eviction_foretells_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LifetimePredictor, "skill", 0.25)
+    pool = MockKvPool(LAYOUT, 8, eviction="adaptive")
+    assert SelfCheck(pool).health().lifetime_skill == 0.25
+    pool.set_eviction("lru")
+    assert SelfCheck(pool).health().lifetime_skill == 0.0

@@ -602,7 +602,7 @@ class TenantUsage(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., charged_blocks: _Optional[int] = ..., borrowed_blocks: _Optional[int] = ..., guaranteed_blocks: _Optional[int] = ..., limit_blocks: _Optional[int] = ..., rejections: _Optional[int] = ...) -> None: ...
 
 class KvHealth(_message.Message):
-    __slots__ = ("checks", "failed_checks", "problems", "sampled_blocks", "corrupt_blocks", "internal_fragmentation", "external_fragmentation", "moved_blocks", "tenants", "rejected_hits")
+    __slots__ = ("checks", "failed_checks", "problems", "sampled_blocks", "corrupt_blocks", "internal_fragmentation", "external_fragmentation", "moved_blocks", "tenants", "rejected_hits", "lifetime_skill")
     CHECKS_FIELD_NUMBER: _ClassVar[int]
     FAILED_CHECKS_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
@@ -613,6 +613,7 @@ class KvHealth(_message.Message):
     MOVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
     REJECTED_HITS_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_SKILL_FIELD_NUMBER: _ClassVar[int]
     checks: int
     failed_checks: int
     problems: _containers.RepeatedScalarFieldContainer[str]
@@ -623,7 +624,8 @@ class KvHealth(_message.Message):
     moved_blocks: int
     tenants: _containers.RepeatedCompositeFieldContainer[TenantUsage]
     rejected_hits: int
-    def __init__(self, checks: _Optional[int] = ..., failed_checks: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., sampled_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., internal_fragmentation: _Optional[float] = ..., external_fragmentation: _Optional[float] = ..., moved_blocks: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., rejected_hits: _Optional[int] = ...) -> None: ...
+    lifetime_skill: float
+    def __init__(self, checks: _Optional[int] = ..., failed_checks: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., sampled_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., internal_fragmentation: _Optional[float] = ..., external_fragmentation: _Optional[float] = ..., moved_blocks: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., rejected_hits: _Optional[int] = ..., lifetime_skill: _Optional[float] = ...) -> None: ...
 
 class ProbeWorkerLinksRequest(_message.Message):
     __slots__ = ("sources", "max_bytes")
