@@ -147,14 +147,30 @@ class SimCluster:
         elif len(self._waiting) >= self._max_waiting:
             job.rejected = "QUEUE_FULL"
             self._missed()
-        elif self._waiting or not self._start(job):
+        else:
             tokens = service_tokens(request.prompt_tokens, request.output_tokens)
             self._waiting.push(Waiting(view, request.tenant, tokens))
+            self._let_in()
+
+    def _let_in(self) -> None:
+        while (first := self._waiting.peek(self.clock.now_s)) is not None:
+            if not self._start(self._outcome.jobs[first.view.arrival]):
+                break
+            self._waiting.pop(self.clock.now_s)
 
     def _start(self, job: Job) -> bool:
-        """Places it and takes memory where it decodes; False when there is none."""
+        """Places it and takes memory where it decodes; False when there is none.
+
+        The router asks another decode worker where one has no room; here that is known at once.
+        """
         request, now_s = job.request, self.clock.now_s
+        tokens = request.prompt_tokens + request.output_tokens
         depths = self._index.lookup(_hashes(request.blocks)) if request.blocks else {}
+        matched = {worker: max(by_tier) for worker, by_tier in depths.items()}
+        shown = _shortlist(self._decode, self._idle_decode, matched)
+        with_room = [worker for worker in shown if worker.kv.has_room(tokens)]
+        if not with_room:
+            return False
         placement = self._strategy.place(
             RequestView(
                 job.view.request_id,
@@ -164,12 +180,10 @@ class SimCluster:
                 ttft_target_s=self._slo.ttft_s,
                 tpot_target_s=self._slo.tpot_s,
             ),
-            self._views({worker: max(by_tier) for worker, by_tier in depths.items()}),
+            self._views(with_room, matched),
         )
         decode = self._decode[placement.decode_worker_id]
-        blocks = decode.kv.blocks_of(request.prompt_tokens + request.output_tokens)
-        if blocks * decode.kv.block_tokens > decode.kv.free_tokens:
-            return False
+        blocks = decode.kv.blocks_of(tokens)
         job.decode_worker, job.reserved_blocks = decode.name, blocks
         job.decode_hit_tokens = decode.kv.hit_tokens(request.blocks, request.prompt_tokens)
         self._evicted(decode.name, decode.kv.take(blocks))
@@ -235,10 +249,7 @@ class SimCluster:
             self._missed()
         decode.outstanding -= 1
         decode.kv.give_back(job.reserved_blocks)
-        while (first := self._waiting.peek(self.clock.now_s)) is not None:
-            if not self._start(self._outcome.jobs[first.view.arrival]):
-                break
-            self._waiting.pop(self.clock.now_s)
+        self._let_in()
 
     def _missed(self) -> None:
         self._misses_left -= 1
@@ -257,7 +268,7 @@ class SimCluster:
         self._steps += 1
         return known < LEARN_EVERY or self._steps % LEARN_EVERY == 0
 
-    def _views(self, matched: dict[str, int]) -> list[WorkerView]:
+    def _views(self, decode: list[DecodeSim], matched: dict[str, int]) -> list[WorkerView]:
         def matched_tokens(worker: PrefillSim | DecodeSim) -> int:
             return matched.get(worker.name, 0) * worker.kv.block_tokens
 
@@ -277,7 +288,7 @@ class SimCluster:
                 sequences=w.sequences + w.coming,
                 context_tokens=w.context_tokens + w.coming_tokens,
             )
-            for w in _shortlist(self._decode, self._idle_decode, matched)
+            for w in decode
         ]
         return prefillers + decoders
 

@@ -22,6 +22,10 @@ class SimKv:
         """What could be taken for running sequences, all of the cache given up."""
         return (self.capacity_blocks - self.running_blocks) * self.block_tokens
 
+    def has_room(self, tokens: int) -> bool:
+        """For one more sequence."""
+        return self.blocks_of(tokens) * self.block_tokens <= self.free_tokens
+
     def hit_tokens(self, blocks: Sequence[int], prompt_tokens: int) -> int:
         """Leading prompt tokens found in the cache; at least one is left to compute."""
         depth = 0

@@ -202,7 +202,18 @@ class RouterConfig(Section):
     cost_model_path: str = Field(
         "", description="file in which learned costs outlive the router (with it, fifo learns, too); empty: nowhere"
     )
-    max_queue: int = Field(256, ge=1, description="requests in flight; more are turned away with QUEUE_FULL")
+    max_queue: int = Field(
+        256,
+        ge=1,
+        description="requests in flight; more are turned away with QUEUE_FULL, unless one that waits counts for less: "
+        "by priority, or with hybrid, adaptive and aegaeon because its tenant has more of them",
+    )
+    max_running: int = Field(
+        0,
+        ge=0,
+        description="of which at the workers; the others wait in the router, by the strategy's order and, with those "
+        "three, in turns of their tenants by the tokens these were given. 0: all",
+    )
     request_timeout_s: float = Field(300.0, gt=0)
     max_attempts: int = Field(3, ge=1)
     prefill_chunk_tokens: int = Field(

@@ -48,6 +48,7 @@ class WaitingRoom:
     """Pure bookkeeping. A turn costs O(log requests + tenants that wait). `fair` False: tenants make no difference."""
 
     def __init__(self, order: Order, *, fair: bool) -> None:
+        self.order = order
         self._policy = RankedPolicy(order=order)
         self._by_deadline = order in ("feasible", "on_time")
         self.fair = fair

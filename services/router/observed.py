@@ -28,6 +28,9 @@ class Generates(Protocol):
     @property
     def in_flight(self) -> int: ...
 
+    @property
+    def waiting(self) -> int: ...
+
 
 class Summary(Protocol):
     """Of `GenerationSummary`, here or on the wire, what is counted."""
@@ -73,6 +76,9 @@ class RouterMetrics:
         )
         self.retries = Counter("sagellm_router_retries", "Attempts after a failed one", registry=registry)
         self.in_flight = Gauge("sagellm_router_in_flight_requests", "Requests in flight", registry=registry)
+        self.waiting = Gauge(
+            "sagellm_router_waiting_requests", "Requests in flight that wait for their turn", registry=registry
+        )
 
     def counted(self, code: str) -> None:
         """A request has ended."""
@@ -98,10 +104,15 @@ class ObservedPipeline:
         self._inner = inner
         self._metrics = metrics
         metrics.in_flight.set_function(lambda: inner.in_flight)
+        metrics.waiting.set_function(lambda: inner.waiting)
 
     @property
     def in_flight(self) -> int:
         return self._inner.in_flight
+
+    @property
+    def waiting(self) -> int:
+        return self._inner.waiting
 
     def cancel(self, request_id: str) -> bool:
         return self._inner.cancel(request_id)

@@ -40,6 +40,7 @@ from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
 from services.router.generation import Generation
 from services.router.held import Ended, Held, PromptComputed
+from services.router.lifetime import lifetime_s
 from services.router.load import Sent
 from services.router.moves import Move, Moved, Moves
 from services.router.placing import place, sent_of, ttft_target_s
@@ -78,11 +79,23 @@ class Pipeline:
         self._transfers = transfers
         self._learner = learner
         self._moves = moves or Moves(workers)
-        self._admission = Admission(config.max_queue)
+        self._admission = Admission(
+            config.max_queue,
+            clock,
+            max_running=config.max_running,
+            order=strategy.order,
+            fair=strategy.fair,
+            lifetime=lambda tokens: lifetime_s(workers.links, learner.costs, tokens) if learner else None,
+        )
 
     @property
     def in_flight(self) -> int:
         return len(self._admission)
+
+    @property
+    def waiting(self) -> int:
+        """Of those in flight, for their turn."""
+        return self._admission.waiting
 
     async def generate(
         self, request: GenerationRequest, timeout_s: float | None = None
@@ -94,12 +107,15 @@ class Pipeline:
         """
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
         deadline = self._deadline(timeout_s)
-        with self._admission.admit(request.request_id) as slot:
+        with self._admission.admit(request, ttft_target_s(self._config)) as slot:
             generation = Generation(request, self._clock, self._explain.begin(request.request_id))
             retry, move = Retry(self._config.max_attempts), None
             try:
                 with generation.stage("admit"):
                     admitted = await self._admit(request, deadline, slot)
+                if not self._admission.enter(slot):
+                    with generation.stage("queue"):
+                        await self._admission.turn(slot, deadline.budget_s())
                 while True:
                     try:
                         async with aclosing(self._attempt(admitted, generation, retry, slot, move)) as outputs:
@@ -121,6 +137,7 @@ class Pipeline:
                     raise
                 yield generation.finish(FinishReason.CANCELLED)
             finally:
+                slot.emitted_tokens = len(generation.emitted)
                 with generation.stage("release"):
                     slot.calls.settle()
 
@@ -321,11 +338,15 @@ class Pipeline:
         """A place among the requests in flight; the caller releases it. Raises QueueFull, Draining, InvalidRequest."""
         deadline = self._deadline(timeout_s)
         with ExitStack() as place:
-            slot = place.enter_context(self._admission.admit(request.request_id))
+            slot = place.enter_context(self._admission.admit(request, ttft_target_s(self._config)))
             generation = Generation(request, self._clock, self._explain.begin(request.request_id))
             held = Held(request, deadline, slot, generation, Retry(self._config.max_attempts))
             held.place = place.pop_all()
         return held
+
+    def may_go(self, held: Held) -> bool:
+        """Whether it may go to the workers at once; else `plan_when_possible` waits for its turn."""
+        return self._admission.enter(held.slot)
 
     def plan_now(self, held: Held) -> Routed:
         """The first attempt. Raises InvalidRequest, ContextTooLong, UnknownModel, and NoWorker, after which
@@ -341,6 +362,9 @@ class Pipeline:
     async def plan_when_possible(self, held: Held) -> Routed:
         """Waits a little for workers. Raises as `plan_now`."""
         generation, slot = held.generation, held.slot
+        if not slot.running:
+            with generation.stage("queue"):
+                await self._admission.turn(slot, held.deadline.budget_s())
         if held.admitted is None:
             with generation.stage("admit"):
                 held.admitted = await self._admit(held.request, held.deadline, slot)
@@ -394,7 +418,7 @@ class Pipeline:
 
     def hear_end(self, held: Held, told: Ended, *, well: bool) -> None:
         """Gives back what it counts for."""
-        routed = held.routed
+        routed, held.slot.emitted_tokens = held.routed, told.completion_tokens
         if self._learner and routed is not None and held.sent is not None:
             if routed.prefill is not None:
                 transfer = TransferReport(told.kv_bytes_transferred, told.transfer_ms, 0, 0, "")

@@ -69,6 +69,9 @@ class SessionRoutes:
             if message.HasField("failure"):
                 held.generation.at_fault = self._at_fault(message, held)
                 waits = True
+            elif not self._pipeline.may_go(held):
+                held.generation.attempts += 1
+                waits = True
             else:
                 try:
                     self._answer(call_id, message, held, self._pipeline.plan_now(held))

@@ -154,6 +154,11 @@ class Workers:
         """Set at the next change of any worker: take it first, then look, then wait for it."""
         return self._changed
 
+    @property
+    def links(self) -> list[WorkerLink]:
+        """To all workers that were seen and are not gone."""
+        return [*self._links.values()]
+
     def usable(self, model: ModelInfo) -> list[WorkerLink]:
         """Workers that take requests for the model, and stores."""
         return [
