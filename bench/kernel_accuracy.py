@@ -13,7 +13,7 @@ PASSAGES, PASSAGE_TOKENS = 4, 256
 class Direct:
     """The quantised model without an engine around it."""
 
-    def __init__(self, model: Path, weights: str) -> None:
+    def __init__(self, model: Path, weights: str, kv_dtype: str) -> None:
         import torch
         from safetensors import safe_open
         from transformers import AutoConfig
@@ -31,7 +31,7 @@ class Direct:
                 self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
         self.model.update_weights()
         layers, shape = config.num_hidden_layers, self.model.shape
-        pool = torch.zeros(640, 2, layers, 16, shape.kv_heads, shape.head_dim)
+        pool = torch.zeros(640, 2, layers, 16, shape.kv_heads, shape.head_dim, dtype=getattr(torch, kv_dtype))
         self.caches = [(pool[:, 0, i], pool[:, 1, i]) for i in range(layers)]
 
     def step(self, ids: list[list[int]], known: int) -> Any:
@@ -66,8 +66,11 @@ def passages(model: Path) -> list[list[int]]:
     return [ids[i * PASSAGE_TOKENS : (i + 1) * PASSAGE_TOKENS] for i in range(PASSAGES)]
 
 
-def accuracy(model: Path) -> dict[str, dict[str, float]]:
-    """KL divergence from float32 (nats, mean and largest), agreement of the best token, perplexity; weight bytes."""
+def accuracy(model: Path, kv_dtypes: dict[str, str]) -> dict[str, dict[str, float]]:
+    """KL divergence from float32 (nats, mean and largest), agreement of the best token, perplexity; weight bytes.
+
+    `kv_dtypes`: of each engine.weights to be judged.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -92,8 +95,8 @@ def accuracy(model: Path) -> dict[str, dict[str, float]]:
             }
 
         result = {"float32": judge(exact)}
-        for weights in ("int8x2", "int8"):
-            direct = Direct(model, weights)
+        for weights, kv_dtype in kv_dtypes.items():
+            direct = Direct(model, weights, kv_dtype)
             result[weights] = judge([direct.step([text], 0).log_softmax(-1) for text in texts])
             result[weights]["weight_bytes"] = float(direct.weight_bytes)
         return result

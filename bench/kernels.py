@@ -2,12 +2,13 @@
 
     python -m bench.kernels [--quick] [--threads 1 2] [--cells 1x128,8x1024] [--llama-python PATH] [--vllm-python PATH]
 
-SmolLM2-135M from its Q4_1 file: the engine computes with that file's values, llama.cpp with the file (with and without
-flash attention: the faster counts), vLLM with the same values in float32 and bfloat16 (the faster counts). All have as
-many threads. Prefill is the time to the first token of all sequences of a cell, decode the rest: of one stream within
-one run where the engine tells when its first token came (vLLM does not), else less a run of one token. With one thread
-rates are per CPU second, which other load on the machine hardly moves; with more, per second on the wall, for threads
-that wait for each other spin: that wants a quiet machine. Accuracy is against transformers in float32.
+SmolLM2-135M from its Q4_1 file: the engine computes with that file's values (KV in float32, but with int8 in float16),
+llama.cpp with the file (KV in float16; with and without flash attention: the faster counts), vLLM with the same values
+in float32 and bfloat16 (the faster counts). All have as many threads. Prefill is the time to the first token of all
+sequences of a cell, decode the rest: of one stream within one run where the engine tells when its first token came
+(vLLM does not), else less a run of one token. With one thread rates are per CPU second, which other load on the machine
+hardly moves; with more, per second on the wall, for threads that wait for each other spin: that wants a quiet machine.
+Accuracy is against transformers in float32.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from services.cli.models import prepare_smollm2
 
 Cell = tuple[int, int]
 """Sequences, and prompt tokens of each."""
-MODES = {"float32": "dtype", "int8x2": "int8x2", "int8": "int8"}
+MODES = {"float32": ("dtype", "float32"), "int8x2": ("int8x2", "float32"), "int8": ("int8", "float16")}
+"""engine.weights and the dtype of the KV. Where a little may be lost, KV is in two bytes, as llama.cpp's and vLLM's."""
 LLAMAS = {"llama.cpp Q4_1": "off", "llama.cpp Q4_1 flash": "on"}
 VLLMS = {"vLLM float32": "float32", "vLLM bfloat16": "bfloat16"}
 TARGETS = {"int8x2": (2.0, {1: 1.6, 8: 3.5}), "int8": (4.0, {1: 1.9, 8: 5.5})}
@@ -73,13 +75,10 @@ def time_the_kernels() -> None:
         kind.__call__ = lambda self, *args, call=original, **kwargs: timed(call, self, *args, **kwargs)  # type: ignore[method-assign]
 
 
-async def our_engine(stack: AsyncExitStack, model: Path, weights: str, threads: int) -> Run:
-    config = Config.model_validate(
-        {
-            "model": {"path": str(model)},
-            "engine": {"weights": weights, "threads": threads, "num_blocks": 640, "prefix_caching": False},
-        }
-    )
+async def our_engine(stack: AsyncExitStack, model: Path, mode: str, threads: int) -> Run:
+    weights, dtype = MODES[mode]
+    engine = {"weights": weights, "dtype": dtype, "threads": threads, "num_blocks": 640, "prefix_caching": False}
+    config = Config.model_validate({"model": {"path": str(model)}, "engine": engine})
     engine = make_engine(config)
     ended: dict[str, asyncio.Event] = {}
     began: dict[str, np.ndarray] = {}
@@ -127,8 +126,8 @@ async def speed(args: argparse.Namespace, model: Path, threads: int) -> dict[str
     bandwidth: list[float] = []
     async with AsyncExitStack() as stack:
         runs: dict[str, Run] = {}
-        for name, weights in MODES.items():
-            runs[name] = await our_engine(stack, model, weights, threads)
+        for name in MODES:
+            runs[name] = await our_engine(stack, model, name, threads)
         shape = threads, max(batch for batch, _ in args.cells), max(n for _, n in args.cells) + args.new_tokens + 32
         for name, flash in LLAMAS.items() if args.llama_python else ():
             runs[name] = await llama(stack, args.llama_python, flash, *shape)
@@ -238,15 +237,16 @@ def over_peers(found: dict[str, Any], threads: int, cells: list[Cell]) -> list[l
     return rows
 
 
-def kv_bytes_per_token(model: Path) -> int:
-    """Keys and values of one token in all layers, in float32."""
+def kv_bytes_per_token(model: Path, mode: str) -> int:
+    """Keys and values of one token in all layers."""
     shape = read_model_config(model)
     head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
-    return int(2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * 4)
+    element_bytes = {"float32": 4, "float16": 2}[MODES[mode][1]]
+    return int(2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * element_bytes)
 
 
 def of_memory_bound(
-    found: dict[str, Any], threads: int, args: argparse.Namespace, quality: dict[str, Any], kv_bytes: int
+    found: dict[str, Any], threads: int, args: argparse.Namespace, quality: dict[str, Any], model: Path
 ) -> list[list[str]]:
     """One stream: the bytes of weights and cached KV that a token needs, at its rate, over what memory gives."""
     rows = [["weights", "cell", "MB per token", "bound, tokens/s", "tokens/s", "of the bound", "target"]]
@@ -254,7 +254,9 @@ def of_memory_bound(
         for batch, length in args.cells:
             if batch > 1:
                 continue
-            token_bytes = quality[name]["weight_bytes"] + (length + args.new_tokens // 2) * kv_bytes
+            token_bytes = quality[name]["weight_bytes"] + (length + args.new_tokens // 2) * kv_bytes_per_token(
+                model, name
+            )
             bound = found["read_gb_per_s"] * 1e9 / token_bytes
             rate = found[f"{clock_of(threads)} decode"][name][label(batch, length)]
             share = rate / bound
@@ -278,7 +280,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     overlay.use("auto")  # before anything imports LMDeploy
     model = prepare_smollm2()
     time_the_kernels()
-    quality = accuracy(model)
+    quality = accuracy(model, {name: kv for name, (weights, kv) in MODES.items() if weights == name})
     rows = [["weights", "KL mean", "KL max", "argmax agrees", "perplexity"]]
     for name, q in quality.items():
         share = f"{100 * q['argmax_agreement']:.2f} %"
@@ -294,7 +296,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rows += [[name, *(f"{rates[name][cell]:.1f}" for cell in cells)] for name in rates]
             print(f"\n{table(rows)}")
         found["over_peers"] = over_peers(found, threads, args.cells)
-        found["memory_bound"] = of_memory_bound(found, threads, args, quality, kv_bytes_per_token(model))
+        found["memory_bound"] = of_memory_bound(found, threads, args, quality, model)
         print(f"\n{table(found['over_peers'])}")
         print(f"\nmemory reads {found['read_gb_per_s']:.1f} GB/s\n{table(found['memory_bound'])}")
         if threads == 1:  # with more, the others' waiting is not told from their work

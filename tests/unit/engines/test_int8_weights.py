@@ -85,7 +85,7 @@ async def test_two_planes_say_what_float32_says(model: str, request: pytest.Fixt
             assert [tokens for tokens, _ in found] == expected
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 async def test_a_handover_changes_nothing(tiny_llama: Path, dtype: str) -> None:
     async with running_engine(tiny_llama, weights="int8", dtype=dtype) as driver:
         assert driver.engine.kv.layout.dtype == dtype
