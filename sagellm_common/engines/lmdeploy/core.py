@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from lmdeploy.pytorch.engine.engine import Engine as LmdeployEngineBase
 from lmdeploy.pytorch.engine.model_agent import BatchedOutputs
-from lmdeploy.pytorch.messages import MessageStatus
+from lmdeploy.pytorch.messages import MessageStatus, UpdateTokenMode
 
 from sagellm_common.core.config import TenantConfig
 from sagellm_common.core.errors import ConfigError, EngineFailed, KvExhausted, LeaseExpired, SageError
@@ -39,7 +39,7 @@ from sagellm_common.kv_runtime.pool import PoolAllocation
 from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, StepPlan
 
 if TYPE_CHECKING:
-    from sagellm_common.engines.lmdeploy.kernels.direct import DirectDecode
+    from sagellm_common.engines.lmdeploy.kernels.direct import DecodeInputs, DirectDecode
 
 log = logging.getLogger(__name__)
 
@@ -227,25 +227,28 @@ class EngineCore(LmdeployEngineBase):
             if batch:
                 with self.watch.step():
                     for part in self._parts(batch, is_prefill):
-                        await self._run_batch(part, is_prefill)
+                        await self._run_batch(part, is_prefill, go_on=True)
             else:
                 await self._idle()
 
-    async def _run_batch(self, batch: list[Any], is_prefill: bool, failed_before: bool = False) -> None:
-        """One step of these sequences. A batch that fails is run again in halves, one sequence as it is; who fails
-        again and alone ends with ENGINE_FAILED. A step that failed has changed nothing but unwritten slots. Anything
-        but EngineFailed ends the engine: an executor that cannot be started again, a rank that is gone.
+    async def _run_batch(
+        self, batch: list[Any], is_prefill: bool, *, go_on: bool = False, failed_before: bool = False
+    ) -> None:
+        """One step of these sequences, or more if they may `go_on`, as `_decode` has it.
+
+        A batch that fails is run again in halves, one sequence as it is; who fails again and alone ends with
+        ENGINE_FAILED. A step that failed has changed nothing but unwritten slots. Anything but EngineFailed ends the
+        engine: an executor that cannot be started again, a rank that is gone.
         """
         try:
             with self.kv.lock:
                 known = self._runs()
             runs = [known[seq.session_id] for seq in batch]
-            context = sum(seq.num_all_ids for seq in batch)
             chunks: list[tuple[int, int]] = []
             if is_prefill:
                 output, chunks = await self._prefill(batch, runs)
             else:
-                output = await self._decode(batch, runs)
+                output = await self._decode(batch, runs, go_on)
         except EngineFailed as error:
             log.exception("a step of %d sequences failed", len(batch))
             self._timed_until = _now()
@@ -257,20 +260,23 @@ class EngineCore(LmdeployEngineBase):
             for part in filter(None, (batch[:half], batch[half:])):
                 await self._run_batch(part, is_prefill, failed_before=True)
             return
+        if output is None:
+            return
         with self.kv.lock:
-            try:
+            context = sum(seq.num_all_ids for seq in batch)  # the new tokens are not among them yet
+            with self._giving_out(batch):
                 outputs = self._collect(output, batch, not is_prefill)
-            except Exception:
-                # Some have their new token and some have not: there is no going back.
-                log.exception("the results of a step of %d sequences are lost", len(batch))
-                failure = EngineFailed(FAILED)
-                outputs = [self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)]
+                self._tell_costs(batch, chunks, context)
+                self._emit_all(outputs)
+
+    def _tell_costs(self, batch: list[Any], chunks: list[tuple[int, int]], context_tokens: int) -> None:
+        """Of the step that has just ended: of these chunks of prompts, or of decoding."""
         took_s, cpu_s = self._lap()
-        if is_prefill:
+        if chunks:
             self._step_log.add(StepCost.prefill(chunks, took_s, cpu_s))
         else:
-            self._step_log.add(StepCost(took_s, sequences=len(batch), context_tokens=context, cpu_seconds=cpu_s))
-        self._emit_all(outputs)
+            cost = StepCost(took_s, sequences=len(batch), context_tokens=context_tokens, cpu_seconds=cpu_s)
+            self._step_log.add(cost)
 
     def _lap(self) -> tuple[float, float]:
         """(seconds, of these on a core) since the end of the step before, or since there was something to do again."""
@@ -278,20 +284,71 @@ class EngineCore(LmdeployEngineBase):
         took_s, cpu_s = (now - then for now, then in zip(self._timed_until, before, strict=True))
         return took_s, cpu_s if self._on_cpu else 0.0
 
-    async def _decode(self, batch: list[Any], runs: list[Running]) -> Any:
-        """One more token of each: directly where that will do, else as LMDeploy does it. Raises EngineFailed."""
+    @contextlib.contextmanager
+    def _giving_out(self, batch: list[Any]) -> Iterator[None]:
+        """The results of a step. When that fails, some have their new token and some have not: there is no going back,
+        and all of the batch end. The lock is held.
+        """
+        try:
+            yield
+        except Exception:
+            log.exception("the results of a step of %d sequences are lost", len(batch))
+            failure = EngineFailed(FAILED)
+            self._emit_all([self._end(seq, FinishReason.ERROR, error=failure) for seq in batch if self._is_known(seq)])
+
+    async def _decode(self, batch: list[Any], runs: list[Running], go_on: bool) -> Any:
+        """One more token of each: directly where that will do, else as LMDeploy does it. Raises EngineFailed.
+
+        With `go_on` as many direct steps as nobody but the sequences has to be asked for. Their results are given out
+        here, but those of the last; None when there are none left to give out.
+        """
         if self._direct is None or any(run.request.progress for run in runs) or not self._direct.takes(batch):
             return await self._forward(self._inputs(batch, is_prefill=False), runs)
-        await asyncio.sleep(0)  # the loop's turn: nothing else waits here
         try:
             with self.kv.lock:
-                ids, where = self._direct.inputs(batch)
-            tokens = self._direct.step(ids, where)
+                inputs = self._direct.inputs(batch)
+            while True:
+                await asyncio.sleep(0)  # the loop's turn: nothing else waits here
+                tokens = self._direct.step(inputs.ids, inputs.batch)
+                self.watch.alive()
+                self._stepped(0)
+                with self.kv.lock:
+                    if not (go_on and self._nothing_else(batch, runs, tokens.tolist(), inputs)):
+                        return BatchedOutputs(tokens, stopped=None)
+                    context = sum(seq.num_all_ids for seq in batch)
+                    with self._giving_out(batch):
+                        outputs = self._append(batch, runs, tokens.numpy())
+                        self._tell_costs(batch, [], context)
+                        self._emit_all(outputs)
+                        inputs = self._direct.advanced(inputs, batch, tokens)
+                        continue
+                return None
         except Exception as error:
             raise EngineFailed(FAILED) from error
-        self.watch.alive()
-        self._stepped(0)
-        return BatchedOutputs(tokens, stopped=None)
+
+    def _nothing_else(self, batch: list[Any], runs: list[Running], tokens: list[int], inputs: DecodeInputs) -> bool:
+        """Whether, after these tokens, the next step is of the same sequences, and nothing is to be done before it:
+        nobody ends, waits or was cancelled, and there are blocks to grow into. The lock is held.
+        """
+        assert self._direct is not None
+        return (
+            not self._stop.is_set()
+            and not self.scheduler.has_waiting()
+            and not self.kv.waits_for_a_steps_end
+            and not any(run.cancelled for run in runs)
+            and not any(map(stopped, batch, tokens))
+            and self._direct.has_room(inputs)
+        )
+
+    def _append(self, batch: list[Any], runs: list[Running], tokens: np.ndarray) -> list[SequenceOutput]:
+        """What `_collect` comes to for sequences that go on."""
+        outputs = []
+        for seq, run, token in zip(batch, runs, tokens, strict=True):
+            seq.update_token_ids(token, mode=UpdateTokenMode.DECODE)
+            self.kv.cache.allocate(seq)
+            outputs.append(SequenceOutput(run.request.request_id, (int(token),), engine_s=self._took_s(run)))
+        self._step_began_s = time.monotonic()
+        return outputs
 
     # ---- a prompt in chunks ----
 

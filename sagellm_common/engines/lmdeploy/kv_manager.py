@@ -172,9 +172,14 @@ class LmdeployKvPool(KVPool):
 
     # ---- for the engine ----
 
+    @property
+    def waits_for_a_steps_end(self) -> bool:
+        """Whether `between_steps` has something to do."""
+        return self._defrag_bytes > 0
+
     def between_steps(self) -> None:
         """Nothing computes, and the lock is held."""
-        if self._defrag_bytes:
+        if self.waits_for_a_steps_end:
             max_bytes, self._defrag_bytes = self._defrag_bytes, 0
             self.defragment(max_bytes)
 

@@ -8,6 +8,7 @@ Scheduler, blocks and sequences stay LMDeploy's, and so does every other step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,20 @@ from sagellm_common.engines.lmdeploy.kernels.model import QuantizedCausalLM
 from sagellm_common.engines.lmdeploy.kernels.ops import Batch, KvLayer
 
 
+@dataclass(slots=True)
+class DecodeInputs:
+    """The last token of each sequence, which has no KV yet, and where that goes."""
+
+    ids: Tensor
+    batch: Batch
+    room_tokens: int
+    """So many more tokens has each of them room for in its blocks."""
+
+
 class DirectDecode:
-    """For LMDeploy's sequences, their block tables and the layers of their cache."""
+    """For LMDeploy's sequences, their block tables and the layers of their cache. But for `step` the pool's lock is
+    held.
+    """
 
     def __init__(self, model: QuantizedCausalLM, caches: Sequence[KvLayer], block_manager: Any) -> None:
         self._model, self._caches, self._blocks = model, caches, block_manager
@@ -35,15 +48,32 @@ class DirectDecode:
             for seq, p in ((seq, seq.sampling_param) for seq in seqs)
         )
 
-    def inputs(self, seqs: Sequence[Any]) -> tuple[Tensor, Batch]:
-        """The last token of each, which has no KV yet, and where that goes. The pool's lock is held."""
+    def inputs(self, seqs: Sequence[Any]) -> DecodeInputs:
+        """Of sequences that have their blocks."""
         tables = [self._blocks.get_block_table(seq) for seq in seqs]
         padded = np.zeros((len(seqs), max(map(len, tables))), np.int64)
         for row, table in zip(padded, tables, strict=True):
             row[: len(table)] = table
-        kv_lens = torch.tensor([seq.num_all_ids for seq in seqs])
+        kv_lens = np.array([seq.num_all_ids for seq in seqs])
+        room = min(len(table) * seq.block_size - seq.num_all_ids for table, seq in zip(tables, seqs, strict=True))
         ids = torch.from_numpy(np.concatenate([seq.token_ids for seq in seqs]))
-        return ids, Batch(torch.arange(len(seqs) + 1), kv_lens, torch.from_numpy(padded))
+        batch = Batch(torch.arange(len(seqs) + 1), torch.from_numpy(kv_lens), torch.from_numpy(padded))
+        return DecodeInputs(ids, batch, room)
+
+    def has_room(self, inputs: DecodeInputs) -> bool:
+        """Whether each of them gets a place for one more token without anybody giving up his."""
+        return inputs.room_tokens > 0 or self._blocks.get_num_free_gpu_blocks() > inputs.ids.numel()
+
+    def advanced(self, inputs: DecodeInputs, seqs: Sequence[Any], tokens: Tensor) -> DecodeInputs:
+        """When the sequences have got these tokens and there was room: blocks for them, and the inputs that follow."""
+        if not inputs.room_tokens:
+            for seq in seqs:
+                self._blocks.allocate(seq)
+            return self.inputs(seqs)
+        inputs.batch.kv_lens.add_(1)
+        inputs.ids = tokens
+        inputs.room_tokens -= 1
+        return inputs
 
     @torch.inference_mode()
     def step(self, ids: Tensor, batch: Batch) -> Tensor:
