@@ -335,7 +335,7 @@ class EngineCore(LmdeployEngineBase):
             not self._stop.is_set()
             and not self.scheduler.has_waiting()
             and not self.kv.waits_for_a_steps_end
-            and not any(run.cancelled for run in runs)
+            and not any(run.cancelled or run.taken_out for run in runs)
             and not any(map(stopped, batch, tokens))
             and self._direct.has_room(inputs)
         )

@@ -39,7 +39,7 @@ def test_auto_becomes_what_the_machine_has(host: RecordedHost, wanted: dict[str,
     ("host", "engine", "transport", "complaint"),
     [
         (NVIDIA, {"device": "cuda", "dtype": "float32"}, {}, "engine.dtype: 'float32' .* use bfloat16 or float16"),
-        (NVIDIA, {"device": "cuda"}, {"backend": "gloo"}, "transport.backend: 'gloo' .* use tcp"),
+        (NVIDIA, {"device": "cuda"}, {"backend": "shm"}, "transport.backend: 'shm' .* use tcp"),
         (NVIDIA, {"device": "cuda", "block_size_tokens": 8}, {}, "engine.block_size_tokens: 8 .* power of two"),
         (NVIDIA, {"device": "cuda", "block_size_tokens": 24}, {}, "engine.block_size_tokens: 24 .* power of two"),
         (NVIDIA, {"device": "cuda", "num_blocks": 8}, {}, "engine.num_blocks: 8 .* at least 16"),
