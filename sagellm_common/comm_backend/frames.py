@@ -212,8 +212,11 @@ def encode_refusal(reason: str, message: str) -> bytes:
     return ANSWER.pack(MAGIC, REFUSED, len(why), len(text)) + why + text
 
 
+ACCEPTED_ANSWER = ANSWER.pack(MAGIC, ACCEPTED, 0, 0)
+
+
 def encode_accepted() -> bytes:
-    return ANSWER.pack(MAGIC, ACCEPTED, 0, 0)
+    return ACCEPTED_ANSWER
 
 
 def decode_answer(header: bytes | bytearray) -> tuple[bool, int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 STALL_S = 0.1
@@ -118,14 +118,17 @@ def current() -> PullMeter:
     return _current.get() or PullMeter()
 
 
-@contextmanager
-def metering() -> Iterator[PullMeter]:
+class metering(AbstractContextManager[PullMeter]):  # used as a function
     """A meter for the time of the block, added to the one outside of it, if there is one, whatever ends the block."""
-    outer, meter = _current.get(), PullMeter()
-    token = _current.set(meter)
-    try:
-        yield meter
-    finally:
-        _current.reset(token)
-        if outer is not None:
-            outer.add(meter)
+
+    __slots__ = ("_meter", "_outer", "_token")
+
+    def __enter__(self) -> PullMeter:
+        self._outer, self._meter = _current.get(), PullMeter()
+        self._token = _current.set(self._meter)
+        return self._meter
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
+        if self._outer is not None:
+            self._outer.add(self._meter)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from prometheus_client import Counter, Histogram
@@ -101,18 +101,15 @@ class InstrumentedChannel:
         return await self._inner.start()
 
     async def pull(self, asked: Pull) -> TransferResult:
-        with self._metered() as meter:
-            return self._counted(await self._inner.pull(asked), meter)
+        return await self._measured(self._inner.pull(asked))
 
     async def pull_along(self, asked: PullAlong) -> TransferResult:
-        with self._metered() as meter:
-            return self._counted(await self._inner.pull_along(asked), meter)
+        return await self._measured(self._inner.pull_along(asked))
 
-    @contextmanager
-    def _metered(self) -> Iterator[PullMeter]:
+    async def _measured(self, pulling: Awaitable[TransferResult]) -> TransferResult:
         with metering() as meter:
             try:
-                yield meter
+                return self._counted(await pulling, meter)
             except BaseException as err:
                 TRANSFER_FAILURES.labels(self.name, type(err).__name__).inc()
                 raise

@@ -120,7 +120,7 @@ class Wire:
             return 0.0
         if _few(pieces):
             digest_s = _take(taken, pieces)
-            self._send_views([part for part in (head, *pieces.views(), tail) if part])
+            self.send_views([part for part in (head, *pieces.views(), tail) if part])
             return digest_s
         streamed_s = self._stream(True, head, pieces, tail, taken)
         if streamed_s is not None:
@@ -128,6 +128,16 @@ class Wire:
         digest_s = _take(taken, pieces)
         self._each(_Runs(head, pieces, tail), _libc.sendmsg, socket.MSG_NOSIGNAL, socket.SO_SNDTIMEO)
         return digest_s
+
+    def send_views(self, views: list[Buffer | memoryview]) -> None:
+        """Sends all of them, in this order. Raises as `send`."""
+        while views:
+            self._arm(socket.SO_SNDTIMEO)
+            try:
+                done = self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                raise TimeoutError("the peer takes no bytes") from None
+            views = _left(views, done)
 
     def recv_into(
         self, head: bytearray, pieces: Pieces, tail: bytearray | None = None, taken: memoryview | None = None
@@ -143,6 +153,21 @@ class Wire:
         runs = _Runs(head, pieces, b"" if tail is None else tail)
         self._each(runs, _libc.recvmsg, socket.MSG_WAITALL, socket.SO_RCVTIMEO)
         return _take(taken, pieces)
+
+    def recv_soon(
+        self, head: bytearray, pieces: Pieces, tail: bytearray, taken: memoryview | None, until_s: float
+    ) -> float | None:
+        """`recv_into`, of a message that begins with `head` and is here at `until_s` (see `has_soon`). Else, or where
+        that cannot be done in one call: None, and nothing was read."""
+        library = native.library()
+        if library is None:
+            return None
+        self._armed.pop(socket.SO_RCVTIMEO, None)
+        failed = library.sage_answer(self._packed(library, head, pieces, tail, taken), until_s)
+        if failed in (native.NOT_YET, native.TOO_SHORT):
+            return None
+        _raise(failed)
+        return _DOUBLE.unpack_from(self._message, native.MESSAGE_DIGEST_S)[0]  # type: ignore[no-any-return]
 
     def recv(self, size: int) -> bytearray:
         """Exactly so many bytes. Raises as `recv_into`."""
@@ -268,15 +293,6 @@ class Wire:
 
     # Of few pieces.
 
-    def _send_views(self, views: list[Buffer | memoryview]) -> None:
-        while views:
-            self._arm(socket.SO_SNDTIMEO)
-            try:
-                done = self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                raise TimeoutError("the peer takes no bytes") from None
-            views = _left(views, done)
-
     def _recv_views(self, views: list[bytearray | memoryview]) -> None:
         first = True
         while views:
@@ -295,6 +311,16 @@ class Wire:
         if library is None:
             return None
         self._armed.pop(socket.SO_SNDTIMEO if out else socket.SO_RCVTIMEO, None)
+        failed = library.sage_stream(self._packed(library, head, pieces, tail, taken), out)
+        if failed == native.TOO_SHORT:
+            return None
+        _raise(failed)
+        return _DOUBLE.unpack_from(self._message, native.MESSAGE_DIGEST_S)[0]  # type: ignore[no-any-return]
+
+    def _packed(
+        self, library: native.Library, head: Buffer, pieces: Pieces, tail: Buffer, taken: memoryview | None
+    ) -> Any:
+        """As native code wants it. Keep all of them alive."""
         message = self._message
         native.MESSAGE.pack_into(
             message,
@@ -315,18 +341,7 @@ class Wire:
             self._sock.fileno(),
             library.isas[-1],
         )
-        failed = library.sage_stream(message, out)
-        if not failed:
-            return _DOUBLE.unpack_from(message, native.MESSAGE_DIGEST_S)[0]  # type: ignore[no-any-return]
-        if failed == native.TOO_SHORT:
-            return None
-        if failed == native.CLOSED:
-            raise EOFError
-        if failed == errno.ETIMEDOUT:
-            raise TimeoutError("the peer moves no bytes, or the deadline passed")
-        if failed == errno.ECONNRESET:
-            raise ConnectionResetError("the peer closed the connection half-way")
-        raise OSError(failed, os.strerror(failed))
+        return message
 
     def _each(self, runs: _Runs, function: Any, flags: int, option: int) -> None:
         """All the runs through sendmsg or recvmsg."""
@@ -359,6 +374,19 @@ class Wire:
         # Zero would mean to wait forever.
         whole, micros = divmod(max(1, int(wait_s * 1e6)), 1_000_000)
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, micros))
+
+
+def _raise(failed: int) -> None:
+    """What native code ended with, unless it is 0."""
+    if not failed:
+        return
+    if failed == native.CLOSED:
+        raise EOFError
+    if failed == errno.ETIMEDOUT:
+        raise TimeoutError("the peer moves no bytes, or the deadline passed")
+    if failed == errno.ECONNRESET:
+        raise ConnectionResetError("the peer closed the connection half-way")
+    raise OSError(failed, os.strerror(failed))
 
 
 def _few(pieces: Pieces) -> bool:

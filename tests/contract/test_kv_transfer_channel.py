@@ -166,8 +166,10 @@ async def test_concurrent_pulls_of_two_sources_in_both_directions(workers: Clust
         assert blocks_of(target.region, to) == blocks_of(source.region, pinned.block_table)
 
 
-async def test_refuses_what_is_not_leased(workers: Cluster) -> None:
-    source, target = await workers.side("source", ttl_s=30), await workers.side("target")
+@pytest.mark.parametrize("block_bytes", [64, 512], ids=["tiny", "digested-natively"])
+async def test_refuses_what_is_not_leased(workers: Cluster, block_bytes: int) -> None:
+    source = await workers.side("source", ttl_s=30, block_bytes=block_bytes)
+    target = await workers.side("target", block_bytes=block_bytes)
     source.pin("t", ids(1, 2), epoch=2)
     for wrong in [
         source.source("unknown", ids(1, 2), epoch=2),
@@ -222,8 +224,10 @@ async def test_a_closed_channel_pulls_no_more(workers: Cluster) -> None:
         await target.channel.pull(Pull(pinned, ids(1, 2), ids(1, 2), timeout_s=TIMEOUT_S))
 
 
-async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = await workers.side("source"), await workers.side("target")
+@pytest.mark.parametrize("block_bytes", [64, 512], ids=["tiny", "digested-natively"])
+async def test_corrupted_bytes_are_noticed(workers: Cluster, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = [await workers.side(name, block_bytes=block_bytes) for name in ("source", "target")]
+    source, target = sides
     if workers.backend == "tcp" or workers.variant == "inline":
         send = Wire.send
 

@@ -79,6 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # Threads of Gloo and Mooncake may still wait for sources that were stopped or killed: they abort an interpreter
-    # that ends under them.
+    # Threads of Gloo and Mooncake may still wait for sources that stopped or died: they abort an interpreter that
+    # ends under them.
     os._exit(code)

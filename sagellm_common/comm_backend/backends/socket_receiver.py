@@ -22,7 +22,7 @@ from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, check_targets, verify_digests
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.meter import PullMeter
-from sagellm_common.comm_backend.pieces import Pieces, of_segment
+from sagellm_common.comm_backend.pieces import Pieces, blocks, of_segment
 from sagellm_common.comm_backend.protocol import Encoding, Memory, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.segments import Segment, layers_apart
 from sagellm_common.comm_backend.wire import Wire
@@ -55,6 +55,8 @@ class SocketReceiver(ABC):
     """What is moved at a time where nothing is configured or known about the link."""
     inline_bytes = 0
     """Up to so many come through the socket in any case."""
+    streams = False
+    """Whether all others do, too."""
 
     def __init__(self, memory: Memory, *, digest: bool, silence_s: float, messages: MessagePlanner) -> None:
         self._messages = messages
@@ -76,7 +78,7 @@ class SocketReceiver(ABC):
             deviation = await self._run(
                 asked.source,
                 began_s + asked.timeout_s,
-                lambda wire: self._transfer(wire, memory, asked),
+                lambda wire, until_s: self._transfer(wire, memory, asked, until_s),
                 # Memory that is staged may have to be waited for: not on the event loop.
                 small=isinstance(memory, KvRegion) and num_bytes <= SMALL_BYTES and count <= SMALL_BLOCKS,
             )
@@ -91,7 +93,7 @@ class SocketReceiver(ABC):
             seconds, deviation = await self._run(
                 asked.source,
                 time.monotonic() + asked.timeout_s,
-                lambda wire: self._transfer_along(wire, memory, asked),
+                lambda wire, _: self._transfer_along(wire, memory, asked),
                 small=False,
             )
         return TransferResult(count * memory.block_bytes, seconds, count, deviation)
@@ -141,19 +143,36 @@ class SocketReceiver(ABC):
             done += len(taken)
             metered.arrived(len(group) * memory.block_bytes, len(group))
             metered.digest_s += digest_s
-        told, trailer = tail[: len(actual)], tail[len(actual) :]
-        if trailer != frames.TRAILER:
-            raise MalformedFrame(f"ended with {bytes(trailer)!r}")
-        verify_digests(bytes(actual), told, target_blocks, asked.source.transfer_id)
+        _check_end(actual, tail, asked)
+
+    def _took_soon(self, wire: Wire, memory: KvMemory, asked: Pull, until_s: float) -> bool:
+        """Takes the whole answer in one go, as `_take_inline` would; False, and nothing is taken, if it is not here in
+        time, or another one than all the blocks as they are."""
+        if asked.encoding is not None or not isinstance(memory, KvRegion):
+            return False
+        into = blocks(memory, asked.target_blocks)
+        actual = bytearray(len(asked.target_blocks) * DIGEST_BYTES if self._digest else 0)
+        tail = bytearray(len(actual) + len(frames.TRAILER))
+        taken = memoryview(actual) if self._digest else None
+        digest_s = wire.recv_soon(bytearray(frames.ACCEPTED_ANSWER), into, tail, taken, until_s)
+        if digest_s is None:
+            return False
+        failpoints.hit("receiver.pulling")
+        metered = meter.current()
+        metered.arrived(into.num_bytes, len(asked.target_blocks))
+        metered.digest_s += digest_s
+        _check_end(actual, tail, asked)
+        return True
 
     @abstractmethod
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
         """What `SocketSource._send_segment` sends, after the segment's header."""
 
     async def _run(
-        self, source: KvSource, deadline_s: float, exchange: Callable[[Wire], Steps[T]], *, small: bool
+        self, source: KvSource, deadline_s: float, exchange: Callable[[Wire, float], Steps[T]], *, small: bool
     ) -> T:
-        """`exchange` on a connection of its own; when this returns or raises, it has ended.
+        """`exchange` on a connection of its own; when this returns or raises, it has ended. It is told until when the
+        event loop waits for it, if it is small, or 0.
 
         Raises PeerLost for whatever the connection may fail with.
         """
@@ -166,16 +185,17 @@ class SocketReceiver(ABC):
             ) from err
 
     async def _exchange(
-        self, source: KvSource, deadline_s: float, exchange: Callable[[Wire], Steps[T]], small: bool
+        self, source: KvSource, deadline_s: float, exchange: Callable[[Wire, float], Steps[T]], small: bool
     ) -> T:
         wire = await self._connection(source, deadline_s)
         if self._closed:
             wire.close()
             raise Draining("this worker's KV byte path is closed")
         wire.deadline_s = deadline_s
-        steps = exchange(wire)
+        until_s = time.monotonic() + PATIENCE_S if small else 0.0
+        steps = exchange(wire, until_s)
         try:
-            ended = _soon(steps, wire) if small else None
+            ended = _soon(steps, wire, until_s) if small else None
         except BaseException:
             wire.close()
             raise
@@ -198,7 +218,7 @@ class SocketReceiver(ABC):
         finally:
             del self._active[wire]
 
-    def _transfer(self, wire: Wire, memory: KvMemory, asked: Pull) -> Steps[Deviation | None]:
+    def _transfer(self, wire: Wire, memory: KvMemory, asked: Pull, until_s: float) -> Steps[Deviation | None]:
         """The whole exchange of a pull."""
         source, count, size = asked.source, len(asked.target_blocks), memory.block_bytes
         inline, most = count * size <= self.inline_bytes, frames.max_group_blocks(size)
@@ -217,6 +237,8 @@ class SocketReceiver(ABC):
                 inline=inline,
             )
         )
+        if until_s and (inline or self.streams) and self._took_soon(wire, memory, asked, until_s):
+            return None
         yield from self._take_answer(wire) if inline else self._take_accepted(wire, source)
         failpoints.hit("receiver.pulling")
         take = self._take_inline if inline else self._take_blocks
@@ -306,6 +328,14 @@ def _filling(memory: KvMemory, block_ids: BlockIds, segment: Segment, num_layers
             yield of_segment(region, ids, segment, num_layers)
 
 
+def _check_end(actual: bytearray, tail: bytearray, asked: Pull) -> None:
+    """Of blocks with these digests, followed by this. Raises KvCorrupt, MalformedFrame."""
+    told, trailer = tail[: len(actual)], tail[len(actual) :]
+    if trailer != frames.TRAILER:
+        raise MalformedFrame(f"ended with {bytes(trailer)!r}")
+    verify_digests(bytes(actual), told, asked.target_blocks, asked.source.transfer_id)
+
+
 def _deviation(wire: Wire, encoding: Encoding | None) -> Steps[Deviation | None]:
     """What ends a transfer in another dtype than the source's."""
     if encoding is None:
@@ -334,9 +364,8 @@ def _to_the_end(steps: Steps[T]) -> StopIteration:
             return end
 
 
-def _soon(steps: Steps[T], wire: Wire) -> StopIteration | None:
-    """`steps` to the end, if that is a matter of PATIENCE_S; None when somebody with more time must go on."""
-    until_s = time.monotonic() + PATIENCE_S
+def _soon(steps: Steps[T], wire: Wire, until_s: float) -> StopIteration | None:
+    """`steps` to the end, if that is reached by `until_s`; None when somebody with more time must go on."""
     try:
         while True:
             if not wire.has_soon(next(steps), until_s):

@@ -14,6 +14,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import xxhash
+
 from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.bridge import Outgoing
 from sagellm_common.comm_backend.config import KVTransportConfig
@@ -25,7 +27,7 @@ from sagellm_common.comm_backend.segments import Segment, SegmentCutter, layers_
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import InvalidRequest, LayoutMismatch, SageError
-from sagellm_common.core.kv import Allocation, KvMemory
+from sagellm_common.core.kv import Allocation, KvMemory, KvRegion
 from sagellm_common.core.kv_progress import KvProgress, Watermark
 from sagellm_common.core.types import BlockIds
 
@@ -205,6 +207,9 @@ class SocketSource(ABC):
 
     def _send_inline(self, wire: Wire, memory: KvMemory, header: PullHeader, block_ids: BlockIds) -> None:
         """Blocks through the socket: `SocketReceiver._take_inline` reads them."""
+        if len(block_ids) == 1 and isinstance(memory, KvRegion):
+            self._send_block(wire, memory, int(block_ids[0]), digest=header.digest)
+            return
         head, done = frames.encode_accepted(), 0
         taken = bytearray(len(block_ids) * DIGEST_BYTES if header.digest else 0)
         groups = frames.groups(block_ids, header.group_blocks)
@@ -218,6 +223,17 @@ class SocketSource(ABC):
                 digest_s = wire.send(head, blocks(region, ids), tail, into if header.digest else None)
             meter.digested(digest_s)
             head, done = b"", done + len(into)
+
+    @staticmethod
+    def _send_block(wire: Wire, memory: KvRegion, block_id: int, *, digest: bool) -> None:
+        """`_send_inline` of a single block, which is over before arrays of it were made."""
+        failpoints.hit("source.sending")
+        block, taken = memory.block(block_id), b""
+        if digest:
+            began_s = time.perf_counter()
+            taken = xxhash.xxh3_64_digest(block)
+            meter.digested(time.perf_counter() - began_s)
+        wire.send_views([frames.encode_accepted(), block, taken + frames.TRAILER])
 
     # ---- along the computation ----
 

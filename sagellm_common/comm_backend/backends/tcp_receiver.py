@@ -25,6 +25,7 @@ from sagellm_common.core.types import KvSource
 
 class TcpReceiver(SocketReceiver):
     group_bytes = frames.IN_PLACE_GROUP_BYTES
+    streams = True
 
     async def _connect(self, source: KvSource, deadline_s: float) -> Wire:
         try:

@@ -40,8 +40,8 @@ MESSAGE = struct.Struct("@PqPPPqPPqPdddii")
 """`SageMessage`: head, its bytes; base, offsets, sizes, their number; parts; tail, its bytes; digests; silence_s,
 deadline_s, digest_s; socket, isa."""
 MESSAGE_DIGEST_S = struct.calcsize("@PqPPPqPPqPdd")
-CLOSED, TOO_SHORT = -1, -2
-"""What `sage_stream` returns beside an errno."""
+CLOSED, TOO_SHORT, NOT_YET = -1, -2, -3
+"""What `sage_stream` and `sage_answer` return beside an errno."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Library:
 
     sage_pieces: Any
     sage_stream: Any
+    sage_answer: Any
     sage_has_soon: Any
     isas: range
 
@@ -66,9 +67,10 @@ def library() -> Library | None:
     found.sage_pieces.restype = c_bool
     found.sage_pieces.argtypes = (*(c_void_p,) * 5, c_int64, c_void_p, c_void_p, c_int)
     found.sage_stream.restype, found.sage_stream.argtypes = c_int, (c_void_p, c_int)
+    found.sage_answer.restype, found.sage_answer.argtypes = c_int, (c_void_p, c_double)
     found.sage_has_soon.restype, found.sage_has_soon.argtypes = c_int, (c_int, c_int64, c_double)
     isas = range(found.sage_pieces_isas())
     if not isas:
         log.warning("KV copies and digests are done in Python, slower: this is no little-endian machine")
         return None
-    return Library(found.sage_pieces, found.sage_stream, found.sage_has_soon, isas)
+    return Library(found.sage_pieces, found.sage_stream, found.sage_answer, found.sage_has_soon, isas)

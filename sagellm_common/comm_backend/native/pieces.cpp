@@ -53,6 +53,17 @@ int sage_stream(SageMessage* message, int out) {
                 message->parts && message->digests ? &joint : nullptr, message->isa, &message->digest_s);
 }
 
+// A whole message that begins with `head` and is small: waits for it as `sage::has_soon` does, then takes it in. -3, and
+// nothing was taken: it is not here yet, or it begins otherwise. Else as `sage_stream` returns.
+int sage_answer(SageMessage* message, double until_s) {
+    const sage::Bytes& head = message->head;
+    if (!sage::has_soon(message->socket, head.size + message->pieces.num_bytes() + message->tail.size, until_s)) return -3;
+    uint8_t found[64];
+    const ssize_t peeked = recv(message->socket, found, static_cast<size_t>(head.size), MSG_PEEK | MSG_DONTWAIT);
+    if (peeked != head.size || std::memcmp(found, head.data, static_cast<size_t>(head.size))) return -3;
+    return sage_stream(message, 0);
+}
+
 // See `sage::has_soon`; `until_s` is less than a second away.
 int sage_has_soon(int socket, int64_t bytes, double until_s) { return sage::has_soon(socket, bytes, until_s); }
 

@@ -76,6 +76,34 @@ def test_digests_on_the_way(ends: tuple[Wire, Wire]) -> None:
     assert tail == told == ours == digests(source)
 
 
+@pytest.mark.parametrize("sizes", [(300,), (300, 400, 500)], ids=str)
+def test_a_small_message_is_taken_in_one_go(ends: tuple[Wire, Wire], sizes: tuple[int, ...]) -> None:
+    """When all of it is there, and begins as it should; else nothing of it is."""
+    if cxx.compiler() is None:
+        pytest.skip("no C++ compiler: install g++ or set CXX")
+    native.build()
+    native.library.cache_clear()
+    left, right = ends
+    source, count = pieces_of(bytearray(np.random.default_rng(1).bytes(sum(sizes))), *sizes), len(sizes)
+    into, tail, taken = pieces_of(bytearray(sum(sizes)), *sizes), bytearray(8 * count), bytearray(8 * count)
+
+    def soon(wait_s: float = 5.0) -> float | None:
+        return right.recv_soon(bytearray(b"good"), into, tail, memoryview(taken), time.monotonic() + wait_s)
+
+    left.send(b"good")
+    assert soon(wait_s=0.0) is None
+    told = bytearray(8 * count)
+    left.send(b"", source, told, memoryview(told))
+    assert soon() is not None
+    assert scattered(into) == scattered(source)
+    assert tail == taken == told == digests(source)
+    left.send(b"evil" + bytes(4000))
+    into.memory[:] = bytes(len(into.memory))
+    assert soon() is None
+    assert not any(into.memory)
+    assert right.recv(4) == b"evil"
+
+
 @pytest.mark.usefixtures("library")
 def test_ends_of_a_message_of_pieces(ends: tuple[Wire, Wire]) -> None:
     left, right = ends
