@@ -136,7 +136,9 @@ class TransportConfig(Section):
         "chunk_bytes; off: always chunk_bytes",
     )
     overlap: Literal["auto", "off"] = Field(
-        "auto", description="decode pulls a prompt's KV while prefill still computes it; auto: where backend can (tcp)"
+        "auto",
+        description="decode pulls a prompt's KV while prefill still computes it; auto: where backend can (all but gloo "
+        "and nccl)",
     )
     overlap_min_bytes: int | None = Field(
         None,

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
+from sagellm_common.comm_backend.bridge import Buffers, Incoming
+from sagellm_common.comm_backend.kv_dtypes import KvDtype
 from sagellm_common.comm_backend.protocol import PullAlong, TransferResult
+from sagellm_common.comm_backend.transcode import Transcoder, with_dtype
 from sagellm_common.core.errors import (
     EngineFailed,
     InvalidRequest,
@@ -21,10 +24,10 @@ from sagellm_common.core.errors import (
     PeerLost,
     SageError,
 )
-from sagellm_common.core.kv import Allocation
+from sagellm_common.core.kv import Allocation, KvRegion
 from sagellm_common.core.kv_progress import KvProgress
-from sagellm_common.core.types import BlockIds, KvSource
-from tests.support.kv_channels import Cluster, Side, blocks_of
+from sagellm_common.core.types import BlockIds, KvLayout, KvSource
+from tests.support.kv_channels import Cluster, Side, blocks_of, random_region
 from tests.support.waiting import eventually
 
 TIMEOUT_S = 10.0
@@ -34,9 +37,10 @@ TARGETS = np.array([30, 31, 2, 40, 7, 8], dtype=np.int32)
 NUM_TOKENS = len(TABLE) * BLOCK_TOKENS - 1
 LAYERS = 4
 SOURCES = "sagellm_common.comm_backend.backends"
+TAKES_DIGESTS = {"tcp": "tcp_source", "shm": "socket_source", "mooncake": "socket_source"}
 
 
-@pytest.fixture(params=["tcp", "shm", "vm-read"])
+@pytest.fixture(params=["tcp", "shm", "vm-read", "mooncake"])
 async def workers(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
     workers = Cluster(request.param)
     yield workers
@@ -134,6 +138,32 @@ async def test_brings_what_is_ready_and_nothing_else(workers: Cluster) -> None:
     assert blocks_of(target.region, TARGETS) == blocks_of(source.region, TABLE)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_fills_blocks_of_another_layout(workers: Cluster, dtype: str) -> None:
+    """As they come, where their bytes belong, also of the last one, which is not full."""
+    theirs = with_dtype(KvLayout("m", "float32", BLOCK_TOKENS, 2, 2, 8, 0), KvDtype("float32"))
+    mine = with_dtype(replace(theirs, block_size_tokens=6), KvDtype(dtype))
+    async with sides(workers, 0, block_bytes=theirs.block_bytes) as (source, target):
+        numbers = np.frombuffer(source.region.view, np.float32)
+        numbers[:] = np.random.default_rng(1).standard_normal(len(numbers))
+        pool = random_region(8, mine.block_bytes, 5)
+        expected = KvRegion(memoryview(bytearray(pool.view)), mine.block_bytes, 8)
+        table, tokens = np.array([7, 0, 3, 5], dtype=np.int32), range(12, NUM_TOKENS)
+        transcoder = Transcoder(theirs, mine)
+        transcoder.move(source.region, TABLE, expected, table, tokens)
+        into = Incoming(transcoder, pool, table, tokens, Buffers())
+        with computing(source, target, first_block=3) as it:
+            to = np.arange(3, dtype=np.int32)
+            asked = PullAlong(it.pinned, 3, to, timeout_s=TIMEOUT_S, on_bytes=it.count, into=into)
+            it.pull = asyncio.create_task(target.channel.pull_along(asked))
+            it.compute(17)
+            await it.arrived(theirs.block_bytes)
+            it.progress.complete()
+            await it.pull
+        await asyncio.to_thread(into.wait)
+        assert pool.view.tobytes() == expected.view.tobytes()
+
+
 async def test_more_than_fits_a_group(workers: Cluster) -> None:
     async with sides(workers, transport={"chunk_bytes": 100}) as (source, target):
         with computing(source, target) as it:
@@ -218,7 +248,7 @@ async def test_corrupted_bytes_are_noticed(workers: Cluster, monkeypatch: pytest
             it.begin()
             it.compute(8)
             await it.arrived(2 * 64)
-            monkeypatch.setattr(f"{SOURCES}.{workers.backend}_source.segment_digest", lambda views: bytes(8))
+            monkeypatch.setattr(f"{SOURCES}.{TAKES_DIGESTS[workers.backend]}.segment_digest", lambda views: bytes(8))
             it.compute(16, layers=1)
             with pytest.raises(KvCorrupt, match=r"'t': layers 0\.\.0 of blocks 2\.\.3"):
                 await it.pull
@@ -290,12 +320,12 @@ async def test_some_send_and_take_whole_blocks_only(backend: str) -> None:
     await workers.close()
 
 
-@pytest.mark.parametrize("backend", ["gloo", "mooncake"])
+@pytest.mark.parametrize("backend", ["gloo", "on-device"])
 async def test_others_say_that_they_cannot(backend: str) -> None:
     workers = Cluster(backend)
     source, target = await workers.side("source"), await workers.side("target")
     assert not target.channel.pulls_along
-    with pytest.raises(InvalidRequest, match=backend):
+    with pytest.raises(InvalidRequest, match="over gloo"):
         await target.channel.pull_along(
             PullAlong(source.source("t", TABLE), 0, TARGETS, timeout_s=TIMEOUT_S, on_bytes=lambda _: None)
         )

@@ -212,7 +212,7 @@ class Cluster:
                 settings=end.planner().settings,
             )
         elif self.backend == "mooncake":
-            config = TransportConfig(backend="mooncake", digest=digest, timeout_s=silence_s)
+            config = end.config.model_copy(update={"backend": "mooncake", "digest": digest, "timeout_s": silence_s})
             channel = load("mooncake").open_channel(End(config, lambda: region, watched, HOST, 0))
         else:
             channel = MockChannel(self._network, lambda: region, watched, faults, digest=digest)

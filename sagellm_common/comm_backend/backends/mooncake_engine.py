@@ -20,9 +20,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,11 +36,21 @@ MAX_SLOTS = 128
 MAX_READS = 512
 """Reads of one call. An engine queues 1024 for a peer and fails what waits there for more than a second."""
 POLL_S = 0.0002
+SUBMIT_POLL_S = 0.02
 METADATA = "P2PHANDSHAKE"
 """Engines ask each other where their memory is; no metadata server."""
 
 _idle: list[Engine] = []
 _idle_lock = threading.Lock()
+
+
+class Stop(Protocol):
+    """Tells that nobody wants to read any more: a `threading.Event`, or what is like one."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is set, at the latest after so long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +60,28 @@ class Slot:
     memory: memoryview
     address: int
     pending: deque[int] = field(default_factory=deque)
+    submitting: _Submitting | None = None
+    """While the engine is still being told of some of them."""
+
+
+class _Submitting:
+    """An engine is told of reads, on a thread that may be left behind: of a peer that has stopped it wants to hear
+    first, for longer than anybody waits."""
+
+    def __init__(self, submit: Callable[[Stop], None]) -> None:
+        self.done = threading.Event()
+        self.given_up = threading.Event()
+        self.error: BaseException | None = None
+        self._submit = submit
+        threading.Thread(target=self._run, name="kv-mooncake-submit", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._submit(self.given_up)
+        except BaseException as err:  # noqa: BLE001  # handed to whoever waits
+            self.error = err
+        finally:
+            self.done.set()
 
 
 class Engine:
@@ -115,7 +147,7 @@ class Engine:
 
     @contextlib.contextmanager
     def reading(
-        self, peer: str, reads: Sequence[tuple[int, int]], slot: Slot, deadline_s: float, stop: threading.Event
+        self, peer: str, reads: Sequence[tuple[int, int]], slot: Slot, deadline_s: float, stop: Stop
     ) -> Iterator[None]:
         """Reads the peer's memory into the slot from its start, `reads` being (address, bytes), while the block runs.
 
@@ -123,24 +155,40 @@ class Engine:
         `stop` is set.
         """
         with self._turn(peer, deadline_s, stop):
-            at = slot.address
-            for address, num_bytes in reads:
-                # One by one: the status of a batch tells that one of its reads failed, not whether the others go on.
-                batch = self._engine.batch_transfer_async_read(peer, [at], [address], [num_bytes])
-                if not batch:
-                    raise PeerLost(f"Mooncake engine {peer} cannot be read from")
-                slot.pending.append(batch)
-                at += num_bytes
-            yield
-            while slot.pending:
-                ended = self._advance(slot)
-                if ended is False:
-                    raise PeerLost(f"Mooncake could not read from engine {peer}")
-                if ended is None and (stop.wait(POLL_S) or time.monotonic() >= deadline_s):
-                    raise TimeoutError(f"Mooncake engine {peer} sends no bytes")
+            slot.submitting = told = _Submitting(lambda given_up: self._submit(peer, reads, slot, deadline_s, given_up))
+            try:
+                yield
+                while not told.done.wait(SUBMIT_POLL_S):
+                    if stop.is_set() or time.monotonic() >= deadline_s:
+                        raise TimeoutError(f"Mooncake engine {peer} takes no reads")
+                if told.error is not None:
+                    raise told.error
+                self._settle(peer, slot, 0, deadline_s, stop)
+            finally:
+                told.given_up.set()
+
+    def _submit(self, peer: str, reads: Sequence[tuple[int, int]], slot: Slot, deadline_s: float, stop: Stop) -> None:
+        at = slot.address
+        for address, num_bytes in reads:
+            self._settle(peer, slot, MAX_READS - 1, deadline_s, stop)
+            # One by one: the status of a batch tells that one of its reads failed, not whether the others go on.
+            batch = self._engine.batch_transfer_async_read(peer, [at], [address], [num_bytes])
+            if not batch:
+                raise PeerLost(f"Mooncake engine {peer} cannot be read from")
+            slot.pending.append(batch)
+            at += num_bytes
+
+    def _settle(self, peer: str, slot: Slot, most: int, deadline_s: float, stop: Stop) -> None:
+        """Until no more than `most` reads into the slot go on."""
+        while len(slot.pending) > most:
+            ended = self._advance(slot)
+            if ended is False:
+                raise PeerLost(f"Mooncake could not read from engine {peer}")
+            if ended is None and (stop.wait(POLL_S) or time.monotonic() >= deadline_s):
+                raise TimeoutError(f"Mooncake engine {peer} sends no bytes")
 
     @contextlib.contextmanager
-    def _turn(self, peer: str, deadline_s: float, stop: threading.Event) -> Iterator[None]:
+    def _turn(self, peer: str, deadline_s: float, stop: Stop) -> Iterator[None]:
         """One call at a time for a peer, so that its queue is never full."""
         with self._lock:
             turn = self._turns.setdefault(peer, threading.Lock())
@@ -163,6 +211,8 @@ class Engine:
     def _reclaim(self) -> None:
         """Frees slots whose reads have ended. The lock is held."""
         for slot in list(self._aside):
+            if slot.submitting is not None and not slot.submitting.done.is_set():
+                continue
             while slot.pending and self._advance(slot) is not None:
                 pass
             if not slot.pending:

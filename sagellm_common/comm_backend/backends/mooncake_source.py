@@ -7,6 +7,8 @@ In the answer to a pull there are no blocks but the place of the pool:
     receiver → source   one byte for each group of blocks that it has read, another one when it has them all
     source → receiver   trailer: the lease was held until here
 
+Along the computation each segment is answered so: where its pieces are, then, when they are read, its digest.
+
 The connection is the receiver's hold on the lease: when it breaks, or is silent for too long, the blocks are free.
 """
 
@@ -18,15 +20,18 @@ import threading
 
 from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends.mooncake_engine import Engine, address_of
+from sagellm_common.comm_backend.backends.socket_source import send_places
 from sagellm_common.comm_backend.backends.tcp_source import TcpSource
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
 from sagellm_common.comm_backend.integrity import block_digests
+from sagellm_common.comm_backend.pieces import Pieces
 from sagellm_common.comm_backend.protocol import LeasedBlocks, Regions
+from sagellm_common.comm_backend.segments import Segment
 from sagellm_common.comm_backend.wire import Wire
 from sagellm_common.core import failpoints
-from sagellm_common.core.errors import InvalidRequest, SageError
-from sagellm_common.core.kv import KvRegion
+from sagellm_common.core.errors import SageError
+from sagellm_common.core.kv import KvMemory, KvRegion
 from sagellm_common.core.types import BlockIds
 
 READING = struct.Struct("<HQ")
@@ -84,8 +89,7 @@ class MooncakeSource(TcpSource):
             except SageError as err:
                 wire.send(frames.encode_refusal(err.reason, err.message))
                 return
-            session = self._engine.session.encode()
-            head = frames.encode_accepted() + READING.pack(len(session), address) + session
+            head = self._accepted(address)
             for group in frames.groups(block_ids, header.group_blocks):
                 # The first of them before the receiver can read: what it reads is what was there then, or is noticed.
                 if header.digest:
@@ -100,8 +104,12 @@ class MooncakeSource(TcpSource):
                 raise MalformedFrame(f"ended a read with {said!r}")
             wire.send(frames.TRAILER)
 
-    def _answer_along(
-        self, wire: Wire, header: PullHeader, transfer_id: str, first_block: int, num_layers: int
-    ) -> None:
-        refusal = InvalidRequest("this source lets whole blocks be read, once they are all computed")
-        wire.send(frames.encode_refusal(refusal.reason, refusal.message))
+    def _accepted(self, address: int) -> bytes:
+        session = self._engine.session.encode()
+        return frames.encode_accepted() + READING.pack(len(session), address) + session
+
+    def _send_accepted(self, wire: Wire, memory: KvMemory) -> None:
+        wire.send(self._accepted(self._expose(self._regions())))
+
+    def _send_segment(self, wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
+        send_places(wire, segment, pieces, digest=digest)

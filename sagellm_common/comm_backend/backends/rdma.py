@@ -18,4 +18,4 @@ def open_channel(end: End) -> MooncakeChannel:
             f"transport.backend: 'rdma' found no RDMA device in {DEVICES}; load the driver of the NIC (mlx5_ib, "
             "rdma_rxe for any NIC), in a container pass /dev/infiniband too, or use 'mooncake', which needs TCP only"
         )
-    return MooncakeChannel.over("rdma", "rdma", end)
+    return MooncakeChannel("rdma", "rdma", end)

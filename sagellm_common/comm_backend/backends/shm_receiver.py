@@ -123,13 +123,7 @@ class ShmReceiver(SocketReceiver):
         verify_digests(b"".join(actual), told[:expected_bytes], asked.target_blocks, asked.source.transfer_id)
 
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
-        (count,) = frames.PIECES.unpack(wire.recv(frames.PIECES.size))
-        expected_sizes = into.unit_sizes
-        if count != len(expected_sizes):
-            raise MalformedFrame(f"cut {segment} into {count} pieces, not {len(expected_sizes)}")
-        offsets, sizes = frames.decode_pieces(wire.recv(16 * count))
-        if not np.array_equal(sizes, expected_sizes):
-            raise MalformedFrame(f"cut {segment} into pieces of other sizes")
+        offsets = self._take_places(wire, segment, into)
         actual = self._peers[wire].copy(into.within_units(offsets), into, digest=self._digest)
         metered.arrived(into.num_bytes)
         wire.send(frames.COPIED)

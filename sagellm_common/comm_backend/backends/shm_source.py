@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.backends.shm_address import own_address
-from sagellm_common.comm_backend.backends.socket_source import SocketSource
+from sagellm_common.comm_backend.backends.socket_source import SocketSource, expect_copied, send_places
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
-from sagellm_common.comm_backend.integrity import DIGEST_BYTES, block_digests, segment_digest
+from sagellm_common.comm_backend.integrity import block_digests
 from sagellm_common.comm_backend.pieces import Pieces, address_of
 from sagellm_common.comm_backend.protocol import LeasedBlocks
 from sagellm_common.comm_backend.segments import Segment
@@ -76,23 +76,8 @@ class ShmSource(SocketSource):
                 with meter.source_digesting():
                     digests.append(block_digests(memory, group))
             failpoints.hit("source.sending")
-        _expect_copied(wire, len(groups))
+        expect_copied(wire, len(groups))
         wire.send(b"".join(digests) + frames.TRAILER)
 
     def _send_segment(self, wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
-        header = frames.encode_segment(frames.SEGMENT_DATA, segment)
-        wire.send(header + frames.encode_pieces(pieces.offsets, pieces.sizes))
-        taken = bytes(DIGEST_BYTES)
-        if digest:
-            with meter.source_digesting():
-                taken = segment_digest(pieces)
-        _expect_copied(wire, 1)
-        wire.send(taken)
-
-
-def _expect_copied(wire: Wire, num_groups: int) -> None:
-    """Raises what `Wire.recv` does when the receiver is gone, or copies no more: nobody reads the blocks then, or what
-    they read they will not be told to be right."""
-    told = wire.recv(num_groups)
-    if told != frames.COPIED * num_groups:
-        raise MalformedFrame(f"is followed by {bytes(told)!r} instead of what was copied")
+        send_places(wire, segment, pieces, digest=digest)

@@ -22,7 +22,7 @@ from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, check_targets, verify_digests
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.meter import PullMeter
-from sagellm_common.comm_backend.pieces import Pieces, blocks, of_segment
+from sagellm_common.comm_backend.pieces import Offsets, Pieces, blocks, of_segment
 from sagellm_common.comm_backend.protocol import Encoding, Memory, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.segments import Segment, layers_apart
 from sagellm_common.comm_backend.wire import Wire
@@ -55,6 +55,8 @@ class SocketReceiver(ABC):
     """What is moved at a time where nothing is configured or known about the link."""
     inline_bytes = 0
     """Up to so many come through the socket in any case."""
+    on_loop_bytes = SMALL_BYTES
+    """Up to so many are taken on the event loop."""
     streams = False
     """Whether all others do, too."""
 
@@ -80,7 +82,7 @@ class SocketReceiver(ABC):
                 began_s + asked.timeout_s,
                 lambda wire, until_s: self._transfer(wire, memory, asked, until_s),
                 # Memory that is staged may have to be waited for: not on the event loop.
-                small=isinstance(memory, KvRegion) and num_bytes <= SMALL_BYTES and count <= SMALL_BLOCKS,
+                small=isinstance(memory, KvRegion) and num_bytes <= self.on_loop_bytes and count <= SMALL_BLOCKS,
             )
         return TransferResult(num_bytes, time.monotonic() - began_s, count, deviation)
 
@@ -167,6 +169,17 @@ class SocketReceiver(ABC):
     @abstractmethod
     def _take_segment(self, wire: Wire, source: KvSource, segment: Segment, into: Pieces, metered: PullMeter) -> None:
         """What `SocketSource._send_segment` sends, after the segment's header."""
+
+    def _take_places(self, wire: Wire, segment: Segment, into: Pieces) -> Offsets:
+        """Where in the source's memory the segment's units are: what `SocketSource._send_places` sends."""
+        (count,) = frames.PIECES.unpack(wire.recv(frames.PIECES.size))
+        expected = into.unit_sizes
+        if count != len(expected):
+            raise MalformedFrame(f"cut {segment} into {count} pieces, not {len(expected)}")
+        offsets, sizes = frames.decode_pieces(wire.recv(16 * count))
+        if not np.array_equal(sizes, expected):
+            raise MalformedFrame(f"cut {segment} into pieces of other sizes")
+        return offsets
 
     async def _run(
         self, source: KvSource, deadline_s: float, exchange: Callable[[Wire, float], Steps[T]], *, small: bool

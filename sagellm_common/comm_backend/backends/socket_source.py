@@ -20,7 +20,7 @@ from sagellm_common.comm_backend import frames, meter
 from sagellm_common.comm_backend.bridge import Outgoing
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.frames import MalformedFrame, PullHeader
-from sagellm_common.comm_backend.integrity import DIGEST_BYTES
+from sagellm_common.comm_backend.integrity import DIGEST_BYTES, segment_digest
 from sagellm_common.comm_backend.pieces import Pieces, blocks, of_segment
 from sagellm_common.comm_backend.protocol import Encode, LeasedBlocks, Memory
 from sagellm_common.comm_backend.segments import Segment, SegmentCutter, layers_apart, split
@@ -293,6 +293,26 @@ def _check_along(allocation: Allocation, first_block: int, num_blocks: int, num_
         raise InvalidRequest(
             f"{num_blocks} blocks from {first_block} on are not the rest of the {len(allocation.block_ids)} leased ones"
         )
+
+
+def send_places(wire: Wire, segment: Segment, pieces: Pieces, *, digest: bool) -> None:
+    """A segment of which the receiver fetches the bytes itself: held until it has."""
+    header = frames.encode_segment(frames.SEGMENT_DATA, segment)
+    wire.send(header + frames.encode_pieces(pieces.offsets, pieces.sizes))
+    taken = bytes(DIGEST_BYTES)
+    if digest:
+        with meter.source_digesting():
+            taken = segment_digest(pieces)
+    expect_copied(wire, 1)
+    wire.send(taken)
+
+
+def expect_copied(wire: Wire, num_groups: int) -> None:
+    """Raises what `Wire.recv` does when the receiver is gone, or copies no more: nobody reads the blocks then, or what
+    they read they will not be told to be right."""
+    told = wire.recv(num_groups)
+    if told != frames.COPIED * num_groups:
+        raise MalformedFrame(f"is followed by {bytes(told)!r} instead of what was copied")
 
 
 def deviation_of(memory: KvMemory) -> bytes:

@@ -6,13 +6,14 @@ import builtins
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sagellm_common.comm_backend.backends import End, load, mooncake_engine
-from sagellm_common.comm_backend.backends.mooncake import _groups, _runs
 from sagellm_common.comm_backend.backends.mooncake_engine import MAX_READS, SLOT_BYTES, Engine
+from sagellm_common.comm_backend.backends.mooncake_receiver import cut_in_groups, runs
 from sagellm_common.comm_backend.handoff import HandoffSource
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import TransportConfig
@@ -88,6 +89,27 @@ def test_a_read_ends_at_its_deadline(fake: FakeEngine) -> None:
         read(Engine("tcp", HOST), timeout_s=0.0)
 
 
+def test_an_engine_that_does_not_take_reads_is_left_behind(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it first wants to hear from a peer that has stopped."""
+    engine, go_on = Engine("tcp", HOST), threading.Event()
+    take = fake.batch_transfer_async_read
+
+    def taking(*args: Any) -> int:
+        assert go_on.wait(20)
+        return take(*args)
+
+    monkeypatch.setattr(fake, "batch_transfer_async_read", taking)
+    with engine.slots(1) as (slot, _), pytest.raises(TimeoutError, match="takes no reads"):
+        late = slot.address
+        with engine.reading("peer", [(0, 10)], slot, time.monotonic(), threading.Event()):
+            pass
+    with engine.slots(1) as slots:
+        assert late not in {slot.address for slot in slots}, "it may still be read into"
+    fake.said = DONE
+    go_on.set()
+    assert read(engine)
+
+
 def test_a_read_that_fails_is_a_lost_peer_and_frees_its_turn(fake: FakeEngine) -> None:
     engine = Engine("tcp", HOST)
     fake.said = FAILED
@@ -112,7 +134,7 @@ def test_slots_kept_aside_do_not_grow_without_bound(fake: FakeEngine, monkeypatc
 @pytest.mark.parametrize("size", [1, 16 << 10, SLOT_BYTES, SLOT_BYTES + 1])
 @pytest.mark.parametrize("ids", [[3], [0, 1, 2, 9], list(range(0, 4000, 2)), list(range(3000))])
 def test_groups_cover_the_blocks_in_order(size: int, ids: list[int]) -> None:
-    groups = list(_groups(_runs(1 << 40, np.array(ids, dtype=np.int32), size), size))
+    groups = list(cut_in_groups(runs(1 << 40, np.array(ids, dtype=np.int32), size), size))
     pieces = [(at, n) for group in groups for at, n in group]
     assert [at + k for at, n in pieces for k in range(0, n, size)] == [(1 << 40) + b * size for b in ids]
     for group in groups:
