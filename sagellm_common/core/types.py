@@ -270,6 +270,10 @@ class KvPeer:
     control_address: str
     cached_tokens: int
 
+    @property
+    def address(self) -> WorkerAddress:
+        return WorkerAddress(self.worker_id, self.incarnation, self.control_address)
+
 
 @dataclass(frozen=True, slots=True)
 class KvOrigins:

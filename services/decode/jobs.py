@@ -16,6 +16,7 @@ from sagellm_common.core.types import (
     HandoffTicket,
     KvConversion,
     KvOrigins,
+    KvPeer,
     KvSource,
     SamplingParams,
     TokenIds,
@@ -79,7 +80,8 @@ class RoutedJob:
     """A whole generation, brought by its client with a router's route. `prefill` None: it is computed here, too.
 
     What the prefill worker is asked for is the plan's: `overlap`, `segment_bytes` and `wire_dtype` of the transfer,
-    `chunk_tokens` and `prefill_priority` of the prefill. `first_token_within_s` and `needed_s` are EngineRequest's.
+    `chunk_tokens` and `prefill_priority` of the prefill, `peer` of a fetch before it. `first_token_within_s` and
+    `needed_s` are EngineRequest's.
     """
 
     request: GenerationRequest
@@ -95,6 +97,7 @@ class RoutedJob:
     wire_dtype: str = ""
     first_token_within_s: float = math.inf
     needed_s: float = 0.0
+    peer: KvPeer | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ class RoutedRequests:
                     chunk_tokens=job.chunk_tokens,
                     first_token_within_s=job.first_token_within_s,
                     needed_s=job.needed_s,
+                    peer=job.peer,
                 )
                 if outcome.finish_reason is None and (outcome.source is None or len(outcome.token_ids) != 1):
                     raise EngineFailed(f"prefill worker {worker.worker_id} answered without a first token and its KV")

@@ -12,7 +12,7 @@ import grpc
 
 from sagellm_common.comm_backend.wire_dtype import WIRE_DTYPES
 from sagellm_common.core.errors import Cancelled, InvalidRequest, LeaseExpired, SageError
-from sagellm_common.core.types import FinishReason, pack_int32
+from sagellm_common.core.types import FinishReason, KvPeer, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2, worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.handoffs import canceller
@@ -160,6 +160,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             wire_dtype=_wire_dtype(transfer.wire_dtype if transfer else ""),
             first_token_within_s=within_s,
             needed_s=route.needed_ms / 1e3,
+            peer=_peer(route),
         )
 
     def _reserve_result(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveResult:
@@ -235,6 +236,15 @@ def _wire_dtype(name: str) -> str:
     if name and name not in WIRE_DTYPES:
         raise InvalidRequest(f"wire_dtype is {name!r}, but must be empty or one of {', '.join(WIRE_DTYPES)}")
     return name
+
+
+def _peer(route: inference_pb2.Route) -> KvPeer | None:
+    """Whose cache the plan's fetch is from."""
+    fetch = next((node for node in route.plan.nodes if node.source_id), None)
+    if fetch is None or not route.HasField("peer"):
+        return None
+    peer = decode_address(route.peer, "route.peer")
+    return KvPeer(peer.worker_id, peer.incarnation, peer.address, fetch.end_token)
 
 
 def _request_id(request_id: str) -> str:

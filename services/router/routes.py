@@ -142,6 +142,7 @@ class SessionRoutes:
             needed_ms=self._pipeline.needed_ms(routed),
             tenant=message.request.tenant,
             decode_block_tokens=decode_model.kv_layout.block_size_tokens if decode_model else 0,
+            peer=encode_address(routed.peer.address) if routed.peer else None,
             first_token_within_ms=self._pipeline.first_token_within_ms(held),
         )
         signed = self._signer.sign(route, message.request.prompt_token_ids)

@@ -19,9 +19,18 @@ from sagellm_common.core.errors import (
     PeerLost,
     SageError,
 )
-from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, SamplingParams, as_token_ids
+from sagellm_common.core.types import (
+    FinishReason,
+    GenerationOutput,
+    GenerationRequest,
+    KvPeer,
+    SamplingParams,
+    as_token_ids,
+)
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from services.decode.servicer import _peer
 from tests.support.router_harness import PATIENCE_S, PROMPT, RouterHarness, router_harness
-from tests.support.scripted_workers import MODEL, ScriptedDecode, ScriptedPrefill, oracle
+from tests.support.scripted_workers import LAYOUT, MODEL, ScriptedDecode, ScriptedPrefill, oracle
 from tests.support.waiting import eventually
 
 SAMPLING = SamplingParams(max_new_tokens=6)
@@ -79,6 +88,19 @@ async def test_tokens_come_from_the_worker_and_the_router_knows_it_all(
     assert router.link(decode).decode.carrier == "", (
         "the router has no session with the worker: it is on no token's way"
     )
+
+
+async def test_a_route_says_whose_cache_has_more_of_the_prompt(router: RouterHarness, client: RouterClient) -> None:
+    prefill = ScriptedPrefill()
+    decode = ScriptedDecode(prefills=[prefill])
+    decode.cached_hashes = block_hashes(as_token_ids(PROMPT), LAYOUT.block_size_tokens, root_hash(LAYOUT))
+    for one in (prefill, decode):
+        await router.add(one)
+    assert tokens_of(await outputs_of(client, request())) == oracle(PROMPT, SAMPLING)
+    (route,) = decode.routed
+    assert _peer(route) == KvPeer(decode.worker_id, decode.incarnation, decode.record.address, 8)
+    await outputs_of(client, request("unknown", [9] * 9))
+    assert _peer(decode.routed[-1]) is None
 
 
 async def test_many_at_once(router: RouterHarness, client: RouterClient) -> None:

@@ -77,7 +77,7 @@ class WorkerAddress(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("request_id", "attempt", "plan", "decode", "prefill", "needed_ms", "tenant", "first_token_within_ms", "decode_block_tokens")
+    __slots__ = ("request_id", "attempt", "plan", "decode", "prefill", "needed_ms", "tenant", "first_token_within_ms", "decode_block_tokens", "peer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class Route(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
     DECODE_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     plan: _plan_pb2.ExecutionPlan
@@ -96,7 +97,8 @@ class Route(_message.Message):
     tenant: str
     first_token_within_ms: float
     decode_block_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., decode: _Optional[_Union[WorkerAddress, _Mapping]] = ..., prefill: _Optional[_Union[WorkerAddress, _Mapping]] = ..., needed_ms: _Optional[float] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., decode_block_tokens: _Optional[int] = ...) -> None: ...
+    peer: WorkerAddress
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., decode: _Optional[_Union[WorkerAddress, _Mapping]] = ..., prefill: _Optional[_Union[WorkerAddress, _Mapping]] = ..., needed_ms: _Optional[float] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., decode_block_tokens: _Optional[int] = ..., peer: _Optional[_Union[WorkerAddress, _Mapping]] = ...) -> None: ...
 
 class SignedRoute(_message.Message):
     __slots__ = ("route", "signature")
