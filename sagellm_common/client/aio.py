@@ -158,9 +158,11 @@ class AsyncClient:
         """See `RouterClient.set_transport`."""
         return await self._router.set_transport(settings, worker_ids)
 
-    async def set_eviction(self, policy: str, worker_ids: Sequence[str] = ()) -> tuple[WorkerEviction, ...]:
+    async def set_eviction(
+        self, policy: str, worker_ids: Sequence[str] = (), migration: str = ""
+    ) -> tuple[WorkerEviction, ...]:
         """See `RouterClient.set_eviction`."""
-        return await self._router.set_eviction(policy, worker_ids)
+        return await self._router.set_eviction(policy, worker_ids, migration)
 
     async def explain(self, request_id: str) -> Explanation:
         return await self._router.explain(request_id)

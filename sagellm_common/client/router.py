@@ -72,6 +72,8 @@ class WorkerEviction:
     policy: str
     cached_blocks: int
     error: str = ""
+    migration: str = ""
+    """Which policy says what goes to lower tiers and comes up; empty: there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,18 +239,23 @@ class RouterClient:
             WorkerTransport(w.worker_id, dict(w.in_force), _decode_changes(w.changes), w.error) for w in reply.workers
         )
 
-    async def set_eviction(self, policy: str, worker_ids: Sequence[str] = ()) -> tuple[WorkerEviction, ...]:
+    async def set_eviction(
+        self, policy: str, worker_ids: Sequence[str] = (), migration: str = ""
+    ) -> tuple[WorkerEviction, ...]:
         """Another eviction policy for running workers and stores, none named: all. What is cached stays.
 
-        Without one ("") it only tells which is in force. A worker that refuses says so in its `error`.
+        `migration` likewise, where there are lower tiers. Without either ("") it only tells which are in force. A
+        worker that refuses says so in its `error`.
         """
         reply = await self._call(
             lambda router: router.topology.SetEviction,
-            topology_pb2.SetEvictionRequest(policy=policy, worker_ids=worker_ids),
+            topology_pb2.SetEvictionRequest(policy=policy, worker_ids=worker_ids, migration=migration),
             timeout_s=self.CONTROL_TIMEOUT_S,
             response=topology_pb2.SetEvictionResponse,
         )
-        return tuple(WorkerEviction(w.worker_id, w.policy, w.cached_blocks, w.error) for w in reply.workers)
+        return tuple(
+            WorkerEviction(w.worker_id, w.policy, w.cached_blocks, w.error, w.migration) for w in reply.workers
+        )
 
     async def cost_model(self) -> CostModel:
         """What the router has learned of its workers' costs; it keeps learning, this does not."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.fitting import OnlineFit
+from sagellm_common.core.registry import Registry
 
 HALF_LIFE_COPIES = 64
 MIN_COPIES = 4
@@ -188,3 +190,9 @@ class _Link:
         self._usual_bytes += weight * (num_bytes - self._usual_bytes)
         if self._fit.samples >= MIN_COPIES:
             self.byte_s = self._fit.predict((1.0, self._usual_bytes)).seconds / self._usual_bytes
+
+
+MIGRATION: Registry[Callable[[int], MigrationPolicy]] = Registry("migration policy")
+"""By a number of tiers."""
+MIGRATION.register("all")(ByUses)
+MIGRATION.register("cost")(ByCost)

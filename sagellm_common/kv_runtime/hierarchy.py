@@ -24,7 +24,7 @@ from sagellm_common.core.kv import Allocation, BlockEvent, BlockInfo, BlockMoves
 from sagellm_common.core.types import BlockHash, BlockIds, KvLayout, KvStats, KvTierStats, TokenIds
 from sagellm_common.kv_policy.cost_benefit import RecomputeCost
 from sagellm_common.kv_policy.eviction import Cost
-from sagellm_common.kv_policy.migration import BlockFacts, ByUses, MigrationPolicy, Move
+from sagellm_common.kv_policy.migration import MIGRATION, BlockFacts, MigrationPolicy, Move
 from sagellm_common.kv_runtime.backends.host import HostKvPool, PendingPut
 from sagellm_common.kv_runtime.backends.host_tier import HostTier
 from sagellm_common.kv_runtime.migrator import KVMigrator, MigrationPlan
@@ -63,15 +63,16 @@ class HierarchyManager:
         pool: HostKvPool,
         open_tiers: Callable[[KvLayout], Sequence[TierBackend]] = lambda layout: (),
         *,
-        policy: Callable[[int], MigrationPolicy] = ByUses,
+        policy: str | Callable[[int], MigrationPolicy] = "all",
         write: WriteMode = "through",
         threads: int = 4,
     ) -> None:
-        """`policy` is made for a number of tiers."""
+        """`policy` is made for a number of tiers, or one of MIGRATION. Raises ConfigError listing these."""
         self.pool = pool
         self._open_tiers = open_tiers
-        self._make_policy = policy
-        self._policy = policy(1)
+        self._make_policy = MIGRATION.get(policy) if isinstance(policy, str) else policy
+        self._migration = policy if isinstance(policy, str) else policy.__name__
+        self._policy = self._make_policy(1)
         self._write_mode = write
         self._num_threads = threads
         self._tiers: list[TierBackend] = [HostTier(pool)]
@@ -307,11 +308,20 @@ class HierarchyManager:
         self._recompute_cost = cost
         self.price(cost.per_block(self.layout.block_size_tokens))
 
-    def set_migration(self, policy: Callable[[int], MigrationPolicy]) -> None:
-        """Another policy from now on, as in `__init__`. What is where stays; what the old one has learned is lost."""
+    @property
+    def migration(self) -> str:
+        """Name of the policy that says which blocks go down and come up; empty where there is nothing below."""
+        return self._migration if len(self._tiers) > 1 else ""
+
+    def set_migration(self, name: str) -> None:
+        """Another policy from now on. What is where stays; what the old one has learned is lost.
+
+        Raises ConfigError listing the known names, having changed nothing.
+        """
+        make = MIGRATION.get(name)
         with self._lock:
-            self._make_policy = policy
-            self._policy = policy(len(self._tiers))
+            self._make_policy, self._migration = make, name
+            self._policy = make(len(self._tiers))
 
     def set_eviction(self, name: str) -> None:
         self.pool.set_eviction(name)

@@ -133,11 +133,16 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
         response = topology_pb2.SetEvictionResponse()
         for worker in self._workers(request.worker_ids):
             try:
-                told = await set_eviction(self._channels.get(worker.address), request.policy)
+                told = await set_eviction(self._channels.get(worker.address), request.policy, request.migration)
             except SageError as err:
                 response.workers.add(worker_id=worker.worker_id, error=f"{err.reason} {err.message}")
             else:
-                response.workers.add(worker_id=worker.worker_id, policy=told.policy, cached_blocks=told.cached_blocks)
+                response.workers.add(
+                    worker_id=worker.worker_id,
+                    policy=told.policy,
+                    cached_blocks=told.cached_blocks,
+                    migration=told.migration,
+                )
         return response
 
     def _workers(self, worker_ids: Sequence[str]) -> list[WorkerRecord]:

@@ -87,11 +87,13 @@ async def set_transport(
     )
 
 
-async def set_eviction(channel: grpc.aio.Channel, policy: str) -> worker_pb2.SetWorkerEvictionResponse:
+async def set_eviction(
+    channel: grpc.aio.Channel, policy: str, migration: str = ""
+) -> worker_pb2.SetWorkerEvictionResponse:
     """Raises ConfigError, having changed nothing; PeerLost, DeadlineExceeded."""
     return await call(
         worker_pb2_grpc.WorkerServiceStub(channel).SetEviction,
-        worker_pb2.SetWorkerEvictionRequest(policy=policy),
+        worker_pb2.SetWorkerEvictionRequest(policy=policy, migration=migration),
         timeout_s=SET_TIMEOUT_S,
         response=worker_pb2.SetWorkerEvictionResponse,
     )

@@ -14,7 +14,9 @@ from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord
+from sagellm_common.kv_policy.migration import MIGRATION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
+from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.block_journal import BlockChanges, BlockJournal
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
@@ -199,11 +201,20 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         context: grpc.aio.ServicerContext[worker_pb2.SetWorkerEvictionRequest, worker_pb2.SetWorkerEvictionResponse],
     ) -> worker_pb2.SetWorkerEvictionResponse:
         pool, before = self._pool, self._pool.eviction
+        if request.migration:
+            MIGRATION.get(request.migration)  # before anything is changed
         if request.policy:
             await asyncio.to_thread(pool.set_eviction, request.policy)  # its blocks may be many
             log.info("blocks are evicted by %s from now on, were by %s", pool.eviction, before)
+        tiers = pool if isinstance(pool, HierarchyManager) else None
+        if request.migration and tiers is not None and tiers.migration:
+            before = tiers.migration
+            tiers.set_migration(request.migration)
+            log.info("blocks go to lower tiers and come up by %s from now on, were by %s", tiers.migration, before)
         return worker_pb2.SetWorkerEvictionResponse(
-            policy=pool.eviction, cached_blocks=self._worker.kv_stats().cached_blocks
+            policy=pool.eviction,
+            cached_blocks=self._worker.kv_stats().cached_blocks,
+            migration=tiers.migration if tiers is not None else "",
         )
 
 

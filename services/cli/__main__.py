@@ -349,20 +349,25 @@ def policy_show(name: Name = "", router: Router = "", json_: Json = False) -> No
 
 @policy_app.command("set")
 def policy_set(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="see engine.eviction in `sagellm config schema`")],
+    policy: Annotated[
+        str, typer.Argument(metavar="[POLICY]", help="see engine.eviction in `sagellm config schema`")
+    ] = "",
+    migration: Annotated[str, typer.Option(metavar="NAME", help="of stores with a disk; see kv_store.disk")] = "",
     worker: Annotated[list[str], typer.Option("--worker", metavar="ID", help="only these; all unless given")] = [],  # noqa: B006
     name: Name = "",
     router: Router = "",
     json_: Json = False,
 ) -> None:
     """Another policy for running workers and stores, until they restart; exit code 1 if one of them refuses."""
-    _eviction(policy, worker, name, router, json_)
+    if not policy and not migration:
+        raise typer.BadParameter("name an eviction policy, or --migration; `sagellm kv policy show` tells both")
+    _eviction(policy, worker, name, router, json_, migration)
 
 
-def _eviction(policy: str, worker_ids: Sequence[str], name: str, router: str, json_: bool) -> None:
+def _eviction(policy: str, worker_ids: Sequence[str], name: str, router: str, json_: bool, migration: str = "") -> None:
     async def ask() -> tuple[WorkerEviction, ...]:
         async with AsyncClient(_router(name, router)) as client:
-            return await client.set_eviction(policy, worker_ids)
+            return await client.set_eviction(policy, worker_ids, migration)
 
     workers = asyncio.run(ask())
     if json_:

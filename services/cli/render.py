@@ -100,9 +100,11 @@ def eviction_table(workers: Sequence[WorkerEviction]) -> Table:
     table.add_column("WORKER", no_wrap=True)
     table.add_column("EVICTION", no_wrap=True)
     table.add_column("CACHED BLOCKS", justify="right", no_wrap=True)
+    table.add_column("MIGRATION", no_wrap=True)
     for worker in workers:
         if not worker.error:
-            table.add_row(escape(worker.worker_id), escape(worker.policy), f"{worker.cached_blocks:,}")
+            cached = f"{worker.cached_blocks:,}"
+            table.add_row(escape(worker.worker_id), escape(worker.policy), cached, escape(worker.migration or "–"))
     return table
 
 

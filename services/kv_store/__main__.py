@@ -16,7 +16,6 @@ from sagellm_common.core.config import KvStoreConfig
 from sagellm_common.core.process import leave
 from sagellm_common.core.topology import TopologyStore
 from sagellm_common.core.types import KvLayout, WorkerRole
-from sagellm_common.kv_policy.migration import ByCost, ByUses
 from sagellm_common.kv_runtime.backends.file_directory import TierDirectory
 from sagellm_common.kv_runtime.backends.host import HostKvPool
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
@@ -46,7 +45,7 @@ async def compose(args: WorkerArgs) -> None:
     pool = HierarchyManager(
         memory,
         lambda layout: [open_tier(disk, layout, config.kv_store.disk.dtype)] if disk else [],
-        policy=ByCost if config.kv_store.disk.migration == "cost" else ByUses,
+        policy=config.kv_store.disk.migration,
         write=config.kv_store.disk.write,
     )
     REGISTRY.register(StoreCollector(pool))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sagellm_common.client.aio import AsyncClient
 from sagellm_common.core.types import KvTierStats
 from tests.integration.test_token_equality import complete_all
 from tests.support.checks import all_serving, assert_nothing_leaked
@@ -85,6 +86,10 @@ async def test_what_is_kept_in_fewer_bytes_is_told(tiny_llama: Path, tmp_path: P
             assert 0 < lost.relative_rms_error < 0.02
         assert disk(cluster).inexact_hit_blocks == disk(cluster).hit_blocks == 4 + 6
         await assert_nothing_leaked(cluster)
+        async with AsyncClient(cluster.router_address) as client:
+            for name in ("", "cost"):
+                told = await client.set_eviction("", migration=name)
+                assert {w.worker_id: w.migration for w in told if w.migration} == {"kv-store-0": name or "all"}
 
 
 async def the_next_turn_reuses_what_was_generated(cluster: RunningCluster, model: Path) -> None:

@@ -160,6 +160,11 @@ async def test_another_eviction_policy_for_one_worker_or_all(client: RouterClien
     refused = await client.set_eviction("oldest")
     assert all("unknown eviction policy 'oldest'; known: adaptive" in worker.error for worker in refused)
     assert prefill.engine.kv.eviction == "arc"
+    refused = await client.set_eviction("lru", migration="downhill")
+    assert all("unknown migration policy 'downhill'; known: all, cost" in worker.error for worker in refused)
+    assert prefill.engine.kv.eviction == "arc", "nothing was changed"
+    told = {worker.worker_id: worker.migration for worker in await client.set_eviction("", migration="cost")}
+    assert told == {"prefill-0": "", "decode-0": ""}, "they have no lower tiers"
     with pytest.raises(InvalidRequest, match="no worker decode-9"):
         await client.set_eviction("lru", ["decode-9"])
 

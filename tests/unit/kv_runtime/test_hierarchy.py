@@ -373,8 +373,11 @@ def test_by_cost_what_is_sooner_computed_stays_off_the_disk_until_that_changes(t
         for _ in range(MIN_COPIES):
             both.tiers._policy.copied(1, 0, BLOCK_BYTES, 1.0)
         assert (both.get(2), both.where(2)) == (0, ["nvme", "nvme"]), "whoever asks computes them"
-        both.tiers.set_migration(ByUses)
-        assert both.get(2) == 2
+        assert both.tiers.migration == "ByCost"
+        with pytest.raises(ConfigError, match="migration policy"):
+            both.tiers.set_migration("whatever")
+        both.tiers.set_migration("all")
+        assert (both.get(2), both.tiers.migration) == (2, "all")
 
 
 def test_policies_hear_where_in_its_sequence_a_block_is_and_what_it_costs(tmp_path: Path) -> None:

@@ -38,8 +38,15 @@ def test_plan_diagram_aligns_what_where_and_which_tokens() -> None:
 
 
 def test_eviction_table_has_who_answered() -> None:
-    workers = [WorkerEviction("decode-0", "arc", 1234), WorkerEviction("store-0", "", 0, "PEER_LOST gone")]
-    assert [line.split() for line in printed(render.eviction_table(workers))[1:]] == [["decode-0", "arc", "1,234"]]
+    workers = [
+        WorkerEviction("decode-0", "arc", 1234),
+        WorkerEviction("store-1", "lru", 9, migration="cost"),
+        WorkerEviction("store-0", "", 0, "PEER_LOST gone"),
+    ]
+    assert [line.split() for line in printed(render.eviction_table(workers))[1:]] == [
+        ["decode-0", "arc", "1,234", "–"],
+        ["store-1", "lru", "9", "cost"],
+    ]
 
 
 def test_status_shows_workers_and_processes_the_topology_lost() -> None:

@@ -152,12 +152,14 @@ class WorkerTransport(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., in_force: _Optional[_Mapping[str, str]] = ..., changes: _Optional[_Iterable[_Union[_worker_pb2.TransportChange, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
 
 class SetEvictionRequest(_message.Message):
-    __slots__ = ("policy", "worker_ids")
+    __slots__ = ("policy", "worker_ids", "migration")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
     policy: str
     worker_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, policy: _Optional[str] = ..., worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    migration: str
+    def __init__(self, policy: _Optional[str] = ..., worker_ids: _Optional[_Iterable[str]] = ..., migration: _Optional[str] = ...) -> None: ...
 
 class SetEvictionResponse(_message.Message):
     __slots__ = ("workers",)
@@ -166,16 +168,18 @@ class SetEvictionResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerEviction, _Mapping]]] = ...) -> None: ...
 
 class WorkerEviction(_message.Message):
-    __slots__ = ("worker_id", "policy", "cached_blocks", "error")
+    __slots__ = ("worker_id", "policy", "cached_blocks", "error", "migration")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     policy: str
     cached_blocks: int
     error: str
-    def __init__(self, worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., cached_blocks: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    migration: str
+    def __init__(self, worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., cached_blocks: _Optional[int] = ..., error: _Optional[str] = ..., migration: _Optional[str] = ...) -> None: ...
 
 class SetWorkerRoleRequest(_message.Message):
     __slots__ = ("worker_id", "change")

@@ -672,18 +672,22 @@ class SetWorkerTransportResponse(_message.Message):
     def __init__(self, in_force: _Optional[_Mapping[str, str]] = ..., changes: _Optional[_Iterable[_Union[TransportChange, _Mapping]]] = ...) -> None: ...
 
 class SetWorkerEvictionRequest(_message.Message):
-    __slots__ = ("policy",)
+    __slots__ = ("policy", "migration")
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
     policy: str
-    def __init__(self, policy: _Optional[str] = ...) -> None: ...
+    migration: str
+    def __init__(self, policy: _Optional[str] = ..., migration: _Optional[str] = ...) -> None: ...
 
 class SetWorkerEvictionResponse(_message.Message):
-    __slots__ = ("policy", "cached_blocks")
+    __slots__ = ("policy", "cached_blocks", "migration")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
     policy: str
     cached_blocks: int
-    def __init__(self, policy: _Optional[str] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
+    migration: str
+    def __init__(self, policy: _Optional[str] = ..., cached_blocks: _Optional[int] = ..., migration: _Optional[str] = ...) -> None: ...
 
 class TransportChange(_message.Message):
     __slots__ = ("key", "loaded", "now")
