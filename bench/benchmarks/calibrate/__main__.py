@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.benchmarks.calibrate.compare import TARGET, Distance, distance
-from bench.benchmarks.calibrate.fit import Foretold, foretold, learned, on_a_core, profile_of
+from bench.benchmarks.calibrate.fit import Foretold, foretold, learned, links_foretold, on_a_core, profile_of
 from bench.benchmarks.calibrate.measure import RealCluster, Served, real_cluster
 from bench.plots import lines
 from bench.sim.__main__ import strategy_maker
@@ -100,7 +100,7 @@ async def measure(config: Config, args: argparse.Namespace, progress: Progress) 
         "profile": profile_of(
             costs, steps, alone, [one for served, _ in learn for one in served], config, model, blocks
         ),
-        "foretold": foretold(costs, unseen),
+        "foretold": foretold(costs, unseen) + links_foretold(costs, (one for served, _ in check for one in served)),
         "on_a_core": foretold(clean, on_a_core(unseen)),
         "check": [served for served, _ in check],
         "steps": [asdict(step) for _, told in rounds for step in told],

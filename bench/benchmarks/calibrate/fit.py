@@ -39,6 +39,17 @@ def learned(steps: Iterable[StepCost], served: Iterable[Served]) -> CostModel:
     return costs
 
 
+def links_foretold(costs: CostModel, served: Iterable[Served]) -> list[Foretold]:
+    """The same of what was pulled; empty where nothing was."""
+    errors = []
+    for one in served:
+        summary = one.summary
+        if summary.kv_bytes_transferred and summary.transfer_ms > 0:
+            link, took_s = (summary.prefill_worker_id, summary.decode_worker_id), summary.transfer_ms / 1e3
+            errors.append(abs(costs.transfer_s(*link, summary.kv_bytes_transferred).seconds - took_s) / took_s)
+    return [Foretold("transfer", len(errors), statistics.mean(errors), statistics.median(errors))] if errors else []
+
+
 def on_a_core(steps: Iterable[StepCost]) -> list[StepCost]:
     """As long as the engine's thread was on a core: what they cost, without what others on the machine took."""
     return [replace(step, seconds=step.cpu_seconds) for step in steps if step.cpu_seconds]

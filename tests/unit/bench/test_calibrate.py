@@ -11,7 +11,7 @@ import pytest
 
 from bench.benchmarks.calibrate.__main__ import check, parser, validate
 from bench.benchmarks.calibrate.compare import distance
-from bench.benchmarks.calibrate.fit import foretold, learned, on_a_core, profile_of
+from bench.benchmarks.calibrate.fit import foretold, learned, links_foretold, on_a_core, profile_of
 from bench.benchmarks.calibrate.measure import Served
 from bench.sim.__main__ import strategy_maker
 from bench.sim.cluster import SimCluster, Slo
@@ -135,6 +135,11 @@ def test_errors_are_told_by_kind_and_size_and_of_the_time_on_a_core() -> None:
     assert parts["prefill"].steps == parts["decode"].steps == 100
     assert parts["prefill"].mape == pytest.approx(0.25, abs=0.02)
     assert sum(p.steps for name, p in parts.items() if name.startswith("prefill ≤")) == 100
+    pulled = learned((), served([SimRequest(10.0 * i, 50 * i, 8) for i in range(1, 16)]))
+    (transfer,) = links_foretold(pulled, served([SimRequest(0.0, 333, 8)]))
+    assert (transfer.part, transfer.steps) == ("transfer", 1)
+    assert transfer.mape < 0.01
+    assert links_foretold(pulled, ()) == []
     assert {part.part: part.mape for part in foretold(costs, on_a_core(quiet + disturbed))}["decode"] < 0.02
 
 
