@@ -89,25 +89,26 @@ class OnlineFit:
         """Of one more sample: the spread of the samples around the fit, and how well these features are known."""
         if not self.samples:
             return Estimate(0.0, math.inf)
-        if self._prediction is None:
-            self._prediction = self._predictor()
-        # Without numpy: a placement asks dozens of times, and three numbers are no array.
-        coefficients, sigma, inverse = self._prediction
+        coefficients, sigma, inverse = self._predictor()
         seconds = sum(map(mul, coefficients, features))
         known = sum(map(mul, features, [sum(map(mul, row, features)) for row in inverse]))
         spread = math.sqrt(seconds * seconds + max(0.0, known))  # known: in seconds², per unit of relative variance
         return Estimate(seconds, sigma * spread if spread else math.inf)
 
     def _predictor(self) -> tuple[tuple[float, ...], float, tuple[tuple[float, ...], ...]]:
-        """As `_solve`, per unit of each feature."""
-        coefficients, sigma, inverse = self._solve()
-        per_unit = inverse / np.outer(self._scale, self._scale)
-        return tuple((coefficients / self._scale).tolist()), sigma, tuple(map(tuple, per_unit.tolist()))
+        """As `_solve`, per unit of each feature; without numpy: a placement asks dozens of times, and three numbers are
+        no array."""
+        if self._prediction is None:
+            coefficients, sigma, inverse = self._solve()
+            per_unit = tuple((coefficients / self._scale).tolist())
+            rows = (inverse / np.outer(self._scale, self._scale)).tolist()
+            self._prediction = per_unit, sigma, tuple(map(tuple, rows))
+        return self._prediction
 
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Per unit of each feature; zeros before the first sample."""
-        return tuple(float(c) for c in self._solve()[0] / self._scale)
+        return self._predictor()[0]
 
     def _solve(self) -> tuple[Vector, float, Vector]:
         """(coefficients, relative standard deviation, inverse of the normal matrix), all in scaled features."""

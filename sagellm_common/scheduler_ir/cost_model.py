@@ -43,6 +43,10 @@ class DecodeFit:
     def predict(self, num_sequences: int, context_tokens: int) -> Estimate:
         return self._fit(num_sequences).predict((1.0, context_tokens, num_sequences))
 
+    def mean_s(self, num_sequences: int, context_tokens: int) -> float:
+        step_s, token_s, sequence_s = self._fit(num_sequences).coefficients
+        return step_s + token_s * context_tokens + sequence_s * num_sequences
+
     def coefficients(self, num_sequences: int) -> tuple[float, ...]:
         """(of a step, of a token of context, of a sequence), in seconds."""
         return self._fit(num_sequences).coefficients
@@ -131,6 +135,10 @@ class CostModel:
 
     def decode_s(self, num_sequences: int, context_tokens: int) -> Estimate:
         return self.decode.predict(num_sequences, context_tokens)
+
+    def decode_mean_s(self, num_sequences: int, context_tokens: int) -> float:
+        """`decode_s` without the uncertainty, in a fraction of its time: of each worker, for each request."""
+        return self.decode.mean_s(num_sequences, context_tokens)
 
     def transfer_s(self, source_id: str, target_id: str, num_bytes: int) -> Estimate:
         """Of a link nobody measured: as the mean of those that were."""

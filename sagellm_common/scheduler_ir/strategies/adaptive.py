@@ -58,7 +58,7 @@ class Adaptive:
             target_s = request.ttft_target_s if math.isfinite(request.ttft_target_s) else UNTARGETED_S
             pressure = queued_s / len(prefillers) / target_s
         if decoders and self._costs.decode.samples and math.isfinite(request.tpot_target_s):
-            steps_s = sum(self._costs.decode_s(w.sequences, w.context_tokens).seconds for w in decoders if w.sequences)
+            steps_s = sum(self._costs.decode_mean_s(w.sequences, w.context_tokens) for w in decoders if w.sequences)
             pressure = max(pressure, steps_s / len(decoders) / request.tpot_target_s - DECODE_FREE)
         return pressure
 

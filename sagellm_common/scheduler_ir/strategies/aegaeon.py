@@ -82,7 +82,7 @@ class Aegaeon:
         joins = batches.get(request.model, ModelWork(request.model))
         context = joins.tokens + request.num_prompt_tokens
         batches[request.model] = ModelWork(request.model, joins.requests + 1, context)
-        steps_s = [self._costs.decode_s(batch.requests, batch.tokens).seconds for batch in batches.values()]
+        steps_s = [self._costs.decode_mean_s(batch.requests, batch.tokens) for batch in batches.values()]
         share = round_share(steps_s, request.tpot_target_s, self._costs.switch_s().seconds)
         return ((joins.requests > 0 and share <= 1) + 1 / (1 + share)) / 2
 

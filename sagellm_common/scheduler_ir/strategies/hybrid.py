@@ -129,7 +129,7 @@ class Hybrid:
             start = min(worker.matched_tokens, prompt - 1)
             own_s = step_s + token_s * (prompt - start) + square_s * (prompt * prompt - start * start)
             all_s = own_s + token_s * worker.queued_tokens + square_s * worker.queued_squares
-            room_s = mixed_s - step_s - self._costs.decode_s(worker.sequences + 1, worker.context_tokens).seconds
+            room_s = mixed_s - step_s - self._costs.decode_mean_s(worker.sequences + 1, worker.context_tokens)
             chunk_tokens = int(room_s / (token_s + 2 * square_s * prompt)) if room_s > 0 else 0
             if chunk_tokens < MIN_CHUNK_TOKENS:
                 continue
@@ -143,7 +143,7 @@ class Hybrid:
 
         def step_s(worker: WorkerView) -> float:
             context = worker.context_tokens + request.num_prompt_tokens
-            return self._costs.decode_s(worker.sequences + 1, context).seconds
+            return self._costs.decode_mean_s(worker.sequences + 1, context)
 
         return self._best_decode(request, [(worker, step_s(worker)) for worker in workers])
 

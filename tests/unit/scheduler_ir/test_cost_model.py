@@ -38,6 +38,8 @@ def test_finds_the_costs_that_made_the_samples() -> None:
     assert model.prefill_s([(512, 1536)]).seconds == pytest.approx(prefill_seconds(512, 1536), rel=1e-4)
     assert model.decode_s(2, 4000).seconds == pytest.approx(1e-3 + 8e-5 + 2e-4, rel=1e-3)
     assert model.decode_s(20, 4000).seconds == pytest.approx(1e-3 + 8e-5 + 6e-3, rel=1e-3)
+    for batch in (1, 2, 20):
+        assert model.decode_mean_s(batch, 4000) == pytest.approx(model.decode_s(batch, 4000).seconds)
     assert model.transfer_s("p0", "d0", 1 << 24).seconds == pytest.approx(3e-4 + (1 << 24) / 2e9, rel=1e-3)
 
 
