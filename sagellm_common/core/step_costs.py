@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
 
-KEPT_STEPS = 64
+KEPT_STEPS = 16
+"""Of those between two looks at a worker the newest are enough to learn from; a router may look at a hundred."""
 
 
 @dataclass(frozen=True, slots=True)

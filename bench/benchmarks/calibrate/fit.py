@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -99,8 +100,7 @@ def profile_of(
     handoff: it waited for nobody's step but that of joining.
     """
     layout = model.kv_layout
-    slower = statistics.mean(ratios(costs, (step for step in steps if step.sequences)) or [1.0])
-    decode = {start: tuple(slower * cost for cost in costs.decode.coefficients(start)) for start in costs.decode.known}
+    decode = {start: _mean_costs(costs, start, steps) for start in costs.decode.known}
     noise = sorted(ratios(costs, (step for step in steps if step.prompt_tokens > step.prompts)))
     drawn = [noise[round(i * (len(noise) - 1) / (NOISE_SAMPLES - 1))] for i in range(NOISE_SAMPLES)] if noise else []
     first, *larger = sorted(decode)
@@ -112,8 +112,8 @@ def profile_of(
     bandwidths = [1 / per_byte for fit in costs.links.values() if (per_byte := fit.coefficients[1]) > 0]
     return Profile(
         prefill=_three(costs.prefill.coefficients),
-        decode=_three(decode[first]),
-        larger_batches=tuple((start, _three(decode[start])) for start in larger),
+        decode=decode[first],
+        larger_batches=tuple((start, decode[start]) for start in larger),
         link_latency_s=max(0.0, statistics.median(handed)),
         link_bytes_per_s=statistics.median(bandwidths) if bandwidths else 1e12,
         kv_bytes_per_token=layout.block_bytes // layout.block_size_tokens,
@@ -124,6 +124,13 @@ def profile_of(
         prefill_noise=tuple(drawn),
         overhead_s=max(0.0, statistics.median(one.ttft_s - one.summary.prefill_engine_ms / 1e3 for one in served)),
     )
+
+
+def _mean_costs(costs: CostModel, start: int, steps: Iterable[StepCost]) -> Costs:
+    """Of decode steps in the regime that begins with `start` sequences."""
+    beyond = min((other for other in costs.decode.known if other > start), default=math.inf)
+    slower = statistics.mean(ratios(costs, (step for step in steps if start <= step.sequences < beyond)) or [1.0])
+    return _three([slower * cost for cost in costs.decode.coefficients(start)])
 
 
 def _three(values: Sequence[float]) -> Costs:

@@ -30,7 +30,7 @@ def rounds(seed: int, factors: Mapping[str, float] | None = None, count: int = 1
     """Times grow with the machine's slowness and a little by chance; MFU shrinks with it."""
     rng, found = random.Random(seed), []
     for number, slow in enumerate(drifting(count)):
-        row = {"number": number}
+        row: dict[str, float] = {"number": number}
         for name, value in BASE.items():
             noise = rng.uniform(0.97, 1.03) * slow
             how = 1 / noise if name == "mfu" else 1.0 if name == "kv_hit_rate" else noise
