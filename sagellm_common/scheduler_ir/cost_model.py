@@ -32,7 +32,7 @@ class DecodeFit:
         self._starts = tuple(starts)
         self._fits = [OnlineFit(_DECODE_SCALE) for _ in starts]
         self._nearest: dict[int, OnlineFit] = {}
-        """By regime, of those that were seen."""
+        """By number of sequences: of the regimes that were seen."""
 
     def observe(self, num_sequences: int, context_tokens: int, seconds: float) -> None:
         fit = self._fits[self._regime(num_sequences)]
@@ -78,11 +78,13 @@ class DecodeFit:
         return self
 
     def _fit(self, num_sequences: int) -> OnlineFit:
-        wanted = self._regime(num_sequences)
-        if wanted not in self._nearest:
+        found = self._nearest.get(num_sequences)
+        if found is None:
+            wanted = self._regime(num_sequences)
             known = [i for i, fit in enumerate(self._fits) if fit.samples]
-            self._nearest[wanted] = self._fits[min(known, key=lambda i: (abs(i - wanted), i), default=wanted)]
-        return self._nearest[wanted]
+            nearest = min(known, key=lambda i: (abs(i - wanted), i), default=wanted)
+            found = self._nearest[num_sequences] = self._fits[nearest]
+        return found
 
     def _regime(self, num_sequences: int) -> int:
         return max(0, bisect.bisect_right(self._starts, num_sequences) - 1)
