@@ -16,6 +16,7 @@ BENCHMARKS = {
     "calibrate": "a profile of the simulator, measured on a real CPU cluster and checked against it",
     "chat": "a multi-turn chat on 2P2D with the KV stack on and off, tokens compared",
     "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
+    "placement": "strategies on a real 2P2D cluster, in turns under a mixed workload",
     "strategies": "placement strategies and other routers' rules, on a trace, in simulation",
     "router": "what router and gateway cost per request and token, beside sglang-router and a bare proxy",
     "transfer": "KV between two processes over every byte path",
