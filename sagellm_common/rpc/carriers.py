@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import grpc
@@ -46,6 +46,9 @@ class Carrier(Protocol):
     def send(self, message: Any) -> None:
         """Never waits, even when it is full."""
 
+    def send_all(self, messages: Sequence[Any]) -> None:
+        """The same, for several at once."""
+
     async def run(self) -> None:
         """Returns when the stream has ended, or raises SageError with the reason. Cancelled, it ends the stream."""
 
@@ -66,6 +69,10 @@ class GrpcCarrier:
 
     def send(self, message: Any) -> None:
         self._outbox.append(message)
+        self._work.set()
+
+    def send_all(self, messages: Sequence[Any]) -> None:
+        self._outbox.extend(messages)
         self._work.set()
 
     async def run(self) -> None:
@@ -109,10 +116,15 @@ class FramedCarrier:
 
     def send(self, message: Message) -> None:
         """Raises InvalidRequest for a message beyond what the peer takes: it would end the session."""
-        payload = message.SerializeToString()
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise InvalidRequest(f"a message of {len(payload)} bytes; a session takes at most {MAX_MESSAGE_BYTES}")
-        self._connection.send(Kind.MESSAGE, payload)
+        self.send_all([message])
+
+    def send_all(self, messages: Sequence[Message]) -> None:
+        """As `send`, in one write."""
+        payloads = [message.SerializeToString() for message in messages]
+        for payload in payloads:
+            if len(payload) > MAX_MESSAGE_BYTES:
+                raise InvalidRequest(f"a message of {len(payload)} bytes; a session takes at most {MAX_MESSAGE_BYTES}")
+        self._connection.send(Kind.MESSAGE, *payloads)
 
     async def run(self) -> None:
         connection = self._connection

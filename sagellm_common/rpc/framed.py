@@ -80,10 +80,12 @@ class FramedConnection(asyncio.Protocol):
         self._max_bytes = MAX_MESSAGE_BYTES
         self._on_frame = on_frame
 
-    def send(self, kind: Kind, payload: bytes = b"") -> None:
-        """Never waits; `full` says that the peer does not keep up."""
+    def send(self, kind: Kind, *payloads: bytes) -> None:
+        """A frame for each payload (none: an empty one), in one write. Never waits; `full` says that the peer does not
+        keep up."""
         if not self.ended:
-            cast(asyncio.Transport, self._transport).write(_HEADER.pack(len(payload), kind) + payload)
+            frames = b"".join([part for p in payloads or (b"",) for part in (_HEADER.pack(len(p), kind), p)])
+            cast(asyncio.Transport, self._transport).write(frames)
 
     def end(self, error: BaseException | None = None) -> None:
         """Sends END after what was sent before, and closes. Idempotent."""

@@ -72,7 +72,7 @@ class InferenceSession(SessionClient[int, inference_pb2.InferenceSessionRequest,
             replies = await entered.__aenter__()
         except SageError as err:
             raise RouterLost(err) from err
-        call = PlannedCall(call_id, replies, self._send_if_open)
+        call = PlannedCall(call_id, replies, self._send_if_open, self._send_later_if_open)
         try:
             yield call
         finally:
@@ -94,10 +94,12 @@ class PlannedCall:
         call_id: int,
         replies: Mailbox[inference_pb2.GenerateResult],
         send: Callable[[inference_pb2.InferenceSessionRequest], None],
+        send_later: Callable[[inference_pb2.InferenceSessionRequest], None],
     ) -> None:
         self._call_id = call_id
         self._replies = replies
         self._send = send
+        self._send_later = send_later
         self.ended = False
 
     async def answer(self) -> inference_pb2.GenerateResult:
@@ -129,8 +131,8 @@ class PlannedCall:
         self._replies.listen(hear if on_error is not None else None)
 
     def report(self, message: inference_pb2.ProgressReport) -> None:
-        """Never waits; a router that is lost meanwhile misses nothing that it still needs."""
-        self.send(progress=message)
+        """Not urgent. A router that is lost meanwhile misses nothing that it still needs."""
+        self._send_later(inference_pb2.InferenceSessionRequest(call_id=self._call_id, progress=message))
 
     def end(self, message: inference_pb2.ProgressReport) -> None:
         self.ended = True

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 EARLY_MESSAGES = 256
 """With this many messages to be sent once the stream is open, new calls wait."""
 
+HOLD_S = 0.01
+"""What is not urgent waits so long for something that is."""
+
 KeyT = TypeVar("KeyT", bound=Hashable)
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -98,6 +101,8 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
         self._lost = lost
         self._early: list[RequestT] = []
         """Sent before the carrier was there."""
+        self._held: list[RequestT] = []
+        self._flush_timer: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
         self.carrier: Carrier | None = None
         self.heard = False
@@ -135,10 +140,30 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
 
     def send_soon(self, message: RequestT) -> None:
         """Queues a message at once, beyond the bound if need be: cancel and release do not wait for room."""
-        if self.carrier is None:
+        if self._held:
+            self.send_later(message)
+            self.flush()
+        elif self.carrier is None:
             self._early.append(message)
         else:
             self.carrier.send(message)
+
+    def send_later(self, message: RequestT) -> None:
+        """With the next message, in one write; HOLD_S later at the latest."""
+        self._held.append(message)
+        if self._flush_timer is None:
+            self._flush_timer = asyncio.get_running_loop().call_later(HOLD_S, self.flush)
+
+    def flush(self) -> None:
+        """Sends what was to be sent later."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        held, self._held = self._held, []
+        if self.carrier is None:
+            self._early += held
+        elif held:
+            self.carrier.send_all(held)
 
     async def _run(self) -> None:
         try:
@@ -165,6 +190,8 @@ class _Stream(Generic[KeyT, RequestT, ReplyT]):
 
     def _fail(self) -> None:
         self.broken = True
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
         self._room.set()
         for mailbox in self.mailboxes.values():
             mailbox.fail(self._lost)
@@ -230,6 +257,8 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
     async def close(self) -> None:
         """Ends the stream; calls waiting on it fail with PeerLost. Idempotent."""
         self._closed = True
+        if self._stream is not None and not self._stream.broken:
+            self._stream.flush()
         for task in self._ending:
             task.cancel()
         if self._ending:
@@ -276,6 +305,11 @@ class SessionClient(ABC, Generic[KeyT, RequestT, ReplyT]):
         """As `_send_soon`, for what a stream's end undoes anyhow."""
         if self._stream is not None and not self._stream.broken:
             self._stream.send_soon(message)
+
+    def _send_later_if_open(self, message: RequestT) -> None:
+        """The same, for what is not urgent: it shares a write with the next message."""
+        if self._stream is not None and not self._stream.broken:
+            self._stream.send_later(message)
 
     def _lost(self) -> PeerLost:
         return PeerLost(f"the session with {self._peer} was lost", metadata=self._metadata)

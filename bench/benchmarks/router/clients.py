@@ -39,7 +39,7 @@ Line = Callable[[], Awaitable[Ask]]
 
 
 async def run(line: Line, lines: int, requests: int, num_tokens: int) -> list[Timed]:
-    """`requests` in all, on `lines` at a time."""
+    """`requests` in all, on `lines` at a time. Raises the first error of any of them."""
     left = itertools.count()
     timed: list[Timed] = []
 
@@ -48,9 +48,12 @@ async def run(line: Line, lines: int, requests: int, num_tokens: int) -> list[Ti
         while next(left) < requests:
             timed.append(await ask(num_tokens))
 
-    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
-        for _ in range(lines):
-            group.create_task(ask_on())
+    try:
+        async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
+            for _ in range(lines):
+                group.create_task(ask_on())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
     return timed
 
 

@@ -202,10 +202,10 @@ async def _process(argv: Sequence[str], log: Path) -> AsyncIterator[tuple[int, d
 async def _sglang(stack: AsyncExitStack, venv: Path | None, worker: str, scratch: Path) -> tuple[int, str]:
     """Raises LookupError when it is not there, or does not start."""
     if venv is None:
-        raise LookupError("not asked for; --sglang-venv DIR, with sglang-router installed there (pip --no-deps)")
+        raise LookupError("not asked for; --sglang-venv DIR, an environment in which sglang-router is installed")
     command = venv / "bin" / "sglang-router"
     if shutil.which(str(command)) is None:
-        raise LookupError(f"{command} is not there: {venv}/bin/pip install --no-deps sglang-router")
+        raise LookupError(f"{command} is not there: {venv}/bin/pip install sglang-router")
     port, metrics = _free_port(), _free_port()
     argv = [str(command), "launch", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", f"http://{worker}"]
     argv += ["--policy", "cache_aware", "--prometheus-port", str(metrics), "--log-level", "warn"]
@@ -216,8 +216,10 @@ async def _sglang(stack: AsyncExitStack, venv: Path | None, worker: str, scratch
         )
 
     async def stop() -> None:
-        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            member.kill()
+        if process.returncode is None:
+            own = psutil.Process(process.pid)
+            for member in [*own.children(recursive=True), own]:
+                member.kill()
         await process.wait()
 
     stack.push_async_callback(stop)
