@@ -20,6 +20,7 @@ from sagellm_common.client.router import (
     ClusterView,
     Explanation,
     ProbedLinks,
+    RoleChange,
     RouterClient,
     Tokens,
     WorkerEviction,
@@ -34,6 +35,7 @@ from sagellm_common.core.types import (
     SamplingParams,
     TokenIds,
     TokenLogprob,
+    WorkerRole,
     as_token_ids,
 )
 from sagellm_common.core.validation import validate_sampling
@@ -163,6 +165,16 @@ class AsyncClient:
     ) -> tuple[WorkerEviction, ...]:
         """See `RouterClient.set_eviction`."""
         return await self._router.set_eviction(policy, worker_ids, migration)
+
+    async def set_role(
+        self, worker_id: str, role: WorkerRole, *, grace_s: float | None = None, keep_engine: bool = False
+    ) -> RoleChange:
+        """See `RouterClient.set_role`."""
+        return await self._router.set_role(worker_id, role, grace_s=grace_s, keep_engine=keep_engine)
+
+    async def drain_worker(self, worker_id: str, *, grace_s: float | None = None) -> int:
+        """See `RouterClient.drain_worker`."""
+        return await self._router.drain_worker(worker_id, grace_s=grace_s)
 
     async def explain(self, request_id: str) -> Explanation:
         return await self._router.explain(request_id)

@@ -14,13 +14,21 @@ from sagellm_common.client.routers import Router, Routers
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.errors import DeadlineExceeded, Draining, InvalidRequest, PeerLost, SageError
 from sagellm_common.core.topology import LinkCost
-from sagellm_common.core.types import GenerationOutput, GenerationRequest, KvHealth, KvStats, ModelInfo, WorkerRecord
+from sagellm_common.core.types import (
+    GenerationOutput,
+    GenerationRequest,
+    KvHealth,
+    KvStats,
+    ModelInfo,
+    WorkerRecord,
+    WorkerRole,
+)
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool, call
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2, topology_pb2, worker_pb2
 from sagellm_common.rpc.sessions import DecodeSession
-from sagellm_common.rpc.worker_client import IndexedBlocks, decode_indexed
+from sagellm_common.rpc.worker_client import IndexedBlocks, decode_indexed, grace_timeout_s
 from sagellm_common.rpc.worker_sessions import WorkerSessions
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
@@ -74,6 +82,15 @@ class WorkerEviction:
     error: str = ""
     migration: str = ""
     """Which policy says what goes to lower tiers and comes up; empty: there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChange:
+    """`unfinished_requests` of the role before go on for as long as they take."""
+
+    record: WorkerRecord
+    before: WorkerRole
+    unfinished_requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +284,45 @@ class RouterClient:
         )
         return CostModel.from_dict(json.loads(reply.state_json))
 
+    async def set_role(
+        self, worker_id: str, role: WorkerRole, *, grace_s: float | None = None, keep_engine: bool = False
+    ) -> RoleChange:
+        """Has a running worker take work of another role: PREFILL, DECODE or BOTH. No request is lost by that.
+
+        Returns once what it did before is done or has moved to other workers, at the latest after `grace_s` (None: its
+        `cluster.drain_grace_s`). `keep_engine`: even if a worker that starts in that role has other engine settings.
+        Raises InvalidRequest (no such worker), ConfigError, WrongRole, Draining.
+        """
+        change = worker_pb2.SetRoleRequest(
+            role=codec.encode_worker_role(role), grace_ms=_grace_ms(grace_s), keep_engine=keep_engine
+        )
+        reply = await self._call(
+            lambda router: router.topology.SetWorkerRole,
+            topology_pb2.SetWorkerRoleRequest(worker_id=worker_id, change=change),
+            timeout_s=self.CONTROL_TIMEOUT_S + grace_timeout_s(change.grace_ms),
+            response=worker_pb2.SetRoleResponse,
+        )
+        return RoleChange(
+            codec.decode_worker_record(reply.record),
+            codec.decode_worker_role(reply.before, "before"),
+            reply.unfinished_requests,
+        )
+
+    async def drain_worker(self, worker_id: str, *, grace_s: float | None = None) -> int:
+        """Has a worker or store finish, or give to others, what it does, and end. Raises InvalidRequest.
+
+        Returns the number of requests that were not finished within `grace_s` (None: its `cluster.drain_grace_s`);
+        others go on with them, after computing their KV anew.
+        """
+        request = topology_pb2.DrainWorkerRequest(worker_id=worker_id, grace_ms=_grace_ms(grace_s))
+        reply = await self._call(
+            lambda router: router.topology.DrainWorker,
+            request,
+            timeout_s=self.CONTROL_TIMEOUT_S + grace_timeout_s(request.grace_ms),
+            response=worker_pb2.DrainResponse,
+        )
+        return reply.unfinished_requests
+
     async def explain(self, request_id: str) -> Explanation:
         """Raises InvalidRequest when the router does not (or no longer) know the request."""
         *others, last = self._routers.in_turn
@@ -317,6 +373,10 @@ def _decode_worker(status: worker_pb2.WorkerStatus) -> WorkerView:
         indexed=decode_indexed(status.indexed) if status.HasField("indexed") else None,
         kv_health=codec.decode_kv_health(status.kv_health),
     )
+
+
+def _grace_ms(grace_s: float | None) -> int:
+    return 0 if grace_s is None else max(1, round(grace_s * 1e3))
 
 
 def _decode_changes(changes: Iterable[worker_pb2.TransportChange]) -> tuple[tuple[str, str, str], ...]:

@@ -20,6 +20,11 @@ class ClusterConfig(Section):
     name: str = Field("local", min_length=1, description="separates clusters that share an etcd")
     host: str = Field("127.0.0.1", description="address that services bind and advertise")
     port_base: int = Field(18800, ge=0, le=64000, description="see SagePorts; 0 lets `sagellm up` find free ports")
+    drain_grace_s: float = Field(
+        10.0,
+        ge=0,
+        description="what runs in a process may finish, or move to others, for so long after it was told to stop",
+    )
 
 
 class ModelConfig(Section):

@@ -38,6 +38,10 @@ class WorkerRole(enum.StrEnum):
     BOTH = "both"
     KV_STORE = "kv_store"
 
+    def covers(self, work: WorkerRole) -> bool:
+        """Whether a worker of this role does that kind of work."""
+        return work is self or (self is WorkerRole.BOTH and work in (WorkerRole.PREFILL, WorkerRole.DECODE))
+
 
 class WorkerState(enum.StrEnum):
     SERVING = "serving"

@@ -183,6 +183,14 @@ def decode_extents(messages: Iterable[kv_pb2.KvExtent], num_hashes: int) -> list
     return found
 
 
+def encode_worker_role(role: WorkerRole) -> common_pb2.WorkerRole:
+    return _ROLES[role]
+
+
+def decode_worker_role(number: int, field: str = "role") -> WorkerRole:
+    return _known(_ROLES_BACK, number, field)
+
+
 def encode_finish_reason(reason: FinishReason | None) -> common_pb2.FinishReason:
     """None (still generating) is UNSPECIFIED."""
     return _FINISH_REASONS[reason]

@@ -19,7 +19,15 @@ from sagellm_common.core.types import WorkerRecord
 from sagellm_common.rpc.channels import ChannelPool
 from sagellm_common.rpc.codec import decode_link, decode_worker_record, encode_link, encode_worker_record
 from sagellm_common.rpc.gen.sagellm.v1 import topology_pb2, topology_pb2_grpc, worker_pb2
-from sagellm_common.rpc.worker_client import WorkerStatus, encode_status, probe_links, set_eviction, set_transport
+from sagellm_common.rpc.worker_client import (
+    WorkerStatus,
+    drain,
+    encode_status,
+    probe_links,
+    set_eviction,
+    set_role,
+    set_transport,
+)
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +152,20 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
                     migration=told.migration,
                 )
         return response
+
+    async def SetWorkerRole(
+        self, request: topology_pb2.SetWorkerRoleRequest, context: Context
+    ) -> worker_pb2.SetRoleResponse:
+        return await set_role(self._channels.get(self._worker(request.worker_id).address), request.change)
+
+    async def DrainWorker(self, request: topology_pb2.DrainWorkerRequest, context: Context) -> worker_pb2.DrainResponse:
+        return await drain(self._channels.get(self._worker(request.worker_id).address), request.grace_ms)
+
+    def _worker(self, worker_id: str) -> WorkerRecord:
+        """Raises InvalidRequest."""
+        if not worker_id:
+            raise InvalidRequest("worker_id is empty: name the worker")
+        return self._workers([worker_id])[0]
 
     def _workers(self, worker_ids: Sequence[str]) -> list[WorkerRecord]:
         """Those named, or all. Raises InvalidRequest."""

@@ -18,6 +18,9 @@ from sagellm_common.rpc.transport_control import PROBE_TIMEOUT_S
 
 SET_TIMEOUT_S = 2.0
 PROBE_MARGIN_S = 2.0
+GRACE_MARGIN_S = 5.0
+LONGEST_GRACE_S = 3600.0
+"""That is waited for without being named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,24 @@ async def set_eviction(
         timeout_s=SET_TIMEOUT_S,
         response=worker_pb2.SetWorkerEvictionResponse,
     )
+
+
+async def set_role(channel: grpc.aio.Channel, change: worker_pb2.SetRoleRequest) -> worker_pb2.SetRoleResponse:
+    """Answers once the old role's work is done or its grace over. Raises ConfigError, WrongRole and Draining, having
+    changed nothing; PeerLost, DeadlineExceeded."""
+    method = worker_pb2_grpc.WorkerServiceStub(channel).SetRole
+    return await call(method, change, timeout_s=grace_timeout_s(change.grace_ms), response=worker_pb2.SetRoleResponse)
+
+
+async def drain(channel: grpc.aio.Channel, grace_ms: int) -> worker_pb2.DrainResponse:
+    """Answers once nothing runs there, or the grace is over. Raises PeerLost, DeadlineExceeded."""
+    method, request = worker_pb2_grpc.WorkerServiceStub(channel).Drain, worker_pb2.DrainRequest(grace_ms=grace_ms)
+    return await call(method, request, timeout_s=grace_timeout_s(grace_ms), response=worker_pb2.DrainResponse)
+
+
+def grace_timeout_s(grace_ms: int) -> float:
+    """For a call that waits for a grace; 0: the worker's own, which the caller does not know."""
+    return GRACE_MARGIN_S + (grace_ms / 1e3 if grace_ms > 0 else LONGEST_GRACE_S)
 
 
 async def watch_status(

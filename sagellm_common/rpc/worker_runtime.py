@@ -3,7 +3,7 @@
 Three phases:
 
     start:  byte path → gRPC server → topology → ready line
-    run:    until SIGTERM, SIGINT, Drain, or until another process has taken the worker's id
+    run:    until SIGTERM, SIGINT, Drain, or until another process has taken the worker's id; SetRole changes the role
     stop:   refuse new work → wait for what runs (at most the grace) → leave the topology → close
 """
 
@@ -17,7 +17,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
@@ -29,7 +29,15 @@ from sagellm_common.comm_backend.paths import PathsChannel
 from sagellm_common.core import process
 from sagellm_common.core.clock import SystemClock
 from sagellm_common.core.config import Config
-from sagellm_common.core.errors import ConfigError, DeadlineExceeded, Draining, SageError, Unreachable, WorkerIdTaken
+from sagellm_common.core.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    Draining,
+    SageError,
+    Unreachable,
+    WorkerIdTaken,
+    WrongRole,
+)
 from sagellm_common.core.kv import Tier
 from sagellm_common.core.step_costs import StepLog
 from sagellm_common.core.topology import Registration, TopologyStore
@@ -49,7 +57,6 @@ from sagellm_common.rpc.worker_service import Load, WorkerServicer
 
 log = logging.getLogger(__name__)
 
-DEFAULT_DRAIN_GRACE_S = 10.0
 STREAM_GRACE_S = 0.2
 """For answers on their way out once nothing runs; watchers and sessions would otherwise stay for ever."""
 TOPOLOGY_TIMEOUT_S = 2.0
@@ -63,8 +70,8 @@ class WorkerRuntime:
     """Composes one worker. Made first, for its `record` and `check_accepting` are what the service's logic needs of
     its surroundings; `run` gets the service and the logic's load.
 
-    `host` binds and is advertised, port 0 is an ephemeral port. `metrics_port` None serves no metrics. `engine_ended`
-    lets the worker exit at once, before another request is sent to it.
+    `config` is that of all roles. `host` binds and is advertised, port 0 is an ephemeral port. `metrics_port` None
+    serves no metrics. `engine_ended` lets the worker exit at once, before another request is sent to it.
     """
 
     def __init__(
@@ -107,6 +114,9 @@ class WorkerRuntime:
         self.journal = BlockJournal(pool, SystemClock(), config.index.history_blocks, home)
         self._transport = TransportControl(channel, pool, source)
         self._load: Callable[[], Load] = Load
+        self._in_flight: Mapping[WorkerRole, Callable[[], int]] = {}
+        self._engine = config.of_role(role).engine
+        self._changing_role = asyncio.Lock()
         self._server: GrpcServer | None = None
         self._registration: Registration | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -136,11 +146,16 @@ class WorkerRuntime:
         """Who this worker is. Addresses are known from `start` on, id and incarnation at once."""
         return self._record
 
-    def check_accepting(self) -> None:
-        """Raises Draining once no new work is taken."""
-        if self._record.state is WorkerState.DRAINING:
+    def check_accepting(self, work: WorkerRole | None = None) -> None:
+        """Raises Draining once no new work is taken, or none of that role."""
+        me = self._record
+        if me.state is WorkerState.DRAINING:
+            raise Draining(f"worker {me.worker_id} is draining; send the request to another worker", retry_after_s=0.1)
+        if work is not None and not me.role.covers(work):
             raise Draining(
-                f"worker {self._record.worker_id} is draining; send the request to another worker", retry_after_s=0.1
+                f"worker {me.worker_id} has the role {me.role} now and takes no new {work} work; send the request to "
+                "another worker",
+                retry_after_s=0.1,
             )
 
     def load(self) -> Load:
@@ -154,13 +169,19 @@ class WorkerRuntime:
 
     # ---- life ----
 
-    async def run(self, services: Sequence[Registrar], load: Callable[[], Load]) -> None:
-        """Serves until told to stop. Raises ConfigError (port in use), WorkerIdTaken and EngineFailed."""
+    async def run(
+        self,
+        services: Sequence[Registrar],
+        load: Callable[[], Load],
+        in_flight: Mapping[WorkerRole, Callable[[], int]] | None = None,
+    ) -> None:
+        """Serves until told to stop. `in_flight` counts the requests of each role that `services` are for, where that
+        may change. Raises ConfigError (port in use), WorkerIdTaken and EngineFailed."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         try:
-            await self.start(services, load)
+            await self.start(services, load, in_flight)
             process.started()
             print(json.dumps(self.ready_line()), flush=True)
             await self._until_stopped()
@@ -171,12 +192,17 @@ class WorkerRuntime:
                 loop.remove_signal_handler(number)
             await self.close()
 
-    async def start(self, services: Sequence[Registrar], load: Callable[[], Load]) -> None:
+    async def start(
+        self,
+        services: Sequence[Registrar],
+        load: Callable[[], Load],
+        in_flight: Mapping[WorkerRole, Callable[[], int]] | None = None,
+    ) -> None:
         """Serves and is in the topology when this returns. On an error, `close` gives everything back.
 
         Raises ConfigError (port in use), WorkerIdTaken, and Draining when told to stop before it got there.
         """
-        self._load = load
+        self._load, self._in_flight = load, in_flight or {}
         host = self._config.cluster.host
         for leases in (self._source, self._target):
             if leases is not None:
@@ -246,6 +272,56 @@ class WorkerRuntime:
         self._drain_requested.set()
         return unfinished
 
+    async def set_role(self, role: WorkerRole, grace_s: float | None = None, keep_engine: bool = False) -> int:
+        """Takes work of that role only, and says so in the topology; the incarnation stays, for so does all KV.
+
+        Waits for what runs of the role it had, at most `grace_s`; returns how much of that is left, which goes on.
+        Raises WrongRole where this process lacks the part, ConfigError where a worker that starts in that role has
+        another engine (unless `keep_engine`), Draining.
+        """
+        async with self._changing_role:
+            self.check_accepting()
+            before = self._record.role
+            eviction = self._check_role(role, keep_engine)
+            if eviction:
+                await asyncio.to_thread(self._pool.set_eviction, eviction)
+            if role is not before:
+                log.info("the role is %s from now on, was %s", role, before)
+                self._record = replace(self._record, role=role)
+                await self._announce()
+
+        def left() -> int:
+            old = [work for work in self._in_flight if before.covers(work) and not self._record.role.covers(work)]
+            promised = len(self._target) if self._target is not None and WorkerRole.DECODE in old else 0
+            return promised + sum(self._in_flight[work]() for work in old)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.cluster.drain_grace_s if grace_s is None else grace_s):
+                while left():  # noqa: ASYNC110 - as in a drain
+                    await asyncio.sleep(0.02)
+        return left()
+
+    def _check_role(self, role: WorkerRole, keep_engine: bool) -> str:
+        """The eviction policy it comes with; "": that stays. Raises as `set_role`."""
+        me, parts = self._record, [work for work in (WorkerRole.PREFILL, WorkerRole.DECODE) if role.covers(work)]
+        if not parts or not all(work in self._in_flight for work in parts):
+            able = ", ".join(self._in_flight) if len(self._in_flight) < 2 else "prefill, decode and both"
+            raise WrongRole(
+                f"worker {me.worker_id} cannot take the role {role}: its process serves {able or me.role}; "
+                "`python -m services.worker` serves prefill, decode and both"
+            )
+        if role is me.role or keep_engine:
+            return ""
+        now, then = self._engine.model_dump(), self._config.of_role(role).engine.model_dump()
+        eviction: str = then.pop("eviction")
+        other = [f"{key} (now {now[key]!r}, {role} has {value!r})" for key, value in then.items() if now[key] != value]
+        if other:
+            raise ConfigError(
+                f"worker {me.worker_id} cannot become {role} while it runs, its engine has other settings: "
+                f"{', '.join(other)}; restart it as {role}, give both roles the same, or keep its engine as it is"
+            )
+        return eviction if eviction != self._config.of_role(me.role).engine.eviction else ""
+
     async def close(self) -> None:
         """Leaves the topology and closes what `start` opened. Idempotent."""
         tasks = [task for task in (self._drain, self._ticker) if task is not None]
@@ -313,7 +389,7 @@ class WorkerRuntime:
         self._record = replace(self._record, state=WorkerState.DRAINING)
         await self._announce()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DEFAULT_DRAIN_GRACE_S if grace_s is None else grace_s):
+            async with asyncio.timeout(self._config.cluster.drain_grace_s if grace_s is None else grace_s):
                 while not self._load().idle:  # noqa: ASYNC110 - told by leases and engines, which have no event for it
                     await asyncio.sleep(0.02)
         load = self._load()

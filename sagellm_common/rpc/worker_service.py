@@ -13,7 +13,7 @@ import grpc
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.step_costs import StepLog
-from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord
+from sagellm_common.core.types import KvHealth, KvStats, WorkerRecord, WorkerRole
 from sagellm_common.kv_policy.migration import MIGRATION
 from sagellm_common.kv_runtime.backend_protocol import KVBackendProtocol
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
@@ -55,11 +55,15 @@ class WorkerView(Protocol):
 
     def kv_health(self) -> KvHealth: ...
 
-    def check_accepting(self) -> None:
-        """Raises Draining once no new work is taken."""
+    def check_accepting(self, work: WorkerRole | None = None) -> None:
+        """Raises Draining once no new work is taken, or none of that role."""
 
     async def drain(self, grace_s: float | None) -> int:
         """Turns new work away, waits for what runs; returns the number of requests left unfinished. Idempotent."""
+
+    async def set_role(self, role: WorkerRole, grace_s: float | None, keep_engine: bool) -> int:
+        """Takes work of `role` only; returns how much of the other runs on after the grace. Raises ConfigError,
+        WrongRole, Draining."""
 
 
 class _State(NamedTuple):
@@ -162,6 +166,20 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.DrainResponse:
         grace_s = request.grace_ms / 1000 if request.grace_ms > 0 else None
         return worker_pb2.DrainResponse(unfinished_requests=await self._worker.drain(grace_s))
+
+    async def SetRole(
+        self,
+        request: worker_pb2.SetRoleRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.SetRoleRequest, worker_pb2.SetRoleResponse],
+    ) -> worker_pb2.SetRoleResponse:
+        before, grace_s = self._worker.record.role, request.grace_ms / 1000 if request.grace_ms > 0 else None
+        role = codec.decode_worker_role(request.role)
+        unfinished = await self._worker.set_role(role, grace_s, request.keep_engine)
+        return worker_pb2.SetRoleResponse(
+            record=self._encode_record(self._worker.record),
+            before=codec.encode_worker_role(before),
+            unfinished_requests=unfinished,
+        )
 
     async def ListHandoffs(
         self,

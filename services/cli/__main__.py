@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such cluster,
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 import os
 import sys
@@ -18,13 +19,14 @@ import typer
 from rich.markup import escape
 
 from sagellm_common.client.aio import AsyncClient, Options, Prompt, gather
-from sagellm_common.client.router import ClusterView, ProbedLinks, WorkerEviction, WorkerTransport
+from sagellm_common.client.router import ClusterView, ProbedLinks, RoleChange, WorkerEviction, WorkerTransport
 from sagellm_common.client.sync import Client
 from sagellm_common.comm_backend.hardware import probe_all
 from sagellm_common.comm_backend.topology import probe_machine
 from sagellm_common.core.config_loader import config_schema, dump_config, load_config
 from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.core.topology import LinkCost
+from sagellm_common.core.types import WorkerRole
 from sagellm_common.engines.lmdeploy.overlay import existing_overlay
 from services.cli import benchmarks, doctor, patches, render, run, transport
 from services.cli.cluster import Cluster, StartFailed
@@ -49,6 +51,8 @@ kv_app = typer.Typer(help="What the workers and stores have cached.", no_args_is
 app.add_typer(kv_app, name="kv")
 policy_app = typer.Typer(help="Which cached blocks go first.", no_args_is_help=True)
 kv_app.add_typer(policy_app, name="policy")
+worker_app = typer.Typer(help="Running workers: other roles, and their end.", no_args_is_help=True)
+app.add_typer(worker_app, name="worker")
 engine_app = typer.Typer(help="The engine inside the workers.", no_args_is_help=True)
 app.add_typer(engine_app, name="engine")
 doctor_app = typer.Typer(help="What went wrong, and what to do about it.", no_args_is_help=True)
@@ -61,6 +65,9 @@ Json = Annotated[bool, typer.Option("--json", help="print data as JSON")]
 Router = Annotated[str, typer.Option("--router", metavar="HOST:PORT", help="of a cluster not started here")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="tokens to generate at most")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy")]
+Grace = Annotated[
+    float | None, typer.Option("--grace-s", min=0.0, help="for what runs there; cluster.drain_grace_s unless given")
+]
 Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
 
 
@@ -375,6 +382,69 @@ def _eviction(policy: str, worker_ids: Sequence[str], name: str, router: str, js
     else:
         render.out.print(render.eviction_table(workers))
     if _tell_refusals(workers):
+        raise typer.Exit(EXIT_FAILED)
+
+
+# ---- workers ----
+
+
+class Role(enum.StrEnum):
+    """Those that a running worker can take."""
+
+    PREFILL = WorkerRole.PREFILL.value
+    DECODE = WorkerRole.DECODE.value
+    BOTH = WorkerRole.BOTH.value
+
+
+@worker_app.command("set-role")
+def worker_set_role(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="its id, as `sagellm status` has it")],
+    role: Role,
+    grace_s: Grace = None,
+    keep_engine: Annotated[
+        bool, typer.Option("--keep-engine", help="even if a worker that starts in that role has other engine settings")
+    ] = False,
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Let a running worker prefill, decode or do both from now on. What runs there goes on, there or elsewhere."""
+
+    async def change() -> RoleChange:
+        async with AsyncClient(_router(name, router)) as client:
+            return await client.set_role(worker, WorkerRole(role), grace_s=grace_s, keep_engine=keep_engine)
+
+    changed = asyncio.run(change())
+    now, before, left = changed.record.role.value, changed.before.value, changed.unfinished_requests
+    if json_:
+        _print_json({"worker_id": worker, "role": now, "before": before, "unfinished_requests": left})
+        return
+    render.err.print(f"{worker}: {now}, was {before}", markup=False)
+    if left:
+        render.err.print(f"{left} requests of the old role still run there", markup=False)
+
+
+@worker_app.command("drain")
+def worker_drain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="its id, as `sagellm status` has it")],
+    grace_s: Grace = None,
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Let a worker or store give what it does to others, or finish it, and end. Exit code 1: some was left unfinished,
+    and goes on elsewhere from what the client has got."""
+
+    async def drain() -> int:
+        async with AsyncClient(_router(name, router)) as client:
+            return await client.drain_worker(worker, grace_s=grace_s)
+
+    unfinished = asyncio.run(drain())
+    if json_:
+        _print_json({"worker_id": worker, "unfinished_requests": unfinished})
+    else:
+        render.err.print(f"{worker} is drained, {unfinished} requests unfinished", markup=False)
+    if unfinished:
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -22,13 +22,14 @@ from sagellm_common.core.config_loader import ENV_PREFIX, NOT_SETTINGS, dump_con
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.ports import SagePorts
 from sagellm_common.core.types import WorkerRole
+from sagellm_common.rpc.worker_main import MODEL_ROLES
 from services.cli.home import ClusterHome, ClusterState, ProcessState
 from services.cli.process import ExitedEarly, Ready, ServiceProcess, describe_exit
 
 START_TIMEOUT_S = 120.0
 READY_POLL_S = 0.05
-STOP_GRACE_S = 15.0
-"""More than a worker takes to drain."""
+STOP_MARGIN_S = 5.0
+"""For a process that has drained, or had its grace, to end."""
 
 BACKOFF_S = (0.2, 1.0, 2.0, 4.0, 8.0)
 """Delays before restarts of a process that keeps dying; then it is left alone."""
@@ -73,7 +74,7 @@ class Cluster:
     """Owns its processes from `start` to `stop`. All calls on one event loop.
 
     `config.model.path` is set. With `restart` a process that dies is started again under its id; after it has lived
-    `healthy_s` a death counts as the first again.
+    `healthy_s` a death counts as the first again. One that ends well was told to: it stays away.
     """
 
     config: Config
@@ -191,7 +192,9 @@ class Cluster:
         return member.ready.address if member and member.ready else ""
 
     def _argv(self, member: Member) -> list[str]:
-        argv = [sys.executable, "-m", f"services.{member.role}", "--config", str(self.home.config_file)]
+        role = ["--role", member.role] if member.role in MODEL_ROLES else []
+        service = "worker" if role else member.role
+        argv = [sys.executable, "-m", f"services.{service}", *role, "--config", str(self.home.config_file)]
         for flag, port in member.ports.items():
             argv += [flag, str(port)]
         if member.role != "router":
@@ -229,7 +232,11 @@ class Cluster:
         while True:
             since = loop.time()
             try:
-                reason = await self._run_once(member, first)
+                code = await self._run_once(member, first)
+                if code == 0:
+                    self.on_event(ClusterEvent("stopped", member.id))
+                    return
+                reason = describe_exit(code)
             except (ExitedEarly, OSError) as err:
                 early = err if isinstance(err, ExitedEarly) else ExitedEarly(f"cannot be started: {err}", ())
                 reason = early.reason
@@ -249,8 +256,8 @@ class Cluster:
             self.on_event(ClusterEvent("restarting", member.id, f"in {delay_s:g} s"))
             await asyncio.sleep(delay_s)
 
-    async def _run_once(self, member: Member, first: asyncio.Future[None]) -> str:
-        """One life of the process; why it ended. Raises ExitedEarly when it never served."""
+    async def _run_once(self, member: Member, first: asyncio.Future[None]) -> int:
+        """One life of the process; its exit code. Raises ExitedEarly when it never served."""
         self.on_event(ClusterEvent("starting", member.id))
         process = await ServiceProcess.start(self._argv(member), child_env(), self.home.log_file(member.id))
         member.process = process
@@ -263,9 +270,9 @@ class Cluster:
             self.on_event(ClusterEvent("ready", member.id, member.ready.address))
             if not first.done():
                 first.set_result(None)
-            return describe_exit(await process.wait())
+            return await process.wait()
         finally:
-            await process.stop(STOP_GRACE_S)
+            await process.stop(stop_grace_s(self.config))
             member.process = None
             self._publish()
 
@@ -306,6 +313,11 @@ class Cluster:
                 processes=tuple(processes),
             )
         )
+
+
+def stop_grace_s(config: Config) -> float:
+    """In which a process that was told to stop has ended."""
+    return config.cluster.drain_grace_s + STOP_MARGIN_S
 
 
 def child_env(env: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -16,12 +16,11 @@ from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import load_config
 from sagellm_common.core.errors import ConfigError
 from services.cli import models, render
-from services.cli.cluster import STOP_GRACE_S, Cluster
+from services.cli.cluster import Cluster, stop_grace_s
 from services.cli.home import ClusterHome
 from services.cli.process import process_runs
 from services.cli.status import running_state
 
-DOWN_TIMEOUT_S = 3 * STOP_GRACE_S
 POLL_S = 0.05
 
 
@@ -127,7 +126,8 @@ def down(name: str) -> None:
     home = ClusterHome(name)
     pid = running_state(name).pid
     _signal(pid, signal.SIGTERM)
-    deadline = time.monotonic() + DOWN_TIMEOUT_S
+    # Gateway, workers and router one after the other, each in the time that the supervisor gives it.
+    deadline = time.monotonic() + 3 * stop_grace_s(load_config(home.config_file, {}))
     while home.running() or process_runs(pid):
         if time.monotonic() > deadline:
             if not home.running():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -24,14 +23,22 @@ from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget, Pa
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import DeadlineExceeded, InvalidRequest, KvExhausted, LeaseExpired
 from sagellm_common.core.telemetry import span
-from sagellm_common.core.types import FinishReason, HandoffTicket, KvOrigins, KvSource, TokenIds, pack_int32
+from sagellm_common.core.types import (
+    FinishReason,
+    HandoffTicket,
+    KvOrigins,
+    KvSource,
+    TokenIds,
+    WorkerRole,
+    pack_int32,
+)
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
 from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.kv_source import describe_source
 from sagellm_common.rpc.store_fetch import StoreFetch
-from sagellm_common.rpc.worker_service import Load, WorkerView
+from sagellm_common.rpc.worker_service import WorkerView
 from services.decode.ahead import PullsAhead
 from services.decode.jobs import (
     DecodeChunk,
@@ -81,11 +88,12 @@ class _Tokens:
 
 
 class DecodeLoop:
-    """Generates tokens. `on_step` is the engine's callback; `offload` and `fetch` None go without a kv_store."""
+    """Generates tokens, in `sequences` of the engine. `offload` and `fetch` None go without a kv_store."""
 
     def __init__(
         self,
         engine: Engine,
+        sequences: Sequences,
         reservations: HandoffTarget,
         leases: HandoffSource,
         worker: WorkerView,
@@ -104,13 +112,16 @@ class DecodeLoop:
         self._offload = offload
         self._fetch = fetch
         self._running = RunningRequests()
-        self._sequences = Sequences(engine)
+        self._sequences = sequences
+
+    def in_flight(self) -> int:
+        return len(self._running)
 
     # ---- the handoff's first step ----
 
     def reserve(self, job: ReserveJob) -> HandoffTicket:
         """Raises Draining, KvExhausted, InvalidRequest, ContextTooLong, LeaseExpired (for an older attempt)."""
-        self._worker.check_accepting()
+        self._worker.check_accepting(WorkerRole.DECODE)
         known = _known_tokens(job)
         check_fits(self._engine, known)
         # A repeated call replaces what the first one took: the request id may have come back with another prompt.
@@ -251,7 +262,7 @@ class DecodeLoop:
         except LeaseExpired:
             if job.source is not None:
                 raise
-            self._worker.check_accepting()
+            self._worker.check_accepting(WorkerRole.DECODE)
 
     async def _generate(self, job: DecodeJob, blocks: OwnedBlocks, tokens: _Tokens) -> TokenIds | None:
         """Streams the generation out of the engine; returns all tokens, and `blocks` has their KV if it is wanted.
@@ -293,19 +304,6 @@ class DecodeLoop:
             block_ids=pinned.block_ids,
             num_tokens=num_tokens,
             lease_ttl_s=self._leases.ttl_s,
-        )
-
-    def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
-        """The engine's callback."""
-        self._sequences.on_step(outputs)
-
-    def load(self) -> Load:
-        running = self._engine.stats().running
-        return Load(
-            running_requests=running,
-            waiting_requests=max(0, len(self._running) - running),
-            reservations=len(self._reservations),
-            pinned_transfers=len(self._leases),
         )
 
 

@@ -25,8 +25,6 @@ from sagellm_common.rpc.http_server import HttpServer
 from services.gateway.app import Gateway
 
 EXIT_REFUSED = 2
-_GRACE_S = 10.0
-"""What requests in flight have to finish after SIGTERM."""
 
 
 async def serve(config: Config, port: int, router_address: str) -> None:
@@ -39,7 +37,7 @@ async def serve(config: Config, port: int, router_address: str) -> None:
     async with RouterClient(router_address, session=config.rpc.session, tokens=config.rpc.tokens) as router:
         models = ModelDirectory(router, model_path=config.model.path or None)
         app = Gateway(config.gateway, router, models, timeout_s=config.router.request_timeout_s)
-        server = HttpServer(app, config.cluster.host, port, grace_s=_GRACE_S, on_ready=on_ready)
+        server = HttpServer(app, config.cluster.host, port, grace_s=config.cluster.drain_grace_s, on_ready=on_ready)
         address = f"{config.cluster.host}:{server.port}"
         ready = {
             "ready": True,

@@ -9,7 +9,7 @@ Who owns the blocks on the way, and so who frees them when the request ends ther
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import DeadlineExceeded
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.kv_progress import KvProgress
-from sagellm_common.core.types import FinishReason, KvSource
+from sagellm_common.core.types import FinishReason, KvSource, WorkerRole
 from sagellm_common.engines.base import Engine, EngineRequest, SequenceOutput
 from sagellm_common.engines.limits import check_fits
 from sagellm_common.engines.sequences import Sequences
@@ -28,13 +28,13 @@ from sagellm_common.kv_runtime.owned_blocks import OwnedBlocks
 from sagellm_common.rpc.kv_source import describe_source
 from sagellm_common.rpc.peer_fetch import PeerFetch
 from sagellm_common.rpc.store_fetch import StoreFetch
-from sagellm_common.rpc.worker_service import Load, WorkerView
+from sagellm_common.rpc.worker_service import WorkerView
 from services.prefill.fetch_costs import FetchCosts
 from services.prefill.jobs import PrefillDone, PrefillJob
 
 
 class PrefillLoop:
-    """Computes prompts. `on_step` is the engine's callback; `store` None goes without a kv_store, `peers` without other
+    """Computes prompts, in `sequences` of the engine. `store` None goes without a kv_store, `peers` without other
     workers' caches. `fetch_costs` None asks them for every prompt.
 
     Prompts whose KV is worth handing over meanwhile, says `overlap`, are announced before they are computed.
@@ -43,6 +43,7 @@ class PrefillLoop:
     def __init__(
         self,
         engine: Engine,
+        sequences: Sequences,
         leases: HandoffSource,
         worker: WorkerView,
         store: StoreFetch | None,
@@ -60,12 +61,15 @@ class PrefillLoop:
         self._overlap = overlap
         self._fetch_costs = fetch_costs
         self._peers = peers
-        self._sequences = Sequences(engine)
+        self._sequences = sequences
         self._in_flight = 0
+
+    def in_flight(self) -> int:
+        return self._in_flight
 
     async def prefill(self, job: PrefillJob) -> PrefillDone:
         """Raises Draining, KvExhausted, InvalidRequest, ContextTooLong, DeadlineExceeded, EngineFailed."""
-        self._worker.check_accepting()
+        self._worker.check_accepting(WorkerRole.PREFILL)
         check_fits(self._engine, job.prompt)
         self._in_flight += 1
         try:
@@ -243,15 +247,3 @@ class PrefillLoop:
     def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
         """Unpins what waits to be pulled. (A call that still runs is cancelled by cancelling it.)"""
         self._leases.release(request_id, last_epoch(attempt), committed=False, by=by)
-
-    def on_step(self, outputs: Sequence[SequenceOutput]) -> None:
-        """The engine's callback."""
-        self._sequences.on_step(outputs)
-
-    def load(self) -> Load:
-        running = self._engine.stats().running
-        return Load(
-            running_requests=running,
-            waiting_requests=max(0, self._in_flight - running),
-            pinned_transfers=len(self._leases),
-        )

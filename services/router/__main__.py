@@ -50,7 +50,6 @@ from services.router.workers import Workers
 
 log = logging.getLogger(__name__)
 
-DRAIN_GRACE_S = 10.0
 STOP_GRACE_S = 0.2
 EXIT_REFUSED = 2
 
@@ -186,7 +185,8 @@ async def run(config: Config, port: int, session_port: int, metrics_port: int) -
             await stop.wait()
             log.info("stopping, %d requests in flight", router.pipeline.in_flight)
             ends = [asyncio.create_task(router.drain()), asyncio.create_task(stop_now.wait())]
-            _, waiting = await asyncio.wait(ends, timeout=DRAIN_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            grace_s = config.cluster.drain_grace_s
+            _, waiting = await asyncio.wait(ends, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
             for task in waiting:
                 task.cancel()
 

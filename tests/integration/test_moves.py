@@ -6,13 +6,15 @@ Real router, workers, leases and byte path; only the engines are simulated, whos
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
+from sagellm_common.core.errors import Draining
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import FinishReason, SamplingParams, WorkerRole
 from sagellm_common.rpc import codec
@@ -121,11 +123,20 @@ async def test_handing_over_what_is_not_there_is_a_no_op(trio: tuple[Worker, Wor
 
 @dataclass
 class Stream:
-    """One request through the router; `began` once a token came from decode."""
+    """One request through the router, with a prompt of its own; `began` once a token came from decode."""
 
+    prompt: list[int]
+    sampling: SamplingParams
     tokens: list[int] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[Any] | None = None
+
+    async def summary(self) -> Any:
+        """Once it has ended, and is what one engine alone would have generated."""
+        assert self.task is not None
+        found = await self.task
+        assert self.tokens == reference(self.prompt, self.sampling)[0]
+        return found
 
 
 class Lab:
@@ -135,21 +146,34 @@ class Lab:
         self.workers: dict[str, Worker] = {}
 
     async def add(self, worker_id: str, role: WorkerRole, **engine: Any) -> Worker:
+        address, simulated = self.router.router.address, SimulatedEngine(**engine)
         made = await self._stack.enter_async_context(
-            worker(role, self.router.router.address, worker_id=worker_id, engine=SimulatedEngine(**engine))
+            worker(role, address, worker_id=worker_id, engine=simulated, changeable=True)
         )
         self.workers[worker_id] = made
-        record = made.runtime.record
-        links = self.router.router.workers
-        await eventually(lambda: (link := links.find(worker_id, record.incarnation)) is not None and link.usable)
+        await self.knows(made)
         return made
 
+    async def knows(self, made: Worker) -> None:
+        """The router sends it work of the role that it has."""
+        record, links = made.runtime.record, self.router.router.workers
+
+        def known() -> bool:
+            link = links.find(record.worker_id, record.incarnation)
+            return link is not None and link.usable and link.record.role is record.role
+
+        await eventually(known)
+
+    async def generate(self, request_id: str) -> Any:
+        return await self.start(request_id).summary()
+
     def start(self, request_id: str, **sampling: Any) -> Stream:
-        stream = Stream()
+        prompt = [zlib.crc32(request_id.encode()) % 900, *PROMPT]
+        stream = Stream(prompt, SamplingParams(max_new_tokens=NEW_TOKENS, **sampling))
 
         async def read() -> Any:
             async for message in self.router.call(
-                PROMPT, model="simulated", request_id=request_id, max_new_tokens=NEW_TOKENS, **sampling
+                prompt, model="simulated", request_id=request_id, max_new_tokens=NEW_TOKENS, **sampling
             ):
                 output = codec.decode_output(message)
                 assert output.index == len(stream.tokens)
@@ -186,10 +210,8 @@ async def test_a_drain_moves_what_runs(lab: Lab, sampling: dict[str, Any]) -> No
     draining = asyncio.create_task(here.runtime.drain(TIMEOUT_S))
     await eventually(lambda: there.load.reservations > 0)
     here.engine.resume()
-    summaries = [await stream.task for stream in streams if stream.task]
+    summaries = [await stream.summary() for stream in streams]
     assert await draining == 0
-    expected, _ = reference(PROMPT, SamplingParams(max_new_tokens=NEW_TOKENS, **sampling))
-    assert [stream.tokens for stream in streams] == [expected] * 3
     assert {s.decode_worker_id for s in summaries} == {"decode-1"}
     assert {s.attempts for s in summaries} == {1}, "a move is no failure"
     assert "hand over" in [event.stage for event in (await lab.router.explain("r0")).events]
@@ -207,9 +229,73 @@ async def test_what_nobody_can_take_is_finished(lab: Lab) -> None:
     draining = asyncio.create_task(here.runtime.drain(TIMEOUT_S))
     await eventually(lambda: refused.get() > before)
     here.engine.resume()
-    assert stream.task is not None
-    summary = await stream.task
+    assert (await stream.summary()).decode_worker_id == "decode-0"
     assert await draining == 0
-    assert stream.tokens == reference(PROMPT, SamplingParams(max_new_tokens=NEW_TOKENS))[0]
-    assert summary.decode_worker_id == "decode-0"
+    await lab.idle()
+
+
+# ---- roles ----
+
+
+async def test_a_role_changes_under_way_and_back(lab: Lab) -> None:
+    """decode → prefill → both: what runs moves on, and new work comes as the role says."""
+    here, prefill = lab.workers["decode-0"], lab.workers["prefill-0"]
+    there = await lab.add("decode-1", WorkerRole.DECODE)
+    here.engine.pause()
+    there.engine.pause()
+    streams = [lab.start(f"r{n}") for n in range(4)]
+    await eventually(lambda: here.load.running_requests == there.load.running_requests == 2)
+    changing = asyncio.create_task(here.runtime.set_role(WorkerRole.PREFILL, TIMEOUT_S))
+    await eventually(lambda: there.load.reservations > 0)
+    here.engine.resume()
+    there.engine.resume()
+    assert await changing == 0
+    assert {(await stream.summary()).decode_worker_id for stream in streams} == {"decode-1"}
+    await lab.knows(here)
+    found = [await lab.generate(f"s{n}") for n in range(4)]
+    assert {s.prefill_worker_id for s in found} == {"prefill-0", "decode-0"}
+    assert {s.decode_worker_id for s in found} == {"decode-1"}
+
+    assert await prefill.runtime.set_role(WorkerRole.BOTH, TIMEOUT_S) == 0
+    assert await here.runtime.set_role(WorkerRole.DECODE, TIMEOUT_S) == 0
+    await lab.knows(prefill)
+    await lab.knows(here)
+    found = [await lab.generate(f"t{n}") for n in range(6)]
+    assert {s.decode_worker_id for s in found} >= {"decode-0", "decode-1"}
+    assert {s.prefill_worker_id for s in found} <= {"prefill-0", ""}
+    assert {s.attempts for s in found} == {1}
+    await lab.idle()
+
+
+async def test_one_worker_of_both_roles_serves_alone(lab: Lab) -> None:
+    here = lab.workers["prefill-0"]
+    await here.runtime.set_role(WorkerRole.BOTH, TIMEOUT_S)
+    await lab.workers["decode-0"].runtime.drain(TIMEOUT_S)
+    await lab.knows(here)
+    assert (await lab.generate("alone")).decode_worker_id == "prefill-0"
+    await lab.idle()
+
+
+async def test_work_of_the_old_role_is_finished_where_nobody_takes_it(lab: Lab) -> None:
+    here = lab.workers["decode-0"]
+    stream = lab.start("r")
+    await stream.began.wait()
+    here.engine.pause()
+    assert await here.runtime.set_role(WorkerRole.PREFILL, 0.01) == 1, "it runs on"
+    with pytest.raises(Draining, match="takes no new decode work"):
+        here.runtime.check_accepting(WorkerRole.DECODE)
+    here.engine.resume()
+    assert (await stream.summary()).decode_worker_id == "decode-0"
+    await lab.idle()
+
+
+async def test_a_refusal_that_the_router_did_not_expect_costs_no_request(lab: Lab) -> None:
+    """It may have sent the request before it heard of the change."""
+    there = await lab.add("decode-1", WorkerRole.DECODE)
+    there.engine.pause()
+    there.runtime._record = replace(there.runtime.record, role=WorkerRole.PREFILL)  # and nobody is told
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(lab.generate(f"r{n}")) for n in range(3)]
+    assert {task.result().decode_worker_id for task in running} == {"decode-0"}
+    assert {task.result().attempts for task in running} == {1}
     await lab.idle()

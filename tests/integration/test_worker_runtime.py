@@ -9,7 +9,9 @@ import os
 import signal
 import socket
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 
 import grpc
 import pytest
@@ -20,12 +22,12 @@ from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.core.clock import ManualClock
 from sagellm_common.core.config import Config
-from sagellm_common.core.errors import ConfigError, Draining, EngineFailed, WorkerIdTaken
+from sagellm_common.core.errors import ConfigError, Draining, EngineFailed, WorkerIdTaken, WrongRole
 from sagellm_common.core.kv import Allocation
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import WorkerRole, WorkerState, as_token_ids
 from sagellm_common.rpc.channels import ChannelPool, call
-from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.gen.sagellm.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.topology_client import RemoteTopology
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from sagellm_common.rpc.worker_service import Load
@@ -47,6 +49,7 @@ class Harness:
         self.engine = SimulatedEngine()
         self.current = Load()
         self.failure: Exception | None = None
+        self.in_flight = {WorkerRole.PREFILL: 0, WorkerRole.DECODE: 0}
         self.leases = HandoffSource(30.0, self.clock, self.engine.kv.free)
         self.reservations = HandoffTarget(30.0, self.clock, self.engine.kv.free)
         self.topology = RemoteTopology(router, connect_timeout_s=0.2)
@@ -75,10 +78,14 @@ class Harness:
         allocation = self.engine.kv.allocate(as_token_ids(range(8)), 8)
         return self.leases.pin("t1", 1, allocation, 8)
 
+    def counts(self, *roles: WorkerRole) -> dict[WorkerRole, Callable[[], int]]:
+        return {role: partial(self.in_flight.__getitem__, role) for role in roles}
+
     @contextlib.asynccontextmanager
-    async def started(self) -> AsyncIterator[WorkerRuntime]:
+    async def started(self, *roles: WorkerRole) -> AsyncIterator[WorkerRuntime]:
+        """`roles` are those that its process has the parts of."""
         try:
-            await self.runtime.start([], self.load)
+            await self.runtime.start([], self.load, self.counts(*roles))
             yield self.runtime
         finally:
             await self.runtime.close()
@@ -233,6 +240,88 @@ async def test_a_drain_waits_for_promises_and_pins(router: str) -> None:
         assert not draining.done()
         harness.current = Load()
         assert await draining == 0
+
+
+PARTS = (WorkerRole.PREFILL, WorkerRole.DECODE)
+
+
+async def test_a_role_is_told_at_once_and_waits_for_what_runs_of_the_old_one(
+    router: str, topology: EmbeddedTopology, channels: ChannelPool
+) -> None:
+    harness = Harness(router)
+    async with harness.started(*PARTS) as runtime:
+        before = runtime.record
+        harness.in_flight[WorkerRole.DECODE] = 1
+        stub = worker_pb2_grpc.WorkerServiceStub(channels.get(before.address))
+        request = worker_pb2.SetRoleRequest(role=common_pb2.WORKER_ROLE_PREFILL, grace_ms=int(TIMEOUT_S * 1e3))
+        changing = asyncio.create_task(call(stub.SetRole, request, timeout_s=TIMEOUT_S))
+        await eventually(lambda: [w.role for w in topology.snapshot().workers] == [WorkerRole.PREFILL])
+        assert not changing.done()
+        runtime.check_accepting(WorkerRole.PREFILL)
+        with pytest.raises(Draining, match="takes no new decode work"):
+            runtime.check_accepting(WorkerRole.DECODE)
+        harness.in_flight[WorkerRole.DECODE] = 0
+        answer = await changing
+        assert (answer.before, answer.unfinished_requests) == (common_pb2.WORKER_ROLE_DECODE, 0)
+        assert runtime.record == replace(before, role=WorkerRole.PREFILL), "the incarnation stays, and all KV with it"
+        harness.in_flight[WorkerRole.PREFILL] = 3
+        assert await runtime.set_role(WorkerRole.BOTH, 0.0) == 0, "nothing of the old role has to end"
+        assert await runtime.set_role(WorkerRole.DECODE, 0.0) == 3
+        assert await runtime.set_role(WorkerRole.DECODE, TIMEOUT_S) == 0, "it has that role already"
+
+
+async def test_reservations_are_work_of_decode(router: str) -> None:
+    harness = Harness(router)
+    async with harness.started(*PARTS) as runtime:
+        harness.reservations.reserve("r", 1, harness.engine.kv.allocate(as_token_ids(range(8)), 8))
+        assert await runtime.set_role(WorkerRole.PREFILL, 0.0) == 1
+        harness.reservations.release("r", 1)
+
+
+@pytest.mark.parametrize("role", [WorkerRole.PREFILL, WorkerRole.BOTH, WorkerRole.KV_STORE])
+async def test_a_process_without_the_part_cannot_take_the_role(router: str, role: WorkerRole) -> None:
+    async with Harness(router).started(WorkerRole.DECODE) as runtime:
+        with pytest.raises(
+            WrongRole, match=rf"cannot take the role {role}: its process serves decode; .*services\.worker"
+        ):
+            await runtime.set_role(role)
+        assert runtime.record.role is WorkerRole.DECODE
+
+
+async def test_what_an_engine_cannot_change_under_way_is_named(router: str) -> None:
+    settings = "engine.num_blocks=64", "prefill.num_blocks=256", "prefill.max_batch_size=2", "prefill.eviction=lru"
+    harness = Harness(router, test_config(*settings))
+    async with harness.started(*PARTS) as runtime:
+        named = (
+            r"num_blocks \(now 64, prefill has 256\), max_batch_size \(now 16, prefill has 2\); restart it as prefill"
+        )
+        with pytest.raises(ConfigError, match=named) as refused:
+            await runtime.set_role(WorkerRole.PREFILL)
+        assert "eviction" not in refused.value.message
+        assert runtime.record.role is WorkerRole.DECODE
+        assert await runtime.set_role(WorkerRole.PREFILL, keep_engine=True) == 0
+        assert await runtime.set_role(WorkerRole.BOTH) == 0, "its engine is as `engine` says"
+
+
+async def test_the_eviction_policy_changes_with_the_role(router: str) -> None:
+    harness = Harness(router, test_config("prefill.eviction=lru", "decode.eviction=arc"))
+    async with harness.started(*PARTS) as runtime:
+        await runtime.set_role(WorkerRole.PREFILL)
+        assert harness.engine.kv.eviction == "lru"
+
+
+async def test_a_draining_worker_takes_no_other_role(router: str) -> None:
+    async with Harness(router).started(*PARTS) as runtime:
+        await runtime.drain(0.0)
+        with pytest.raises(Draining):
+            await runtime.set_role(WorkerRole.PREFILL)
+
+
+async def test_the_grace_of_the_configuration_is_that_of_a_drain(router: str) -> None:
+    harness = Harness(router, test_config("cluster.drain_grace_s=0.01"))
+    harness.current = Load(running_requests=1)
+    async with harness.started() as runtime:
+        assert await runtime.drain() == 1
 
 
 async def test_a_worker_whose_id_was_taken_stops(router: str, topology: EmbeddedTopology) -> None:

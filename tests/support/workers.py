@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry
 
-from sagellm_common.comm_backend import OverlapRule, make_channel
+from sagellm_common.comm_backend import make_channel
 from sagellm_common.comm_backend.handoff import HandoffSource, HandoffTarget
 from sagellm_common.comm_backend.handoff_record import HandoffLog
 from sagellm_common.core.clock import Clock, SystemClock
@@ -29,33 +29,22 @@ from sagellm_common.core.types import (
     as_token_ids,
 )
 from sagellm_common.engines.base import Engine
+from sagellm_common.engines.sequences import Sequences
 from sagellm_common.rpc.background import Background
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool
-from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2_grpc
 from sagellm_common.rpc.kv_transfer_client import CALL_TIMEOUT_S, KvTransferClient
 from sagellm_common.rpc.lease_release import LeaseReleaser
-from sagellm_common.rpc.peer_fetch import PeerFetch
-from sagellm_common.rpc.routes import RouteSigner
-from sagellm_common.rpc.server import GrpcServer, Registrar
+from sagellm_common.rpc.model_worker import ModelWorker, Part, load_of
+from sagellm_common.rpc.server import GrpcServer
 from sagellm_common.rpc.sessions import DecodeSession, DecodeStep, PrefillOutcome, PrefillSession
 from sagellm_common.rpc.store_client import StoreClient
-from sagellm_common.rpc.store_fetch import StoreFetch
 from sagellm_common.rpc.topology_client import RemoteTopology
 from sagellm_common.rpc.worker_runtime import WorkerRuntime
 from sagellm_common.rpc.worker_service import Load
-from sagellm_common.rpc.worker_sessions import WorkerSessions
 from services.decode.ahead import PullsAhead
-from services.decode.loop import DecodeLoop
-from services.decode.offload import Offloader
-from services.decode.pull import KvPuller
-from services.decode.routed import RoutedRequests
-from services.decode.servicer import DecodeServicer
-from services.decode.telemetry import ObservedDecode
-from services.prefill.attempts import IdempotentPrefill
-from services.prefill.loop import PrefillLoop
-from services.prefill.servicer import PrefillServicer
-from services.prefill.telemetry import ObservedPrefill
+from services.decode.part import decode_part
+from services.prefill.part import prefill_part
 from tests.support.simulated_engine import SimulatedEngine
 from tests.support.waiting import TIMEOUT_S, eventually
 
@@ -73,7 +62,6 @@ class Worker:
     background: Background
     channels: ChannelPool
     channel: grpc.aio.Channel
-    prefill: IdempotentPrefill | None = None
     aheads: PullsAhead | None = None
     carried_by: Choice = "auto"
     """The session."""
@@ -144,10 +132,16 @@ class _Announced(RemoteTopology):
 
 
 def test_config(*overrides: str) -> Config:
-    return load_config(None, {}, ("topology.lease_ttl_s=1.0", "transport.timeout_s=5.0", *overrides))
+    settled = ("topology.lease_ttl_s=1.0", "transport.timeout_s=5.0", "kv_store.fetch=always")
+    return load_config(None, {}, (*settled, *overrides))
 
 
 test_config.__test__ = False  # type: ignore[attr-defined]
+
+
+def _aheads(parts: Sequence[Part]) -> PullsAhead | None:
+    servicers = [part.service.servicer for part in parts if part.role is WorkerRole.DECODE]
+    return servicers[0]._decode._inner._aheads if servicers else None  # type: ignore[no-any-return]
 
 
 @asynccontextmanager
@@ -161,14 +155,15 @@ async def worker(
     clock: Clock | None = None,
     store: bool = False,
     facade: Facade | None = None,
+    changeable: bool = False,
 ) -> AsyncIterator[Worker]:
-    """Composes a worker as `__main__` does. `clock` is that of the leases; `store` lets it use a kv_store. `facade`
-    says under which addresses others are to find it."""
+    """Composes a worker as `model_worker` does. `clock` is that of the leases; `store` lets it use a kv_store. `facade`
+    says under which addresses others are to find it. `changeable`: it can have either role, as `services.worker`."""
     config, clock = config or test_config(), clock or SystemClock()
     engine = engine or SimulatedEngine()
     async with contextlib.AsyncExitStack() as stack:
-        loop: PrefillLoop | DecodeLoop
-        await engine.start(lambda outputs: loop.on_step(outputs))
+        sequences = Sequences(engine)
+        await engine.start(sequences.on_step)
         stack.push_async_callback(engine.close)
         channels = await stack.enter_async_context(ChannelPool())
         background = Background()
@@ -202,58 +197,38 @@ async def worker(
             metrics=CollectorRegistry(),
         )
         topology.runtime = runtime
-        layout = engine.kv.layout
         client = StoreClient(
             channels,
             topology,
-            layout,
+            engine.kv.layout,
             channel.name,
             SystemClock(),
             replicas=config.kv_store.replicas,
             worker_id=worker_id or f"{role}-0",
         )
-        releaser = LeaseReleaser(transfers, background)
-        fetch = StoreFetch(client, channel, releaser, engine.kv) if store else None
-        prefill = aheads = None
-        if role is WorkerRole.PREFILL:
-            peers = PeerFetch(transfers, channel, releaser, engine.kv, runtime)
-            loop = PrefillLoop(engine, leases, runtime, fetch, SystemClock(), OverlapRule(channel), peers=peers)
-            prefill = IdempotentPrefill(ObservedPrefill(loop), leases)
-            stack.push_async_callback(prefill.close)
-            service = Registrar(
-                "sagellm.v1.PrefillService",
-                worker_pb2_grpc.add_PrefillServiceServicer_to_server,
-                PrefillServicer(prefill, 60.0),
-            )
-        else:
-            puller = KvPuller(
-                channel,
-                transfers,
-                releaser,
-                runtime,
-                engine.kv,
-                lambda: channel.settings.now,
-                handoffs,
-                channel.bytes_per_s,
-            )
-            aheads = PullsAhead(reservations, puller)
-            offload = (
-                Offloader(client, leases, runtime, layout, background, engine.kv.regions().num_blocks)
-                if store
-                else None
-            )
-            stack.callback(aheads.close)
-            loop = DecodeLoop(engine, reservations, leases, runtime, puller, aheads, offload, fetch)
-            observed = ObservedDecode(loop, handoffs)
-            prefills = WorkerSessions(PrefillSession, channels, "auto")
-            stack.push_async_callback(prefills.close)
-            service = Registrar(
-                "sagellm.v1.DecodeService",
-                worker_pb2_grpc.add_DecodeServiceServicer_to_server,
-                DecodeServicer(observed, 60.0, RoutedRequests(observed, prefills), RouteSigner("")),
-            )
+        shared = ModelWorker(
+            config=config,
+            engine=engine,
+            channels=channels,
+            sequences=sequences,
+            channel=channel,
+            transfers=transfers,
+            releaser=LeaseReleaser(transfers, background),
+            handoffs=handoffs,
+            leases=leases,
+            reservations=reservations,
+            runtime=runtime,
+            background=background,
+            store=client if store else None,
+        )
+        parts = []
+        if changeable or role.covers(WorkerRole.PREFILL):
+            parts.append(prefill_part(shared, stack))
+        if changeable or role.covers(WorkerRole.DECODE):
+            parts.append(decode_part(shared, stack))
+        in_flight = {part.role: part.in_flight for part in parts}
         stack.push_async_callback(runtime.close)
-        await runtime.start([service], loop.load)
+        await runtime.start([part.service for part in parts], lambda: load_of(shared, in_flight), in_flight)
         client_channels = await stack.enter_async_context(ChannelPool())
         made = Worker(
             engine=engine,
@@ -264,8 +239,7 @@ async def worker(
             background=background,
             channels=channels,
             channel=client_channels.get(runtime.record.address),
-            prefill=prefill,
-            aheads=aheads,
+            aheads=_aheads(parts),
             extras={"channel": channel},
         )
         try:

@@ -188,8 +188,8 @@ async def test_workers_join_and_leave(make_cluster: MakeCluster, journal: Journa
 async def test_a_process_that_ignores_sigterm_is_killed(
     make_cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_module, "STOP_GRACE_S", 0.2)
-    cluster = make_cluster("prefill-0=stubborn")
+    monkeypatch.setattr(cluster_module, "STOP_MARGIN_S", 0.2)
+    cluster = make_cluster("prefill-0=stubborn", "cluster.drain_grace_s=0")
     await cluster.start()
     process = cluster.members["prefill-0"].process
     assert process
