@@ -114,7 +114,8 @@ soak: setup ## 10,000 handoffs of random sizes through a cluster: memory and des
 	@$(bin)/python -m bench.soak
 
 test-long: setup ## prompts of 32K, 64K and 128K tokens, minutes each; a chat whose cluster is killed part by part
-	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py tests/unit/bench/test_chat.py $(PYTEST_ARGS)
+	@SAGELLM_TEST_LONG=1 $(bin)/pytest tests/integration/test_long_context.py tests/integration/test_life.py \
+	    tests/unit/bench/test_chat.py $(PYTEST_ARGS)
 
 test-states: setup ## the handoff in all interleavings, deeper than `make test` goes; minutes
 	@HANDOFF_STATES=deep $(bin)/pytest -s tests/property/test_handoff_states.py $(PYTEST_ARGS)

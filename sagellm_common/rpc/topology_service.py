@@ -159,7 +159,9 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
         return await set_role(self._channels.get(self._worker(request.worker_id).address), request.change)
 
     async def DrainWorker(self, request: topology_pb2.DrainWorkerRequest, context: Context) -> worker_pb2.DrainResponse:
-        return await drain(self._channels.get(self._worker(request.worker_id).address), request.grace_ms)
+        # The shared channel is closed once the worker has left the topology, which may be before its answer is here.
+        async with ChannelPool() as own:
+            return await drain(own.get(self._worker(request.worker_id).address), request.grace_ms)
 
     def _worker(self, worker_id: str) -> WorkerRecord:
         """Raises InvalidRequest."""

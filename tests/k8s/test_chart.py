@@ -18,9 +18,7 @@ from sagellm_common.core.ports import SagePorts
 from sagellm_common.core.topology_etcd import EtcdTopology
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.rpc.worker_main import WorkerArgs, parse_worker_args
-from sagellm_common.rpc.worker_runtime import DEFAULT_DRAIN_GRACE_S
-from services.gateway.__main__ import _GRACE_S as GATEWAY_GRACE_S
-from services.router.__main__ import DRAIN_GRACE_S as ROUTER_GRACE_S
+from services.cli.cluster import STOP_MARGIN_S
 from tests.support.chart import (
     CI_VALUES,
     OURS,
@@ -73,12 +71,14 @@ def test_a_worker_takes_its_command_line(
         return
     argv, env = _started(release, part, config, monkeypatch)
 
-    args = parse_worker_args(role, argv)
+    args = parse_worker_args(role if role is WorkerRole.KV_STORE else None, argv)
 
     ports = SagePorts(args.config.cluster.port_base)
     session = 0 if role is WorkerRole.KV_STORE else ports.session(1)  # a store has no sessions
     assert args == WorkerArgs(
+        role=role,
         config=args.config,
+        loaded=args.loaded,
         worker_id=env["POD_NAME"],
         port=ports.worker(0),
         data_port=ports.worker_data(0),
@@ -192,7 +192,7 @@ def test_containers_run_our_modules(release: Release) -> None:
         *python, module = container_of(workload)["command"]
         assert python == ["python", "-m"]
         assert importlib.import_module(f"{module}.__main__")
-        assert module == f"services.{part.replace('-', '_')}"
+        assert module == f"services.{'worker' if part in ('prefill', 'decode') else part.replace('-', '_')}"
 
 
 # ---- configuration ----
@@ -272,15 +272,19 @@ def test_probes_ask_where_the_services_answer(release: Release) -> None:
                 assert container[probe]["grpc"] == {"port": port["grpc"]}
 
 
-def test_grace_is_longer_than_the_drain(release: Release) -> None:
-    after_sigterm_s = {"router": ROUTER_GRACE_S, "gateway": GATEWAY_GRACE_S}
+def test_grace_is_longer_than_the_drain(release: Release, config: Path) -> None:
     for part, workload in release.workloads().items():
         if part == "autoscaler":
             continue  # it holds no requests
-        command = container_of(workload)["lifecycle"]["preStop"]["exec"]["command"]
-        drain_s = float(command[-1].removeprefix("--grace-s="))
-        rest_s = after_sigterm_s.get(part, DEFAULT_DRAIN_GRACE_S)
-        assert pod_of(workload)["terminationGracePeriodSeconds"] >= drain_s + rest_s + 5, part
+        container = container_of(workload)
+        env = environment(container, f"demo-{part}-0", POD_IP, {"api_keys": "one"})
+        grace_s = load_config(config, env).cluster.drain_grace_s
+        command = container["lifecycle"]["preStop"]["exec"]["command"]
+        before_s = float(command[1]) if command[0] == "sleep" else 0.0
+        if not before_s:
+            assert float(command[-1].removeprefix("--grace-s=")) == grace_s, "what SIGTERM would give it, too"
+        assert grace_s > 10, part
+        assert pod_of(workload)["terminationGracePeriodSeconds"] >= before_s + grace_s + STOP_MARGIN_S + 5, part
 
 
 def test_pods_get_no_variables_of_kubernetes_own(release: Release) -> None:

@@ -1,7 +1,7 @@
 """preStop of a worker: no new work from now on; returns when what runs has ended, at most after the grace.
 
 The worker tells the routers through the topology and ends by itself afterwards. Exit code 1: it did not answer; the
-SIGTERM that follows drains it too, for ten seconds.
+SIGTERM that follows drains it too.
 """
 
 import argparse

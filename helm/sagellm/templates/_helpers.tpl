@@ -130,7 +130,7 @@ spec:
   serviceAccountName: {{ include "sagellm.name" . }}
   automountServiceAccountToken: {{ eq .part "autoscaler" }}
   enableServiceLinks: false # SAGELLM_… variables of Kubernetes' own would be taken for settings
-  terminationGracePeriodSeconds: {{ add (int .values.drainSeconds) 20 }}
+  terminationGracePeriodSeconds: {{ add (int .values.drainSeconds) 20 }} # preStop, the drain, and what it takes to end
   {{- include "sagellm.scheduling" . | nindent 2 }}
   securityContext:
     runAsNonRoot: true
@@ -151,6 +151,7 @@ spec:
         {{- else }}
         - {name: SAGELLM_CLUSTER__HOST, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
         {{- end }}
+        - {name: SAGELLM_CLUSTER__DRAIN_GRACE_S, value: {{ .values.drainSeconds | quote }}}
         - {name: HOME, value: /tmp}
         {{- if and (eq .part "gateway") .values.apiKeysSecret }}
         - name: SAGELLM_GATEWAY__API_KEYS
@@ -242,8 +243,15 @@ livenessProbe:
 {{/* Of a worker; called with root, part, values. */}}
 {{- define "sagellm.worker" -}}
 {{- $ports := include "sagellm.ports" .root | fromJson -}}
-command: [python, -m, services.{{ .part | replace "-" "_" }}]
+{{- if eq .part "kv-store" }}
+command: [python, -m, services.kv_store]
+{{- else }}
+command: [python, -m, services.worker]
+{{- end }}
 args:
+  {{- if ne .part "kv-store" }}
+  - --role={{ .part }}
+  {{- end }}
   - --config=/etc/sagellm/config.yaml
   - --id=$(POD_NAME)
   - --port={{ $ports.worker }}
