@@ -25,11 +25,12 @@ from sagellm_common.core.errors import (
     Draining,
     KvCorrupt,
     LeaseExpired,
+    Overloaded,
     PeerLost,
     SageError,
 )
 from sagellm_common.core.telemetry import current_carrier
-from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, pack_int32
+from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest, KvSource, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2
 from sagellm_common.rpc.inference_session import PlannedCall, RouterLost
@@ -44,6 +45,14 @@ log = logging.getLogger(__name__)
 
 UNREACHABLE_S = 30.0
 """So long a worker that could not be reached is not tried again."""
+
+
+class _HandedOver(Draining):
+    """The decode worker leaves, and has ended the generation for another one to go on with."""
+
+    def __init__(self, worker_id: str, source: KvSource | None) -> None:
+        super().__init__(f"decode worker {worker_id} leaves and has handed the generation over")
+        self.source = source
 
 
 class _Unreachable(Exception):
@@ -64,6 +73,8 @@ class _Generation:
 
     def __init__(self, request: GenerationRequest, timeout_s: float, clock: Clock) -> None:
         self.request = request
+        self.handed_over: KvSource | None = None
+        """Where its KV waits for the next decode worker."""
         self.events: list[tuple[str, float, float, str]] = []
         self.progress = GenerationProgress(request, clock, lambda *event: self.events.append(event))
         self._clock = clock
@@ -90,13 +101,18 @@ class _Generation:
             asked.failure.CopyFrom(to_status(failure.error))
             if failure.worker is not None:
                 asked.failed_worker.CopyFrom(failure.worker)
+            if self.handed_over is not None:
+                asked.handed_over.CopyFrom(codec.encode_kv_source(self.handed_over))
         return asked
 
     def take(self, step: DecodeStep, route: inference_pb2.Route, asked_s: float) -> GenerationOutput | None:
         """What a step of the worker's makes of it. `asked_s`: when it was asked."""
         progress, prefilled = self.progress, step.prefilled
         if prefilled is None:
-            return progress.stepped(route.decode.worker_id, step, route.decode_block_tokens)
+            moved = self.handed_over is not None
+            if step.token_ids:
+                self.handed_over = None
+            return progress.stepped(route.decode.worker_id, step, route.decode_block_tokens, moved=moved)
         reserved_s = asked_s + prefilled.reserve_ms / 1e3
         progress.record("reserve", asked_s, prefilled.reserve_ms, route.decode.worker_id)
         if prefilled.pulling_ahead_blocks:
@@ -193,13 +209,21 @@ class DirectGenerations:
             session.abandon(progress.request.request_id, route.attempt, error)
 
         sent = session.routed(
-            generation.message(), signed, route.attempt, progress.emitted, timeout_s=generation.left_s()
+            generation.message(),
+            signed,
+            route.attempt,
+            progress.emitted,
+            generation.handed_over if not route.HasField("prefill") else None,
+            timeout_s=generation.left_s(),
         )
         try:
             async with sent as replies:
                 call.listen(stop)
                 while not ended:
                     step = session.step_of(await replies.get())
+                    if step.handed_over is not None:
+                        ended = True
+                        raise _HandedOver(worker.worker_id, step.handed_over.source)
                     output = generation.take(step, route, asked_s)
                     ended = step.finish_reason is not None
                     if output is None:
@@ -234,6 +258,11 @@ class DirectGenerations:
         worker = _at_fault(error, stage, route, generation.progress)
         name = worker.worker_id if worker is not None else ""
         detail = f"{name}: {error.reason} {error.message}".removeprefix(": ")
+        if isinstance(error, _HandedOver):
+            stage, generation.handed_over = "hand over", error.source
+            generation.progress.moves += 1
+        elif not isinstance(error, Overloaded | Draining):  # the others have not pulled it yet
+            generation.handed_over = None
         generation.progress.record(stage, self._clock.now(), 0.0, detail)
         return _Failure(route.attempt, error, worker)
 

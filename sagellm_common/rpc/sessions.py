@@ -253,15 +253,21 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
         route: inference_pb2.SignedRoute,
         attempt: int,
         emitted: Sequence[int],
+        source: KvSource | None = None,
         *,
         timeout_s: float,
     ) -> Replies:
-        """A whole generation after `emitted`, its prefill included. `async with` gives the mailbox of its replies,
-        which `step_of` reads; the last has finish_reason.
+        """A whole generation after `emitted`, its prefill included, or its KV pulled from `source`. `async with` gives
+        the mailbox of its replies, which `step_of` reads; the last has finish_reason.
 
         Errors say in their metadata at which `stage` of it they came: reserve, prefill; else it was decoding.
         """
-        message = worker_pb2.RoutedRequest(route=route, request=request, emitted_token_ids=pack_int32(emitted))
+        message = worker_pb2.RoutedRequest(
+            route=route,
+            request=request,
+            emitted_token_ids=pack_int32(emitted),
+            source=codec.encode_kv_source(source) if source is not None else None,
+        )
         key = ("decode", request.request_id, attempt)
         return self._call(key, worker_pb2.DecodeSessionRequest(routed=message), timeout_s, _what(key))
 
@@ -334,7 +340,7 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
         """Has the worker end the generation after its step, its KV pinned: `decode`'s last step says so. A no-op for
         what it does not decode."""
         hand_over = worker_pb2.HandOverRequest(request_id=request_id, attempt=attempt)
-        self._send_if_open(worker_pb2.DecodeSessionRequest(hand_over=hand_over))
+        self._send_soon(worker_pb2.DecodeSessionRequest(hand_over=hand_over))  # its client may have its own session
 
     def release(self, request_id: str, attempt: int, *, by_client: bool = False) -> None:
         """Gives reserved blocks back. A no-op for what the worker does not know or decodes already."""

@@ -77,7 +77,8 @@ class PullAheadJob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutedJob:
-    """A whole generation, brought by its client with a router's route. `prefill` None: it is computed here, too.
+    """A whole generation, brought by its client with a router's route. `prefill` None: it is computed here, too, as far
+    as `source`, a decode worker that has left it, does not have its KV.
 
     What the prefill worker is asked for is the plan's: `overlap`, `segment_bytes` and `wire_dtype` of the transfer,
     `chunk_tokens` and `prefill_priority` of the prefill, `peer` of a fetch before it. `first_token_within_s` and
@@ -89,6 +90,7 @@ class RoutedJob:
     emitted: TokenIds
     timeout_s: float
     prefill: WorkerAddress | None = None
+    source: KvSource | None = None
     priority: int = 0
     prefill_priority: int = 0
     chunk_tokens: int = 0

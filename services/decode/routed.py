@@ -35,7 +35,7 @@ class RoutedRequests:
 
     async def run(self, job: RoutedJob, emit: Emit) -> None:
         """As `Decode.decode`, with the first token, too. Errors from before it say at which `stage` they came."""
-        emitted, source = job.emitted, None
+        emitted, source = job.emitted, job.source
         if job.prefill is not None:
             with self._prefilling.enter(job.request.request_id, job.attempt):
                 outcome, prefilled = await self._prefill(job, job.prefill)
@@ -44,6 +44,9 @@ class RoutedRequests:
                 self._decode.release(job.request.request_id, job.attempt)
                 return
             emitted, source = np.array(outcome.token_ids, dtype=np.int32), outcome.source
+        elif source is not None:
+            with _at("reserve"):
+                self._decode.reserve(_reserve_job(job))
         await self._decode.decode(_decode_job(job, emitted, source), emit)
 
     def cancel(self, request_id: str, attempt: int, by: Party = "router") -> None:
@@ -137,6 +140,7 @@ def _reserve_job(job: RoutedJob) -> ReserveJob:
         request.request_id,
         job.attempt,
         request.prompt_token_ids,
+        job.emitted,
         cache_salt=request.cache_salt,
         tenant=request.tenant,
         trace_context=current_carrier(),

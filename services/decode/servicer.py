@@ -152,6 +152,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             emitted=codec.decode_token_ids(message.emitted_token_ids, "emitted_token_ids"),
             timeout_s=self._timeout_s(message.request.timeout_ms),
             prefill=decode_address(route.prefill, "route.prefill") if route.HasField("prefill") else None,
+            source=codec.decode_kv_source(message.source) if message.HasField("source") else None,
             priority=decode.priority if decode else 0,
             prefill_priority=prefill.priority if prefill else 0,
             chunk_tokens=prefill.chunk_tokens if prefill else 0,

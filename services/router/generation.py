@@ -62,7 +62,7 @@ class Generation(GenerationProgress):
 
     def take_prefill(self, prefilled: Prefilled) -> GenerationOutput:
         """The first token, or the end."""
-        self._pin(prefilled.pinned)
+        self.pin(prefilled.pinned)
         return self.prefilled(prefilled.worker.worker_id, prefilled.outcome)
 
     def take_step(self, link: WorkerLink, step: DecodeStep) -> GenerationOutput | None:
@@ -77,12 +77,13 @@ class Generation(GenerationProgress):
         """The decode worker has ended the generation, for `target` to go on with it; None: for whoever can."""
         self.moves += 1
         source = handed_over.source
-        self._pin(Pinned(source, link, self.attempts, moved=True) if source else None)
+        self.pin(Pinned(source, link, self.attempts, moved=True) if source else None)
         kv = f"KV of {source.num_tokens} tokens" if source else "no KV"
         whom = target.worker_id if target else "others"
         self.record("hand over", self._clock.now(), 0.0, f"{link.worker_id}: {kv} for {whom}")
 
-    def _pin(self, pinned: Pinned | None) -> None:
+    def pin(self, pinned: Pinned | None) -> None:
+        """For the next attempt to pull."""
         self._pinned = pinned
         if pinned is not None:
             self._pinned_until_s = self._clock.now() + pinned.source.lease_expires_in_ms / 1e3

@@ -9,6 +9,7 @@ from sagellm_common.core.types import GenerationRequest
 from services.router.admission import Slot
 from services.router.generation import Generation
 from services.router.load import Sent
+from services.router.moves import Moves
 from services.router.placing import sent_of
 from services.router.retry import Retry
 from services.router.stages import Admitted, Deadline, Routed
@@ -63,15 +64,17 @@ class Held:
         self._prefilling = ExitStack()
         self._decoding = ExitStack()
 
-    def begin(self, admitted: Admitted, routed: Routed) -> Sent:
+    def begin(self, admitted: Admitted, routed: Routed, moves: Moves) -> Sent:
         """An attempt is on its way to the workers."""
+        attempt = self.generation.attempts
         self.admitted, self.routed, self.planned_s = admitted, routed, self.generation.age_s
         if routed.prefill is not None:
-            self.slot.calls.prefilling(routed.prefill, self.generation.attempts)
-        self.slot.calls.decoding(routed.decode, self.generation.attempts)
+            self.slot.calls.prefilling(routed.prefill, attempt)
+        self.slot.calls.decoding(routed.decode, attempt)
         self._decoding.enter_context(routed.decode.engaged())
         if routed.prefill is not None:
             self._prefilling.enter_context(routed.prefill.engaged())
+        self._decoding.enter_context(moves.routed(routed.decode, admitted.model, self.request.request_id, attempt))
         self.sent = self._decoding.enter_context(sent_of(admitted, routed, len(self.generation.emitted)))
         return self.sent
 

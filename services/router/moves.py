@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from prometheus_client import Counter
 
 from sagellm_common.core.errors import SageError
+from sagellm_common.core.types import ModelInfo
 from sagellm_common.rpc.sessions import HandedOver
 from services.router.calls import OpenCalls
 from services.router.generation import Generation
@@ -83,10 +84,21 @@ class Decoding:
         return Moved(move)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """One attempt whose client gets its tokens from `link` itself."""
+
+    link: WorkerLink
+    model: ModelInfo
+    request_id: str
+    attempt: int
+
+
 class Moves:
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._decoding: set[Decoding] = set()
+        self._routed: set[Routed] = set()
         self._turn = asyncio.Semaphore(AT_A_TIME)
 
     @contextmanager
@@ -104,6 +116,16 @@ class Moves:
             if one.move is not None:
                 one.move.undo()
 
+    @contextmanager
+    def routed(self, link: WorkerLink, model: ModelInfo, request_id: str, attempt: int) -> Iterator[None]:
+        """As `decoding`, of one whose client gets the tokens itself: it will ask where to go on."""
+        one = Routed(link, model, request_id, attempt)
+        self._routed.add(one)
+        try:
+            yield
+        finally:
+            self._routed.discard(one)
+
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as asking:
@@ -111,6 +133,9 @@ class Moves:
                 for one in self._decoding:
                     if one.link.leaving and one.asking is None:
                         one.asking = asking.create_task(self._ask(one), name="move")
+                for other in self._routed:
+                    if other.link.leaving and self._others(other.link, other.model):
+                        other.link.decode.hand_over(other.request_id, other.attempt)
                 await asyncio.sleep(LOOK_S)
 
     async def _ask(self, one: Decoding) -> None:
@@ -155,5 +180,8 @@ class Moves:
 
     def _targets(self, one: Decoding) -> list[WorkerLink]:
         """The least busy first."""
-        others = [link for link in self._workers.usable(one.admitted.model) if link.decodes and link is not one.link]
+        others = self._others(one.link, one.admitted.model)
         return sorted(others, key=lambda link: (link.load, link.assigned, link.worker_id))
+
+    def _others(self, leaving: WorkerLink, model: ModelInfo) -> list[WorkerLink]:
+        return [link for link in self._workers.usable(model) if link.decodes and link is not leaving]

@@ -18,9 +18,10 @@ from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
+from sagellm_common.comm_backend.handoff import attempt_of
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import RouterConfig
-from sagellm_common.core.errors import Cancelled, EngineFailed, NoWorker, PeerLost, SageError, UnknownModel
+from sagellm_common.core.errors import Cancelled, Draining, EngineFailed, NoWorker, PeerLost, SageError, UnknownModel
 from sagellm_common.core.types import (
     FinishReason,
     GenerationOutput,
@@ -378,7 +379,15 @@ class Pipeline:
         held.end_attempt()
         if held.admitted is None:  # by another router
             held.admitted = await self._admit(held.request, held.deadline, held.slot)
+        pinned = held.generation.pinned
+        if isinstance(error, Draining) and pinned is not None and pinned.worker is held.generation.at_fault:
+            return  # it was asked to: no failure, and what it holds is wanted
         await self._before_retry(error, held.admitted, held.generation, held.retry, held.slot)
+
+    def pinned(self, source: KvSource) -> Pinned | None:
+        """What a decode worker has handed over to who read its tokens; None: that worker is gone."""
+        link = self._workers.find(source.worker_id, source.incarnation)
+        return Pinned(source, link, attempt_of(source.epoch), moved=True) if link is not None else None
 
     def _plan(self, held: Held, admitted: Admitted) -> Routed:
         generation = held.generation
@@ -388,7 +397,7 @@ class Pipeline:
             links = held.retry.preferred(self._workers.usable(admitted.model))
             routed = place(admitted, matched, generation, links, self._strategy, self._transfers, self._config)
         generation.explanation.plan = routed.plan
-        held.begin(admitted, routed)
+        held.begin(admitted, routed, self._moves)
         return routed
 
     def needed_ms(self, routed: Routed) -> float:

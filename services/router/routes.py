@@ -68,6 +68,8 @@ class SessionRoutes:
             held.generation.emitted[:] = unpack_int32(message.emitted_token_ids).tolist()
             if message.HasField("failure"):
                 held.generation.at_fault = self._at_fault(message, held)
+                handed_over = codec.decode_kv_source(message.handed_over) if message.HasField("handed_over") else None
+                held.generation.pin(self._pipeline.pinned(handed_over) if handed_over is not None else None)
                 waits = True
             elif not self._pipeline.may_go(held):
                 held.generation.attempts += 1

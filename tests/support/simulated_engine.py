@@ -151,6 +151,7 @@ class SimulatedEngine:
         self.ended = asyncio.Event()
         self.submitted: list[EngineRequest] = []
         self.cancelled: list[str] = []
+        self.taken_out: list[str] = []
 
     async def start(self, on_step: StepCallback) -> None:
         self._on_step = on_step
@@ -181,6 +182,7 @@ class SimulatedEngine:
     def take_out(self, request_id: str) -> None:
         if request_id in self._sequences:
             self._sequences[request_id].taken_out = True
+            self.taken_out.append(request_id)
 
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self._sequences), waiting=0, steps=self._steps)

@@ -53,18 +53,20 @@ class InferenceSessionRequest(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., leave: _Optional[_Union[LeaveRequest, _Mapping]] = ..., plan: _Optional[_Union[PlanRequest, _Mapping]] = ..., progress: _Optional[_Union[ProgressReport, _Mapping]] = ...) -> None: ...
 
 class PlanRequest(_message.Message):
-    __slots__ = ("request", "emitted_token_ids", "failed_attempt", "failure", "failed_worker")
+    __slots__ = ("request", "emitted_token_ids", "failed_attempt", "failure", "failed_worker", "handed_over")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FAILED_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     FAILED_WORKER_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
     emitted_token_ids: bytes
     failed_attempt: int
     failure: _status_pb2.Status
     failed_worker: WorkerAddress
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., emitted_token_ids: _Optional[bytes] = ..., failed_attempt: _Optional[int] = ..., failure: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., failed_worker: _Optional[_Union[WorkerAddress, _Mapping]] = ...) -> None: ...
+    handed_over: _common_pb2.KvSource
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., emitted_token_ids: _Optional[bytes] = ..., failed_attempt: _Optional[int] = ..., failure: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., failed_worker: _Optional[_Union[WorkerAddress, _Mapping]] = ..., handed_over: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class WorkerAddress(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address")

@@ -435,14 +435,16 @@ class DecodeSessionRequest(_message.Message):
     def __init__(self, reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseReservationRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewReservationRequest, _Mapping]] = ..., pull_ahead: _Optional[_Union[PullAheadRequest, _Mapping]] = ..., hand_over: _Optional[_Union[HandOverRequest, _Mapping]] = ..., routed: _Optional[_Union[RoutedRequest, _Mapping]] = ...) -> None: ...
 
 class RoutedRequest(_message.Message):
-    __slots__ = ("route", "request", "emitted_token_ids")
+    __slots__ = ("route", "request", "emitted_token_ids", "source")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     route: _inference_pb2.SignedRoute
     request: _inference_pb2.GenerateRequest
     emitted_token_ids: bytes
-    def __init__(self, route: _Optional[_Union[_inference_pb2.SignedRoute, _Mapping]] = ..., request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., emitted_token_ids: _Optional[bytes] = ...) -> None: ...
+    source: _common_pb2.KvSource
+    def __init__(self, route: _Optional[_Union[_inference_pb2.SignedRoute, _Mapping]] = ..., request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., emitted_token_ids: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
 
 class PullAheadRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "source", "timeout_ms", "trace_context", "priority", "wire_dtype")
