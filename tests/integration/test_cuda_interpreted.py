@@ -50,3 +50,9 @@ def test_kv_moved_to_other_blocks_continues_as_if_undisturbed(found: dict[str, A
     answers = found[bits]
     assert answers["handed_over"] == answers["alone"] == answers["batched"]
     assert all(len(tokens) == 3 for tokens in answers["alone"])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("bits", ["0", "8"])
+def test_kv_may_be_pulled_chunk_by_chunk_while_the_prompt_is_computed(found: dict[str, Any], bits: str) -> None:
+    assert found[bits]["followed"] == [[0, 16, 0], [16, 0, 0], [16, 18, 0], [18, 0, 0]]

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.support.pretended_gpu import alias_libdevice, pretend_gpu
 
-PROMPT_TOKENS, NEW_TOKENS = (5, 18), 3
+PROMPT_TOKENS, NEW_TOKENS, CHUNK_TOKENS = (5, 18), 3, 16
 
 
 def _host(device: Any) -> Any:
@@ -106,6 +106,7 @@ def on_a_recorded_h200() -> None:
 async def run(model: str, kv_quant_bits: int) -> dict[str, Any]:
     """Tokens of one engine on `cuda`: plain, batched, and after their KV was moved to other blocks."""
     from sagellm_common.core.config import Config
+    from sagellm_common.core.kv_progress import KvProgress, Watermark
     from sagellm_common.core.types import SamplingParams, as_token_ids
     from sagellm_common.engines import make_engine
     from sagellm_common.engines.base import EngineRequest
@@ -152,6 +153,20 @@ async def run(model: str, kv_quant_bits: int) -> dict[str, Any]:
         rest, _ = await tokens_of(prompt + first, NEW_TOKENS, allocation=target, num_emitted_tokens=1)
         return first + rest
 
+    async def followed(prompt: list[int]) -> list[tuple[int, int, int]]:
+        """What whoever pulls its KV hears while it is computed in two chunks."""
+        marks: list[Watermark] = []
+
+        class Recorded(KvProgress):
+            def _set(self, mark: Watermark) -> None:
+                super()._set(mark)
+                marks.append(mark)
+
+        target = engine.kv.allocate(as_token_ids(prompt), len(prompt), "known to nobody")
+        progress = Recorded(len(prompt), 0, engine.kv.layout.block_size_tokens)
+        await tokens_of(prompt, 1, allocation=target, progress=progress, chunk_tokens=CHUNK_TOKENS)
+        return [(mark.tokens, mark.chunk_end, mark.layers) for mark in marks]
+
     await engine.start(on_step)
     prompts = [[3 + (7 * n + 11 * length) % 250 for n in range(length)] for length in PROMPT_TOKENS]
     if kv_quant_bits:
@@ -163,6 +178,7 @@ async def run(model: str, kv_quant_bits: int) -> dict[str, Any]:
             "alone": [(await tokens_of(prompt, NEW_TOKENS))[0] for prompt in prompts],
             "batched": [tokens for tokens, _ in batched],
             "handed_over": [await handed_over(prompt) for prompt in prompts],
+            "followed": await followed(prompts[-1]),
             "memory": type(engine.kv.regions()).__name__,
             "layout_dtype": engine.kv.layout.dtype,
             "cpu_plug_in": "sagellm_common.engines.lmdeploy.device_cpu.install" in sys.modules,

@@ -106,7 +106,7 @@ class EngineCore(LmdeployEngineBase):
         agent = self.executor.model_agent
         self.watch, self._direct = watch, direct
         self._step_log, self._timed_until, self._on_cpu = step_log, _now(), on_cpu
-        self.progress = agent.progress = StepProgress(watch)
+        self.progress = StepProgress(watch)
         # Where layers are not apart in a block nobody asks for them; a device's may be told before they are written.
         apart = isinstance(memory, KvRegion) and bool(memory.layer_parts)
         self.tells_layers = apart and (self.progress.follow_layers(agent.cache_engine.local_gpu_cache) or tells_layers)
@@ -499,21 +499,24 @@ class EngineCore(LmdeployEngineBase):
 
     async def _forward(self, step: dict[str, Any], runs: list[Running]) -> Any:
         """Runs the batch. Raises EngineFailed when LMDeploy's model agent died of it; it is started again then."""
-        agent = self.executor.model_agent
+        agent, inputs = self.executor.model_agent, step["inputs"]
         self.progress.begin_step([run.request.progress if run.keeps_its_blocks() else None for run in runs])
-        await self.executor.forward_async(step)
-        output = asyncio.ensure_future(self.executor.get_output_async())
-        await asyncio.wait(
-            {output, agent._background_task, agent._preprocess_task}, return_when=asyncio.FIRST_COMPLETED
-        )
-        self.progress.end_step()
-        if output.done():
-            self._stepped(0 if step["inputs"].is_decoding else step["inputs"].input_ids.numel())
-            return output.result()
-        output.cancel()
-        self.executor.stop()
-        await self._start_executor()
-        raise EngineFailed(FAILED)
+        try:
+            with self.progress.forward(inputs.history_lengths, inputs.seq_length):
+                await self.executor.forward_async(step)
+                output = asyncio.ensure_future(self.executor.get_output_async())
+                await asyncio.wait(
+                    {output, agent._background_task, agent._preprocess_task}, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not output.done():
+                    output.cancel()
+                    self.executor.stop()
+                    await self._start_executor()
+                    raise EngineFailed(FAILED)
+        finally:
+            self.progress.end_step()
+        self._stepped(0 if inputs.is_decoding else inputs.input_ids.numel())
+        return output.result()
 
     def _collect(self, output: Any, running: list[Any], is_decoding: bool) -> list[SequenceOutput]:
         """Appends the new tokens, publishes computed blocks, ends what is finished."""

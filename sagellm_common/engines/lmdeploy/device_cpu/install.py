@@ -21,7 +21,6 @@ from lmdeploy.messages import PytorchEngineConfig
 
 from sagellm_common.engines.lmdeploy.device_cpu.backend import CpuOpsBackend
 from sagellm_common.engines.lmdeploy.device_cpu.cache import CpuCacheEngine, CpuStateCacheEngine
-from sagellm_common.engines.lmdeploy.progress import StepProgress
 from sagellm_common.engines.lmdeploy.sampling import RowwiseLogitsProcessor
 
 
@@ -88,12 +87,6 @@ class CpuModelAgent(model_agent.BaseModelAgent):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.device = "cpu"
-        self.progress = StepProgress()
-
-    def _forward_impl(self, inputs: Any) -> Any:
-        """On a CPU the chunk is computed when this returns."""
-        with self.progress.forward(inputs.history_lengths, inputs.seq_length):
-            return super()._forward_impl(inputs)
 
     def get_free_mem(self) -> int:
         return int(psutil.virtual_memory().available)
