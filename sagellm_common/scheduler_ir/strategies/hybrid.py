@@ -130,8 +130,11 @@ class Hybrid:
             own_s = step_s + token_s * (prompt - start) + square_s * (prompt * prompt - start * start)
             all_s = own_s + token_s * worker.queued_tokens + square_s * worker.queued_squares
             room_s = mixed_s - step_s - self._costs.decode_mean_s(worker.sequences + 1, worker.context_tokens)
-            chunk_tokens = int(room_s / (token_s + 2 * square_s * prompt)) if room_s > 0 else 0
-            if chunk_tokens < MIN_CHUNK_TOKENS:
+            rest, last_s = prompt - start, token_s + 2 * square_s * prompt  # the last token costs the most
+            if room_s <= 0:
+                continue
+            chunk_tokens = rest if last_s * rest <= room_s else int(room_s / last_s)
+            if chunk_tokens < min(MIN_CHUNK_TOKENS, rest):
                 continue
             ttft_s = all_s if not worker.sequences else all_s * mixed_s / room_s
             found.append(PrefillCost(worker, ttft_s, own_s, chunk_tokens))

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_common.core.errors import ConfigError, NoWorker
 from sagellm_common.core.types import WorkerRole
-from sagellm_common.scheduler_ir.strategies import Placement, RequestView, WorkerView, make_strategy
+from sagellm_common.scheduler_ir.cost_model import CostModel
+from sagellm_common.scheduler_ir.strategies import STRATEGIES, Placement, RequestView, WorkerView, make_strategy
 from sagellm_common.scheduler_ir.strategies.scoring import affinity_minus_load
 
 REQUEST = RequestView("r", 100)
@@ -119,3 +121,58 @@ def test_what_the_stores_hold_nearly_all_of_needs_no_prefill_worker(stored: int,
     )
     assert (placement.prefill_worker_id is None) == local
     assert (f"the kv_store holds all but {100 - stored} prompt tokens" in placement.reason) == local
+
+
+seconds = st.floats(1e-6, 10.0)
+tokens = st.integers(0, 10_000)
+clusters = st.lists(
+    st.builds(
+        WorkerView,
+        worker_id=st.text("abcdef", min_size=1, max_size=2),
+        role=st.sampled_from([WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.BOTH]),
+        matched_tokens=st.integers(0, 5000),
+        queued_tokens=tokens,
+        queued_squares=st.integers(0, 10**9),
+        sequences=st.integers(0, 300),
+        context_tokens=tokens,
+    ),
+    min_size=1,
+    max_size=6,
+    unique_by=lambda view: view.worker_id,
+)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([*STRATEGIES]),
+    clusters,
+    st.lists(st.tuples(st.integers(1, 5000), seconds), max_size=4),
+    st.lists(st.tuples(st.integers(1, 300), tokens, seconds), max_size=4),
+    st.sampled_from([0.001, 0.05, 1.0, math.inf]),
+    st.integers(1, 5000),
+)
+def test_whatever_was_learned_the_answer_is_a_plan_that_can_be_done(
+    name: str,
+    workers: list[WorkerView],
+    prefills: list[tuple[int, float]],
+    decodes: list[tuple[int, int, float]],
+    target_s: float,
+    prompt: int,
+) -> None:
+    costs = CostModel()
+    for length, took_s in prefills:
+        costs.observe_prefill([(0, length)], took_s)
+    for sequences, context, took_s in decodes:
+        costs.observe_decode(sequences, context, took_s)
+    request = RequestView("r", prompt, ttft_target_s=target_s, tpot_target_s=target_s)
+    by_id = {one.worker_id: one for one in workers}
+    try:
+        placement = make_strategy(name, costs).place(request, workers)
+    except NoWorker:
+        assert not any(one.decodes for one in workers)
+        return
+    assert by_id[placement.decode_worker_id].decodes
+    assert placement.prefill_worker_id is None or by_id[placement.prefill_worker_id].prefills
+    assert placement.prefill_worker_id != placement.decode_worker_id
+    assert 0 <= placement.chunk_tokens <= prompt
+    assert all(math.isfinite(expected_s) for _, expected_s in placement.expected_s)
