@@ -17,6 +17,7 @@ from sagellm_common.client.chat_template import Message
 from sagellm_common.client.generation import TextOutput, generate_text
 from sagellm_common.client.models import ModelDirectory, ServedModel
 from sagellm_common.client.router import (
+    ClassStrategy,
     ClusterView,
     Explanation,
     ProbedLinks,
@@ -69,6 +70,7 @@ class Options(TypedDict, total=False):
     skip_special_tokens: bool
     priority: int
     cache_salt: str
+    service_class: str
     tenant: str
     request_id: str
     timeout_s: float
@@ -159,6 +161,10 @@ class AsyncClient:
     ) -> tuple[WorkerTransport, ...]:
         """See `RouterClient.set_transport`."""
         return await self._router.set_transport(settings, worker_ids)
+
+    async def set_strategy(self, strategy: str, service_class: str = "") -> tuple[ClassStrategy, ...]:
+        """See `RouterClient.set_strategy`."""
+        return await self._router.set_strategy(strategy, service_class)
 
     async def set_eviction(
         self, policy: str, worker_ids: Sequence[str] = (), migration: str = ""
@@ -281,6 +287,7 @@ def _request(prompt_token_ids: TokenIds, model: ModelInfo, options: Options) -> 
         tenant=options.get("tenant", "default"),
         priority=options.get("priority", 0),
         cache_salt=options.get("cache_salt", ""),
+        service_class=options.get("service_class", ""),
     )
 
 

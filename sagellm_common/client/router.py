@@ -94,6 +94,17 @@ class RoleChange:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassStrategy:
+    """Which strategy places requests of a class ("": of all that have none of their own), and how many it has so far.
+    `engine_policy` is what goes with it in the workers' configuration."""
+
+    service_class: str
+    strategy: str
+    engine_policy: str
+    placed_requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProbedLinks:
     """`failures` say, for people, which links could not be measured."""
 
@@ -322,6 +333,25 @@ class RouterClient:
             response=worker_pb2.DrainResponse,
         )
         return reply.unfinished_requests
+
+    async def set_strategy(self, strategy: str, service_class: str = "") -> tuple[ClassStrategy, ...]:
+        """Another placement strategy for requests of a class (none: all that have none of their own), from the next on.
+
+        Without one ("") it only tells which are in force. All routers are told: raises PeerLost where one cannot be
+        reached, and InvalidRequest for an unknown strategy or class.
+        """
+        found: dict[tuple[str, str, str], int] = {}
+        for router in self._routers.in_turn:
+            reply = await call(
+                router.topology.SetStrategy,
+                topology_pb2.SetStrategyRequest(strategy=strategy, service_class=service_class),
+                timeout_s=self.CONTROL_TIMEOUT_S,
+                response=topology_pb2.SetStrategyResponse,
+            )
+            for one in reply.classes:
+                key = one.service_class, one.strategy, one.engine_policy
+                found[key] = found.get(key, 0) + one.placed_requests
+        return tuple(ClassStrategy(*key, placed) for key, placed in found.items())
 
     async def explain(self, request_id: str) -> Explanation:
         """Raises InvalidRequest when the router does not (or no longer) know the request."""

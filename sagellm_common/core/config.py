@@ -193,14 +193,31 @@ class RpcConfig(Section):
     )
 
 
+StrategyName = Literal["fifo", "priority", "slo_aware", "adaptive", "aegaeon", "hybrid"]
+
+
+class ServiceClass(Section):
+    """What is different for requests that name this class; what is not set is as in `router`."""
+
+    strategy: StrategyName | None = None
+    priority: int = Field(0, ge=-1000, le=1000, description="added to the requests' own")
+    ttft_target_ms: float | None = Field(None, ge=0)
+    tpot_target_ms: float | None = Field(None, ge=0)
+
+
 class RouterConfig(Section):
     address: str = Field("", description="host:port; empty: from cluster.port_base")
-    strategy: Literal["fifo", "priority", "slo_aware", "adaptive", "aegaeon", "hybrid"] = Field(
+    strategy: StrategyName = Field(
         "fifo",
         description="who gets a request: fifo and priority go by cached prefix and requests outstanding, slo_aware and "
         "hybrid by what they have learned that these cost in seconds: slo_aware by the soonest first token, hybrid by "
         "the least work within the targets; adaptive is fifo while there is little to do, and else hybrid; aegaeon "
         "groups by model. Set engine.policy to what goes with it: fifo, aging, feasible, on_time, fifo, on_time",
+    )
+    classes: dict[str, ServiceClass] = Field(
+        {},
+        description="of requests, which name theirs in the header x-sagellm-class or as service_class; "
+        "`sagellm router strategy` changes their strategies while they are served",
     )
     ttft_target_ms: float = Field(0.0, ge=0, description="hybrid: first tokens are to come within; 0: no target")
     tpot_target_ms: float = Field(

@@ -418,3 +418,4 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str = ""
     trace_context: dict[str, str] = field(default_factory=dict)
+    service_class: str = ""

@@ -653,6 +653,7 @@ def encode_generation_request(
         tenant=request.tenant,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        service_class=request.service_class,
         timeout_ms=timeout_ms,
         trace_context=trace_context,
     )
@@ -669,6 +670,7 @@ def decode_generation_request(
         tenant=message.tenant or "default",
         priority=message.priority,
         cache_salt=message.cache_salt,
+        service_class=message.service_class,
         trace_context=dict(trace_context or {}),
     )
 

@@ -34,14 +34,15 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 StatusOf = Callable[[WorkerRecord], Awaitable[WorkerStatus | None]]
 ExplainPlan = Callable[[str], Awaitable[topology_pb2.ExplainPlanResponse]]
+SetStrategy = Callable[[topology_pb2.SetStrategyRequest], topology_pb2.SetStrategyResponse]
 
 STATUS_TIMEOUT_S = 1.0
 MAX_TTL_S = 3600.0
 
 
 class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
-    """`status` asks a worker for its live numbers (None: unknown); `explain` and `cost_model` are the router's,
-    which has the plans and has learned what they cost."""
+    """`status` asks a worker for its live numbers (None: unknown); `explain`, `cost_model` and `set_strategy` are the
+    router's, which has the plans and has learned what they cost."""
 
     def __init__(
         self,
@@ -50,8 +51,10 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
         status: StatusOf,
         explain: ExplainPlan,
         cost_model: Callable[[], Mapping[str, Any]] = dict,
+        set_strategy: SetStrategy | None = None,
     ) -> None:
         self._cost_model = cost_model
+        self._set_strategy = set_strategy
         self._topology = topology
         self._channels = channels
         self._status_of = status
@@ -168,6 +171,13 @@ class TopologyServicer(topology_pb2_grpc.TopologyServiceServicer):
         if not worker_id:
             raise InvalidRequest("worker_id is empty: name the worker")
         return self._workers([worker_id])[0]
+
+    async def SetStrategy(
+        self, request: topology_pb2.SetStrategyRequest, context: Context
+    ) -> topology_pb2.SetStrategyResponse:
+        if self._set_strategy is None:
+            raise InvalidRequest("nothing is placed here: ask a router")
+        return self._set_strategy(request)
 
     def _workers(self, worker_ids: Sequence[str]) -> list[WorkerRecord]:
         """Those named, or all. Raises InvalidRequest."""

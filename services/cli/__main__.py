@@ -19,7 +19,14 @@ import typer
 from rich.markup import escape
 
 from sagellm_common.client.aio import AsyncClient, Options, Prompt, gather
-from sagellm_common.client.router import ClusterView, ProbedLinks, RoleChange, WorkerEviction, WorkerTransport
+from sagellm_common.client.router import (
+    ClassStrategy,
+    ClusterView,
+    ProbedLinks,
+    RoleChange,
+    WorkerEviction,
+    WorkerTransport,
+)
 from sagellm_common.client.sync import Client
 from sagellm_common.comm_backend.hardware import probe_all
 from sagellm_common.comm_backend.topology import probe_machine
@@ -49,6 +56,10 @@ transport_app = typer.Typer(help="How KV moves between workers.", no_args_is_hel
 app.add_typer(transport_app, name="transport")
 kv_app = typer.Typer(help="What the workers and stores have cached.", no_args_is_help=True)
 app.add_typer(kv_app, name="kv")
+router_app = typer.Typer(help="How requests are placed on workers.", no_args_is_help=True)
+app.add_typer(router_app, name="router")
+strategy_app = typer.Typer(help="Which worker gets which request.", no_args_is_help=True)
+router_app.add_typer(strategy_app, name="strategy")
 policy_app = typer.Typer(help="Which cached blocks go first.", no_args_is_help=True)
 kv_app.add_typer(policy_app, name="policy")
 worker_app = typer.Typer(help="Running workers: other roles, and their end.", no_args_is_help=True)
@@ -446,6 +457,39 @@ def worker_drain(
         render.err.print(f"{worker} is drained, {unfinished} requests unfinished", markup=False)
     if unfinished:
         raise typer.Exit(EXIT_FAILED)
+
+
+# ---- strategies ----
+
+
+@strategy_app.command("show")
+def strategy_show(name: Name = "", router: Router = "", json_: Json = False) -> None:
+    """The strategies in force, for each class of requests that has its own, and what they have placed."""
+    _strategy("", "", name, router, json_)
+
+
+@strategy_app.command("set")
+def strategy_set(
+    strategy: Annotated[str, typer.Argument(metavar="STRATEGY", help="see router.strategy in `sagellm config schema`")],
+    class_: Annotated[str, typer.Option("--class", metavar="NAME", help="of router.classes; all without one")] = "",
+    name: Name = "",
+    router: Router = "",
+    json_: Json = False,
+) -> None:
+    """Another strategy from the next request on, until the router restarts."""
+    _strategy(strategy, class_, name, router, json_)
+
+
+def _strategy(strategy: str, service_class: str, name: str, router: str, json_: bool) -> None:
+    async def ask() -> tuple[ClassStrategy, ...]:
+        async with AsyncClient(_router(name, router)) as client:
+            return await client.set_strategy(strategy, service_class)
+
+    classes = asyncio.run(ask())
+    if json_:
+        _print_json({"classes": [asdict(one) for one in classes]})
+    else:
+        render.out.print(render.strategy_table(classes))
 
 
 # ---- engine ----

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sagellm_common.client.aio import Completion
-from sagellm_common.client.router import ClusterView, Explanation, WorkerEviction
+from sagellm_common.client.router import ClassStrategy, ClusterView, Explanation, WorkerEviction
 from sagellm_common.core.capability import CapabilityDescriptor
 from sagellm_common.core.types import GenerationSummary
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode
@@ -105,6 +105,19 @@ def eviction_table(workers: Sequence[WorkerEviction]) -> Table:
         if not worker.error:
             cached = f"{worker.cached_blocks:,}"
             table.add_row(escape(worker.worker_id), escape(worker.policy), cached, escape(worker.migration or "–"))
+    return table
+
+
+def strategy_table(classes: Sequence[ClassStrategy]) -> Table:
+    """A line per class of requests that has its own, the first for all others."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
+    table.add_column("CLASS", no_wrap=True)
+    table.add_column("STRATEGY", no_wrap=True)
+    table.add_column("PLACED", justify="right", no_wrap=True)
+    table.add_column("GOES WITH", no_wrap=True)
+    for one in classes:
+        name = escape(one.service_class) or "[dim]all others[/]"
+        table.add_row(name, escape(one.strategy), f"{one.placed_requests:,}", f"engine.policy={one.engine_policy}")
     return table
 
 

@@ -39,6 +39,7 @@ _ID_PREFIXES = {CHAT: "chatcmpl", COMPLETIONS: "cmpl"}
 _ROUTES = {CHAT, COMPLETIONS, "/v1/models", "/health", "/ready", "/metrics"}
 
 TENANT_HEADER = "x-sagellm-tenant"
+CLASS_HEADER = "x-sagellm-class"
 _OFF_LOOP_BYTES = 64 << 10
 """Larger bodies are parsed on a thread, so that other requests go on."""
 
@@ -89,6 +90,7 @@ class Gateway:
             try:
                 if path.startswith("/v1/"):
                     exchange.tenant = self._authorize(Request(scope))
+                    exchange.service_class = Request(scope).headers.get(CLASS_HEADER, "")
                 await self._routes(scope, receive, exchange.send)
                 status = exchange.status
             except Disconnected:

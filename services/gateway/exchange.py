@@ -32,6 +32,7 @@ class Exchange:
         self._send = send
         self.request_id = request_id
         self.tenant = ""
+        self.service_class = ""
         self.status = 0
         self.complete = False
         self.streaming = False

@@ -49,7 +49,7 @@ class Generator:
     async def answer(self, body: GenerationBody, exchange: Exchange) -> None:
         """Prepare, generate, send. Raises SageErrors; the HTTP status goes out with the first token, not before."""
         start_s = self._clock.now()
-        job = await self._prepare(body, exchange.request_id, exchange.tenant)
+        job = await self._prepare(body, exchange)
         renderer = Renderer(
             format=ChatFormat() if isinstance(body, ChatBody) else CompletionFormat(),
             tokenizer=job.served.tokenizer,
@@ -76,7 +76,7 @@ class Generator:
         else:
             await exchange.send_json(200, renderer.answer(choices, job.choices_per_prompt))
 
-    async def _prepare(self, body: GenerationBody, response_id: str, tenant: str) -> Job:
+    async def _prepare(self, body: GenerationBody, exchange: Exchange) -> Job:
         served = await self._models.get(body.model)
         prompts: Sequence[TokenIds]
         if isinstance(body, ChatBody):
@@ -93,13 +93,14 @@ class Generator:
                 seed = None if body.seed is None else (body.seed + choice) % 2**64
                 requests.append(
                     GenerationRequest(
-                        request_id=generation_id(response_id, len(requests), total),
+                        request_id=generation_id(exchange.request_id, len(requests), total),
                         model=served.info.name,
                         prompt_token_ids=prompt,
                         sampling=replace(sampling, seed=seed),
                         priority=body.priority or 0,
                         cache_salt=body.cache_salt or "",
-                        tenant=tenant or "default",
+                        tenant=exchange.tenant or "default",
+                        service_class=exchange.service_class,
                     )
                 )
         skip = body.skip_special_tokens is not False

@@ -35,7 +35,6 @@ from sagellm_common.rpc.routes import RouteSigner
 from sagellm_common.rpc.server import GrpcServer, Registrar
 from sagellm_common.rpc.topology_service import TopologyServicer
 from sagellm_common.scheduler_ir.cost_model import CostModel
-from sagellm_common.scheduler_ir.strategies import make_strategy
 from services.router.cached_blocks import CachedBlocks
 from services.router.cost_file import cost_path, kept, load_costs
 from services.router.costs import CostLearner
@@ -44,7 +43,8 @@ from services.router.moves import Moves
 from services.router.observed import ObservedPipeline, RouterMetrics
 from services.router.pipeline import Pipeline
 from services.router.routes import Routes
-from services.router.servicer import InferenceServicer, explain_plan
+from services.router.servicer import InferenceServicer, explain_plan, set_strategy
+from services.router.strategies import Strategies
 from services.router.transfers import TransferPlanner
 from services.router.workers import Workers
 
@@ -101,14 +101,16 @@ async def serving(
         metrics.registry.register(cached_blocks)
         stack.callback(metrics.registry.unregister, cached_blocks)
         costs, learner = await stack.enter_async_context(_costs(config.router, metrics.registry))
-        on_steps = learner.told if learner is not None else None
+        strategies = Strategies(config.router, costs, partial(setattr, learner, "active", True))
+        learner.active = strategies.ask_costs or bool(config.router.cost_model_path)
+        on_steps = learner.told
         workers = Workers(topology, channels, config.rpc.session, cached_blocks, on_steps)
         stack.push_async_callback(workers.close)
         moves = Moves(workers)
         inner = Pipeline(
             config.router,
             workers,
-            make_strategy(config.router.strategy, costs),
+            strategies,
             explain,
             SystemClock(),
             random.Random(),
@@ -119,7 +121,8 @@ async def serving(
         pipeline = ObservedPipeline(inner, metrics)
         routes = Routes(inner, RouteSigner(config.rpc.route_key), metrics) if config.rpc.tokens == "direct" else None
         inference = InferenceServicer(pipeline, workers, explain, config.router.request_timeout_s, routes)
-        known = TopologyServicer(topology, channels, workers.status, partial(explain_plan, explain), costs.to_dict)
+        explains, sets = partial(explain_plan, explain), partial(set_strategy, strategies)
+        known = TopologyServicer(topology, channels, workers.status, explains, costs.to_dict, sets)
         server = GrpcServer(
             f"{config.cluster.host}:{port}",
             [
@@ -150,13 +153,8 @@ async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def _costs(
-    config: RouterConfig, registry: CollectorRegistry
-) -> AsyncIterator[tuple[CostModel, CostLearner | None]]:
-    """No learner where nobody would ask what it learned. Raises ConfigError."""
-    if config.strategy == "fifo" and not config.cost_model_path:
-        yield CostModel(), None
-        return
+async def _costs(config: RouterConfig, registry: CollectorRegistry) -> AsyncIterator[tuple[CostModel, CostLearner]]:
+    """Raises ConfigError."""
     path = cost_path(config)
     costs = load_costs(path) if path else CostModel()
     learner = CostLearner(costs, SystemClock())

@@ -58,6 +58,8 @@ class CostLearner:
 
     def __init__(self, costs: CostModel, clock: Clock) -> None:
         self.costs = costs
+        self.active = True
+        """Whether it learns: that is work, for nobody where no strategy asks."""
         self._clock = clock
         self._queues: WeakKeyDictionary[WorkerLink, _Queue] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[WorkerLink, _Steps] = WeakKeyDictionary()
@@ -70,6 +72,8 @@ class CostLearner:
 
     def told(self, link: WorkerLink, steps: Sequence[StepCost]) -> None:
         """By its engine."""
+        if not self.active:
+            return
         self._telling.add(link)
         now_s = self._clock.now()
         for step in steps:
@@ -78,7 +82,7 @@ class CostLearner:
 
     def prefilled(self, link: WorkerLink, prompt_tokens: int, outcome: PromptComputed) -> None:
         """Call it when the prompt is no longer counted in the worker's load."""
-        if link in self._telling:
+        if not self.active or link in self._telling:
             return
         now_s, spell, queue = self._clock.now(), link.work.spells, self._queues.pop(link, None)
         if queue is not None and queue.spell != spell:
@@ -99,7 +103,7 @@ class CostLearner:
 
     def stepped(self, link: WorkerLink, sent: Sent, num_tokens: int) -> None:
         """One of its sequences has got tokens, by as many steps."""
-        if link in self._telling:
+        if not self.active or link in self._telling:
             return
         window, now_s = self._steps.get(link), self._clock.now()
         if window is None or window.of.over:
@@ -127,7 +131,7 @@ class CostLearner:
         self.costs.observe_decode(1 + others, context_tokens, tpot_s)
 
     def transferred(self, source_id: str, target_id: str, transfer: TransferReport) -> None:
-        if transfer.bytes and transfer.transfer_ms > 0 and self._due("transfer", self._clock.now()):
+        if self.active and transfer.bytes and transfer.transfer_ms > 0 and self._due("transfer", self._clock.now()):
             self.costs.observe_transfer(source_id, target_id, transfer.bytes, transfer.transfer_ms / 1e3)
 
     def _learn_prefill(self, chunks: list[tuple[int, int]], seconds: float, now_s: float) -> None:

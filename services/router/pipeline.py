@@ -14,7 +14,7 @@ import math
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -35,7 +35,6 @@ from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import packed_block_hashes, root_hash
 from sagellm_common.rpc.sessions import DecodeStep, TransferReport
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
-from sagellm_common.scheduler_ir.strategies import Strategy
 from services.router.admission import Admission, Slot
 from services.router.costs import CostLearner
 from services.router.explain import ExplainLog
@@ -44,9 +43,10 @@ from services.router.held import Ended, Held, PromptComputed
 from services.router.lifetime import lifetime_s
 from services.router.load import Sent
 from services.router.moves import Move, Moved, Moves
-from services.router.placing import place, sent_of, ttft_target_s
+from services.router.placing import place, sent_of
 from services.router.retry import Retry, blames_source
 from services.router.stages import Admitted, Deadline, Matched, Pinned, Prefilled, Reserved, Routed
+from services.router.strategies import Strategies, ttft_target_s
 from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink, Workers
 
@@ -62,7 +62,7 @@ class Pipeline:
         self,
         config: RouterConfig,
         workers: Workers,
-        strategy: Strategy,
+        strategies: Strategies,
         explain: ExplainLog,
         clock: Clock,
         rng: random.Random,
@@ -73,7 +73,7 @@ class Pipeline:
         """`learner` hears what the workers took; `moves`, which must run, what decodes where."""
         self._config = config
         self._workers = workers
-        self._strategy = strategy
+        self._strategies = strategies
         self._explain = explain
         self._clock = clock
         self._rng = rng
@@ -84,8 +84,8 @@ class Pipeline:
             config.max_queue,
             clock,
             max_running=config.max_running,
-            order=strategy.order,
-            fair=strategy.fair,
+            order=strategies.order,
+            fair=strategies.fair,
             lifetime=lambda tokens: lifetime_s(workers.links, learner.costs, tokens) if learner else None,
         )
 
@@ -107,8 +107,8 @@ class Pipeline:
         UnknownModel, QueueFull, NoWorker, DeadlineExceeded, and a worker's failure that outlived all attempts.
         """
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
-        deadline = self._deadline(timeout_s)
-        with self._admission.admit(request, ttft_target_s(self._config)) as slot:
+        request, deadline = self._of_class(request), self._deadline(timeout_s)
+        with self._admit_slot(request) as slot:
             generation = Generation(request, self._clock, self._explain.begin(request.request_id))
             retry, move = Retry(self._config.max_attempts), None
             try:
@@ -186,6 +186,19 @@ class Pipeline:
                     yield output
             slot.calls.finished()
 
+    def _of_class(self, request: GenerationRequest) -> GenerationRequest:
+        """With its class's priority. Raises InvalidRequest for a class that is not there."""
+        if not request.service_class:
+            return request
+        self._strategies.check(request.service_class)
+        priority = request.priority + self._config.classes[request.service_class].priority
+        return replace(request, priority=max(-(2**31), min(2**31 - 1, priority)))
+
+    def _admit_slot(self, request: GenerationRequest) -> AbstractContextManager[Slot]:
+        """As `Admission.admit`."""
+        self._admission.go_by(self._strategies.order, fair=self._strategies.fair)
+        return self._admission.admit(request, ttft_target_s(self._config, request.service_class))
+
     # ---- the stages ----
 
     async def _admit(self, request: GenerationRequest, deadline: Deadline, slot: Slot) -> Admitted:
@@ -220,7 +233,7 @@ class Pipeline:
             links = retry.preferred(self._workers.usable(admitted.model))
             if move is not None and move.target in links:
                 links = [move.target]
-            return place(admitted, matched, generation, links, self._strategy, self._transfers, self._config)
+            return place(admitted, matched, generation, links, self._strategies, self._transfers, self._config)
 
         # A request that lost its worker has work to lose: it waits for the restart. A fresh one is better told at once.
         grace_s = self._config.resume_grace_s if generation.attempts > 1 else self._config.worker_grace_s
@@ -277,7 +290,7 @@ class Pipeline:
                     overlap=overlap,
                     segment_bytes=transfer.segment_bytes if transfer else 0,
                     chunk_tokens=compute.chunk_tokens,
-                    first_token_within_s=ttft_target_s(self._config) - generation.age_s,
+                    first_token_within_s=self._first_token_within_s(admitted.request, generation),
                     needed_s=self._learner.needed_s(compute) if self._learner else 0.0,
                     peer=routed.peer,
                 )
@@ -287,6 +300,12 @@ class Pipeline:
             if self._learner:
                 self._learner.prefilled(worker, len(admitted.request.prompt_token_ids), outcome)
             return Prefilled(outcome, worker, generation.attempts)
+
+    def _first_token_within_s(self, request: GenerationRequest, generation: Generation) -> float:
+        """Until it is late, where its strategy cares."""
+        if not self._strategies.by_deadline(request.service_class):
+            return math.inf
+        return ttft_target_s(self._config, request.service_class) - generation.age_s
 
     async def _decode(
         self,
@@ -337,9 +356,9 @@ class Pipeline:
 
     def hold(self, request: GenerationRequest, timeout_s: float | None) -> Held:
         """A place among the requests in flight; the caller releases it. Raises QueueFull, Draining, InvalidRequest."""
-        deadline = self._deadline(timeout_s)
+        request, deadline = self._of_class(request), self._deadline(timeout_s)
         with ExitStack() as place:
-            slot = place.enter_context(self._admission.admit(request, ttft_target_s(self._config)))
+            slot = place.enter_context(self._admit_slot(request))
             generation = Generation(request, self._clock, self._explain.begin(request.request_id))
             held = Held(request, deadline, slot, generation, Retry(self._config.max_attempts))
             held.place = place.pop_all()
@@ -395,7 +414,7 @@ class Pipeline:
             matched = self._match(admitted)
         with generation.stage("plan"):
             links = held.retry.preferred(self._workers.usable(admitted.model))
-            routed = place(admitted, matched, generation, links, self._strategy, self._transfers, self._config)
+            routed = place(admitted, matched, generation, links, self._strategies, self._transfers, self._config)
         generation.explanation.plan = routed.plan
         held.begin(admitted, routed, self._moves)
         return routed
@@ -407,8 +426,8 @@ class Pipeline:
 
     def first_token_within_ms(self, held: Held) -> float | None:
         """What is left until the first token is late; None: there is no target."""
-        target_s = ttft_target_s(self._config)
-        return None if math.isinf(target_s) else (target_s - held.generation.age_s) * 1e3
+        within_s = self._first_token_within_s(held.request, held.generation)
+        return None if math.isinf(within_s) else within_s * 1e3
 
     def worker(self, named: WorkerAddress) -> WorkerLink | None:
         return self._workers.find(named.worker_id, named.incarnation)

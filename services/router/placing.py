@@ -14,6 +14,7 @@ from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, Worker
 from services.router.generation import Generation
 from services.router.load import Sent
 from services.router.stages import Admitted, Matched, Routed
+from services.router.strategies import tpot_target_s, ttft_target_s
 from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink
 
@@ -38,8 +39,10 @@ def place(
         admitted.request.priority,
         lambda prefill_id, decode_id: transfers.pull_seconds(by_id[prefill_id], decode_id, num_tokens),
         waited_s=generation.age_s,
-        ttft_target_s=ttft_target_s(config),
-        tpot_target_s=config.tpot_target_ms / 1e3 or math.inf,
+        ttft_target_s=ttft_target_s(config, admitted.request.service_class),
+        tpot_target_s=tpot_target_s(config, admitted.request.service_class),
+        model=admitted.model.name,
+        service_class=admitted.request.service_class,
     )
     placement = strategy.place(request, [_view(link, matched) for link in by_id.values()])
     if resumed:
@@ -106,10 +109,6 @@ def _peer(
 
     tokens, link = min(holders, key=rank)
     return KvPeer(link.worker_id, link.record.incarnation, link.record.address, tokens)
-
-
-def ttft_target_s(config: RouterConfig) -> float:
-    return config.ttft_target_ms / 1e3 or math.inf
 
 
 def sent_of(admitted: Admitted, routed: Routed, num_emitted_tokens: int) -> Sent:

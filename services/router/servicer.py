@@ -22,6 +22,7 @@ from services.router.codec import encode_explanation, encode_plan
 from services.router.explain import ExplainLog
 from services.router.observed import Generates
 from services.router.routes import Routes
+from services.router.strategies import Strategies
 from services.router.workers import Workers
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -140,3 +141,20 @@ def _begun_elsewhere() -> SageError:
 async def explain_plan(log: ExplainLog, request_id: str) -> topology_pb2.ExplainPlanResponse:
     """Raises InvalidRequest for a request that is unknown or too long ago."""
     return encode_explanation(log.require(request_id))
+
+
+def set_strategy(strategies: Strategies, request: topology_pb2.SetStrategyRequest) -> topology_pb2.SetStrategyResponse:
+    """Raises InvalidRequest."""
+    if request.strategy:
+        strategies.use(request.strategy, request.service_class)
+    return topology_pb2.SetStrategyResponse(
+        classes=[
+            topology_pb2.ClassStrategy(
+                service_class=line.service_class,
+                strategy=line.strategy,
+                engine_policy=line.order,
+                placed_requests=line.placed,
+            )
+            for line in strategies.in_force()
+        ]
+    )

@@ -101,6 +101,9 @@ class RouterHarness:
         timeout_s: float | None = PATIENCE_S,
         metadata: Sequence[tuple[str, str]] = (),
         cache_salt: str = "",
+        service_class: str = "",
+        priority: int = 0,
+        tenant: str = "",
         **sampling: Any,
     ) -> Any:
         request = inference_pb2.GenerateRequest(
@@ -108,6 +111,9 @@ class RouterHarness:
             model=model,
             prompt_token_ids=pack_int32(prompt),
             cache_salt=cache_salt,
+            service_class=service_class,
+            priority=priority,
+            tenant=tenant,
             sampling=codec.encode_sampling(SamplingParams(**({"max_new_tokens": 6} | sampling))),
         )
         return self.stub.Generate(request, timeout=timeout_s, metadata=tuple(metadata))

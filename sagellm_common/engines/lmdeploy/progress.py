@@ -4,9 +4,9 @@
              chunk_begins                                       layer_done       chunk_done
 
 A forward is seen on any tree and any device: it is over when its results are there, which a device hands out after all
-else. Of a layer LMDeploy's attention tells, through the hook `on_kv_written` of our patches; int8 weights are computed by
-our kernels, which ask for a `listener`. Both only on a CPU: a device is told to write long before it does. All of it runs
-on the engine's thread, once per layer: a few microseconds.
+else. Of a layer LMDeploy's attention tells, through the hook `on_kv_written` of our patches; int8 weights are computed
+by our kernels, which ask for a `listener`. Both only on a CPU: a device is told to write long before it does. All of it
+runs on the engine's thread, once per layer: a few microseconds.
 """
 
 from __future__ import annotations

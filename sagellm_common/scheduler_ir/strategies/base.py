@@ -35,6 +35,7 @@ class RequestView:
     ttft_target_s: float = math.inf
     tpot_target_s: float = math.inf
     model: str = ""
+    service_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +110,14 @@ class Strategy(Protocol):
     `order` is that of the waiting, inside the engines and before; `fair`, that tenants take turns there.
     """
 
-    name: str
-    order: Order
-    fair: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def order(self) -> Order: ...
+
+    @property
+    def fair(self) -> bool: ...
 
     def place(self, request: RequestView, workers: Sequence[WorkerView]) -> Placement:
         """Raises NoWorker when nobody among `workers` can decode."""

@@ -254,7 +254,7 @@ async def test_hybrid_sends_prompts_past_a_queue() -> None:
 async def test_fifo_learns_nothing_unless_asked(router: RouterHarness, tmp_path: Path) -> None:
     await router.pair()
     await router.generate()
-    assert router.registry.get_sample_value("sagellm_router_cost_samples_total", {"part": "prefill"}) is None
+    assert samples(router, "prefill") == 0
     async with router_harness(cost_model_path=str(tmp_path / "costs.json")) as asked:
         await asked.pair()
         generated = await asked.generate()

@@ -196,3 +196,29 @@ class DrainWorkerRequest(_message.Message):
     worker_id: str
     grace_ms: int
     def __init__(self, worker_id: _Optional[str] = ..., grace_ms: _Optional[int] = ...) -> None: ...
+
+class SetStrategyRequest(_message.Message):
+    __slots__ = ("strategy", "service_class")
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    strategy: str
+    service_class: str
+    def __init__(self, strategy: _Optional[str] = ..., service_class: _Optional[str] = ...) -> None: ...
+
+class SetStrategyResponse(_message.Message):
+    __slots__ = ("classes",)
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    classes: _containers.RepeatedCompositeFieldContainer[ClassStrategy]
+    def __init__(self, classes: _Optional[_Iterable[_Union[ClassStrategy, _Mapping]]] = ...) -> None: ...
+
+class ClassStrategy(_message.Message):
+    __slots__ = ("service_class", "strategy", "engine_policy", "placed_requests")
+    SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_POLICY_FIELD_NUMBER: _ClassVar[int]
+    PLACED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    service_class: str
+    strategy: str
+    engine_policy: str
+    placed_requests: int
+    def __init__(self, service_class: _Optional[str] = ..., strategy: _Optional[str] = ..., engine_policy: _Optional[str] = ..., placed_requests: _Optional[int] = ...) -> None: ...

@@ -82,6 +82,11 @@ class TopologyServiceStub:
                 request_serializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.SerializeToString,
                 response_deserializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.FromString,
                 _registered_method=True)
+        self.SetStrategy = channel.unary_unary(
+                '/sagellm.v1.TopologyService/SetStrategy',
+                request_serializer=sagellm_dot_v1_dot_topology__pb2.SetStrategyRequest.SerializeToString,
+                response_deserializer=sagellm_dot_v1_dot_topology__pb2.SetStrategyResponse.FromString,
+                _registered_method=True)
         self.SetWorkerRole = channel.unary_unary(
                 '/sagellm.v1.TopologyService/SetWorkerRole',
                 request_serializer=sagellm_dot_v1_dot_topology__pb2.SetWorkerRoleRequest.SerializeToString,
@@ -161,6 +166,13 @@ class TopologyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetStrategy(self, request, context):
+        """Changes by which strategy this router places requests, from the next one on, until it restarts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetWorkerRole(self, request, context):
         """WorkerService's SetRole and Drain of a worker that is known here.
         """
@@ -228,6 +240,11 @@ def add_TopologyServiceServicer_to_server(servicer, server):
                     servicer.SetEviction,
                     request_deserializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.FromString,
                     response_serializer=sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.SerializeToString,
+            ),
+            'SetStrategy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetStrategy,
+                    request_deserializer=sagellm_dot_v1_dot_topology__pb2.SetStrategyRequest.FromString,
+                    response_serializer=sagellm_dot_v1_dot_topology__pb2.SetStrategyResponse.SerializeToString,
             ),
             'SetWorkerRole': grpc.unary_unary_rpc_method_handler(
                     servicer.SetWorkerRole,
@@ -490,6 +507,33 @@ class TopologyService:
             '/sagellm.v1.TopologyService/SetEviction',
             sagellm_dot_v1_dot_topology__pb2.SetEvictionRequest.SerializeToString,
             sagellm_dot_v1_dot_topology__pb2.SetEvictionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetStrategy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagellm.v1.TopologyService/SetStrategy',
+            sagellm_dot_v1_dot_topology__pb2.SetStrategyRequest.SerializeToString,
+            sagellm_dot_v1_dot_topology__pb2.SetStrategyResponse.FromString,
             options,
             channel_credentials,
             insecure,
