@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
@@ -17,11 +21,12 @@ from bench.sim.__main__ import strategy_maker
 from bench.sim.cluster import Outcome, SimCluster, Slo
 from bench.sim.peers import PEERS
 from bench.sim.profile import PROFILES
-from bench.sim.report import ATTAINMENT, attainment, goodput, summary
+from bench.sim.report import ATTAINMENT, attainment, goodput, meets, summary
 from bench.sim.traces import FORMATS, SimRequest, load_trace, scaled
 from sagellm_common.core.errors import ConfigError
 from sagellm_common.scheduler_ir.strategies import STRATEGIES
 
+TENANTS = 8
 SHAPES = "1P1D,2P2D,4P4D,6P2D"
 CURVE = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3)
 """Rates at which attainment is drawn, as shares of the best strategy's goodput."""
@@ -43,25 +48,46 @@ class Cell:
         prefill, _, decode = self.shape.removesuffix("D").partition("P")
         return int(prefill), int(decode)
 
-    def run(self, requests: Sequence[SimRequest]) -> Outcome:
+    def requests(self) -> list[SimRequest]:
+        """The trace's, dealt to tenants: the traces do not say whose they are."""
+        rng = random.Random(0)
+        names, sizes = zip(*((f"tenant-{n}", 1 / n) for n in range(1, TENANTS + 1)), strict=True)
+        return [
+            replace(one, tenant=one.tenant or rng.choices(names, sizes)[0]) for one in load_trace(self.trace, self.form)
+        ]
+
+    def run(self, requests: Sequence[SimRequest], max_misses: float = math.inf) -> Outcome:
         prefill, decode = self.workers
         make = strategy_maker(self.strategy)
-        return SimCluster(PROFILES.get(self.profile), prefill, decode, make, self.slo).run(requests)
+        profile = PROFILES.get(self.profile)
+        return SimCluster(profile, prefill, decode, make, self.slo, max_misses=max_misses).run(requests)
 
 
 def find_goodput(cell: Cell) -> float:
-    return goodput(load_trace(cell.trace, cell.form), cell.run, cell.slo)
+    requests = cell.requests()
+    return goodput(requests, lambda scaled: cell.run(scaled, (1 - ATTAINMENT) * len(requests)), cell.slo)
+
+
+def fairness(outcome: Outcome, slo: Slo) -> float:
+    """Jain's index of the tenants' shares in time: 1 where all are served alike, 1/TENANTS where one has it all."""
+    jobs = sorted(outcome.jobs, key=lambda job: job.request.tenant)
+    shares = [
+        sum(map(partial(meets, slo=slo), of_tenant)) / len(of_tenant)
+        for of_tenant in (list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.request.tenant))
+    ]
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
 
 
 def at_rates(cell: Cell, rates_rps: Sequence[float]) -> tuple[dict[float, float], dict[str, object]]:
     """Attainment by rate, and the summary at the last but two: the best strategy's own goodput."""
-    requests = load_trace(cell.trace, cell.form)
+    requests = cell.requests()
     base_rps = len(requests) / max(requests[-1].arrival_s, 1e-9)
     outcomes = {rate: cell.run(scaled(requests, rate / base_rps)) for rate in rates_rps}
     full = rates_rps[CURVE.index(1.0)]
     return (
         {rate: attainment(outcome, cell.slo) for rate, outcome in outcomes.items()},
-        summary(outcomes[full], cell.slo, sum(cell.workers)),
+        summary(outcomes[full], cell.slo, sum(cell.workers)) | {"fairness": fairness(outcomes[full], cell.slo)},
     )
 
 
@@ -75,7 +101,7 @@ def markdown(rows: Sequence[dict[str, object]], shapes: Sequence[str], title: st
         cells = [_float(found[name, shape]["goodput_rps"]) for shape in shapes]
         beside = (f" ({c / peer[s]:.2f}×)" if peer[s] else "" for c, s in zip(cells, shapes, strict=True))
         table.append([name, *(f"{c:.2f}{text}" for c, text in zip(cells, beside, strict=True))])
-    detail = [["shape", "strategy", "in time", "TTFT p50/p95 ms", "TPOT p50/p95 ms", "KV hit"]]
+    detail = [["shape", "strategy", "in time", "TTFT p50/p95 ms", "TPOT p50/p95 ms", "KV hit", "fairness"]]
     for shape in shapes:
         for name in names:
             at = found[name, shape]["at_best_rate"]
@@ -84,7 +110,7 @@ def markdown(rows: Sequence[dict[str, object]], shapes: Sequence[str], title: st
             detail.append(
                 [
                     *(shape, name, f"{at['slo_attainment']:.1%}", f"{ttft['p50']:,.0f} / {ttft['p95']:,.0f}"),
-                    *(f"{tpot['p50']:.1f} / {tpot['p95']:.1f}", f"{at['kv_hit_rate']:.1%}"),
+                    *(f"{tpot['p50']:.1f} / {tpot['p95']:.1f}", f"{at['kv_hit_rate']:.1%}", f"{at['fairness']:.3f}"),
                 ]
             )
     return "\n".join(
@@ -96,7 +122,8 @@ def markdown(rows: Sequence[dict[str, object]], shapes: Sequence[str], title: st
             "",
             *_aligned(table),
             "",
-            "At the rate of the best strategy's goodput:",
+            "At the rate of the best strategy's goodput; fairness is Jain's index of the shares in time of "
+            f"{TENANTS} tenants, the k-th with a k-th of the first one's requests:",
             "",
             *_aligned(detail),
         ]
