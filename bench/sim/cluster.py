@@ -1,7 +1,8 @@
 """The life of a request (match → place → reserve → prefill → transfer → decode) on the virtual clock.
 
-Placement strategies, prefix index, eviction policies, engine order and cost model are the production objects; engines,
-links and time are simulated. What the cost model knows it learned here, from the simulated steps.
+Placement strategies, plan builder and passes, PD separation, prefix index, eviction policies, engine order and cost
+model are the production objects; engines, links and time are simulated. What the cost model knows it learned here, from
+the simulated steps.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ from bench.sim.traces import SimRequest
 from bench.sim.workers import DecodeSim, Job, PrefillSim, step_seconds
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.prefix_reuse.index import PrefixReuseIndex
+from sagellm_common.scheduler_ir.builder import IRBuilder
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from sagellm_common.scheduler_ir.engine_policy import RankedPolicy, SequenceView
+from sagellm_common.scheduler_ir.facts import Facts, WorkerFacts
 from sagellm_common.scheduler_ir.fairness import service_tokens
-from sagellm_common.scheduler_ir.strategies import RequestView, Strategy, WorkerView
+from sagellm_common.scheduler_ir.ir_graph import IRRequest
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNodeKind
+from sagellm_common.scheduler_ir.optimizer import IROptimizer
+from sagellm_common.scheduler_ir.pd_separation import Mode, PDSeparator, Separation
+from sagellm_common.scheduler_ir.strategies import Placement, RequestView, Strategy, WorkerView
 from sagellm_common.scheduler_ir.waiting import Waiting, WaitingRoom
 
 W = TypeVar("W", PrefillSim, DecodeSim)
@@ -70,10 +77,13 @@ class SimCluster:
         costs: CostModel | None = None,
         max_misses: float = math.inf,
         seed: int = 0,
+        disaggregate: Mode = "always",
+        both: bool = False,
     ) -> None:
         """`costs` are what the router has learned before; it goes on learning in them. A run ends as soon as more than
         `max_misses` requests have missed a target: who searches the highest rate need not know by how much. `seed` is
-        of the noise in the profile, if it has any."""
+        of the noise in the profile, if it has any. `disaggregate` is as router.disaggregate; with `both` the decode
+        workers compute prompts for each other, too."""
         self.clock = VirtualClock()
         self.costs = costs or CostModel()
         self._strategy = make(self.costs)
@@ -109,6 +119,9 @@ class SimCluster:
             prefill.on_load = self._idle_prefill.update
         for decode in self._decode_list if num_decode > 2 * SHORTLIST else ():
             decode.on_load = self._idle_decode.update
+        self._role = WorkerRole.BOTH if both else WorkerRole.DECODE
+        self._separator = PDSeparator(disaggregate)
+        self._optimizer = IROptimizer(self._separator)
         self._waiting = WaitingRoom(self._strategy.order, fair=self._strategy.fair)
         self._steps = 0
         self._outcome = Outcome()
@@ -171,17 +184,15 @@ class SimCluster:
         with_room = [worker for worker in shown if worker.kv.has_room(tokens)]
         if not with_room:
             return False
-        placement = self._strategy.place(
-            RequestView(
-                job.view.request_id,
-                request.prompt_tokens,
-                request.priority,
-                waited_s=now_s - request.arrival_s,
-                ttft_target_s=self._slo.ttft_s,
-                tpot_target_s=self._slo.tpot_s,
-            ),
-            self._views(with_room, matched),
+        view = RequestView(
+            job.view.request_id,
+            request.prompt_tokens,
+            request.priority,
+            waited_s=now_s - request.arrival_s,
+            ttft_target_s=self._slo.ttft_s,
+            tpot_target_s=self._slo.tpot_s,
         )
+        placement = self._strategy.place(view, self._views(with_room, matched))
         decode = self._decode[placement.decode_worker_id]
         blocks = decode.kv.blocks_of(tokens)
         job.decode_worker, job.reserved_blocks = decode.name, blocks
@@ -192,43 +203,84 @@ class SimCluster:
         decode.on_load(decode)
         job.late = placement.late
         decode.expect(job, 1)
-        if placement.prefill_worker_id is None:
-            self._prefill_locally(job, decode, placement.chunk_tokens)
+        plan, separation = self._plan(view, placement, request, matched)
+        job.plan, job.separation, job.planned_s = plan, separation, now_s
+        compute = plan.node(PlanNodeKind.PREFILL)
+        assert compute is not None, "there is always something to compute"
+        if plan.prefill_worker_id is None:
+            self._prefill_locally(job, decode, compute.chunk_tokens)
             return True
-        prefill = self._prefill[placement.prefill_worker_id]
+        prefill = self._prefill.get(plan.prefill_worker_id) or self._decode[plan.prefill_worker_id]
         job.prefill_worker = prefill.name
         job.prefill_hit_tokens = job.computed_tokens = prefill.kv.hit_tokens(request.blocks, request.prompt_tokens)
         self._expect(job)
-        prefill.submit(job, lambda step_s: self._prefilled(job, prefill, decode, step_s))
+        if isinstance(prefill, DecodeSim):
+            self._learn_local(job)
+            prefill.outstanding += 1
+            prefill.assigned += 1
+
+            def done() -> None:
+                prefill.outstanding -= 1
+                self._prefilled(job, prefill, decode, job.view.needed_s)
+
+            prefill.compute(job, compute.chunk_tokens, done)
+        else:
+            prefill.submit(job, lambda step_s: self._prefilled(job, prefill, decode, step_s))
         return True
+
+    def _plan(
+        self, view: RequestView, placement: Placement, request: SimRequest, matched: dict[str, int]
+    ) -> tuple[ExecutionPlan, Separation | None]:
+        named = filter(None, (placement.decode_worker_id, placement.prefill_worker_id))
+        workers = {name: self._prefill.get(name) or self._decode[name] for name in named}
+        facts = Facts(
+            {name: _facts(worker) for name, worker in workers.items()},
+            self.costs,
+            kv_bytes_per_token=self._profile.kv_bytes_per_token,
+            num_layers=self._profile.num_layers,
+            tpot_target_s=self._slo.tpot_s,
+        )
+        cached = {name: matched.get(name, 0) * worker.kv.block_tokens for name, worker in workers.items()}
+        asked = IRRequest(view, placement, request.output_tokens, cached)
+        graph = self._optimizer.optimize(IRBuilder(facts.workers).build([asked]), facts)
+        return graph.plans()[0], graph.separations[0]
 
     def _prefill_locally(self, job: Job, decode: DecodeSim, chunk_tokens: int) -> None:
         """The decode worker computes the prompt itself, between the steps of those that decode there."""
         job.prefill_hit_tokens = job.computed_tokens = job.decode_hit_tokens
         self._expect(job)
-        a, b, c = self._profile.prefill
-        start, end = job.computed_tokens, job.request.prompt_tokens
-        self._learn_prefill([(start, end)], a + b * (end - start) + c * (end * end - start * start))
+        self._learn_local(job)
 
         def done() -> None:
             self._decoding(job, decode, self.clock.now_s)
 
         decode.compute(job, chunk_tokens, done)
 
+    def _learn_local(self, job: Job) -> None:
+        """Of a prompt that is computed between decode steps."""
+        a, b, c = self._profile.prefill
+        start, end = job.computed_tokens, job.request.prompt_tokens
+        self._learn_prefill([(start, end)], a + b * (end - start) + c * (end * end - start * start))
+
     def _expect(self, job: Job) -> None:
         needed_s = self.costs.prefill_s([(job.computed_tokens, job.request.prompt_tokens)]).seconds
         job.view = replace(job.view, needed_s=needed_s)
 
-    def _prefilled(self, job: Job, prefill: PrefillSim, decode: DecodeSim, step_s: float) -> None:
+    def _prefilled(self, job: Job, prefill: PrefillSim | DecodeSim, decode: DecodeSim, step_s: float) -> None:
         request, now_s = job.request, self.clock.now_s
         job.first_token_s = now_s
         self._computed(prefill.name, prefill.kv, job)
         num_bytes = (request.prompt_tokens - job.decode_hit_tokens) * self._profile.kv_bytes_per_token
         # Layers are pulled while later ones are computed: the last one is left, and what the link did not manage.
         ahead = min(num_bytes * (1 - 1 / self._profile.num_layers), step_s * self._profile.link_bytes_per_s)
-        self._network.send(
-            prefill.name, decode.name, num_bytes - ahead, lambda: self._decoding(job, decode, job.first_token_s)
-        )
+
+        def here() -> None:
+            link = self.costs.links.get((prefill.name, decode.name))
+            if self._sampled(link.samples if link else 0):
+                self.costs.observe_transfer(prefill.name, decode.name, num_bytes - ahead, self.clock.now_s - now_s)
+            self._decoding(job, decode, job.first_token_s)
+
+        self._network.send(prefill.name, decode.name, num_bytes - ahead, here)
 
     def _decoding(self, job: Job, decode: DecodeSim, first_token_s: float) -> None:
         job.first_token_s = first_token_s
@@ -236,6 +288,10 @@ class SimCluster:
             self._missed()
         self._computed(decode.name, decode.kv, job)
         decode.expect(job, -1)
+        if job.separation is not None and job.separation.chosen is not None:
+            took_s = self.clock.now_s - job.planned_s + job.separation.chosen.step_s
+            job.regret_s = job.separation.regret_s(took_s)
+            self._separator.observe(job.separation, took_s)
         if self._sampled(self.costs.decode.samples):
             context = decode.context_tokens + job.request.prompt_tokens
             seconds = step_seconds(self._profile, decode.sequences + 1, context)
@@ -282,7 +338,7 @@ class SimCluster:
         ]
         decoders = [
             WorkerView(
-                *(w.name, WorkerRole.DECODE, w.outstanding, w.assigned, matched_tokens(w)),
+                *(w.name, self._role, w.outstanding, w.assigned, matched_tokens(w)),
                 queued_tokens=w.queued_tokens,
                 queued_squares=w.queued_squares,
                 sequences=w.sequences + w.coming,
@@ -302,6 +358,14 @@ class SimCluster:
     def _evicted(self, name: str, blocks: Sequence[int]) -> None:
         if blocks:
             self._index.evict(name, _hashes(blocks))
+
+
+def _facts(worker: PrefillSim | DecodeSim) -> WorkerFacts:
+    kv, queued = worker.kv, (worker.queued_tokens, worker.queued_squares)
+    if isinstance(worker, PrefillSim):
+        return WorkerFacts(kv.block_tokens, 0, *queued)
+    sequences, context_tokens = worker.sequences + worker.coming, worker.context_tokens + worker.coming_tokens
+    return WorkerFacts(kv.block_tokens, 0, *queued, sequences, context_tokens)
 
 
 def _shortlist(workers: dict[str, W], idle: Ranking[W], matched: dict[str, int]) -> list[W]:

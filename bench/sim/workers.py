@@ -19,6 +19,8 @@ from bench.sim.kv import SimKv
 from bench.sim.profile import Profile
 from bench.sim.traces import SimRequest
 from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, SequenceView
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
+from sagellm_common.scheduler_ir.pd_separation import Separation
 
 
 def step_seconds(profile: Profile, sequences: int, context_tokens: int) -> float:
@@ -48,6 +50,11 @@ class Job:
     reserved_blocks: int = 0
     decode_worker: str = ""
     prefill_worker: str = ""
+    plan: ExecutionPlan | None = None
+    separation: Separation | None = None
+    planned_s: float = math.nan
+    regret_s: float = 0.0
+    """What the other way, to disaggregate or not, would have saved by the cost model."""
 
     @property
     def tpot_s(self) -> float:

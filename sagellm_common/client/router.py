@@ -31,7 +31,7 @@ from sagellm_common.rpc.sessions import DecodeSession
 from sagellm_common.rpc.worker_client import IndexedBlocks, decode_indexed, grace_timeout_s
 from sagellm_common.rpc.worker_sessions import WorkerSessions
 from sagellm_common.scheduler_ir.cost_model import CostModel
-from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, IRNode, PlanNodeKind
 
 T = TypeVar("T")
 
@@ -134,11 +134,49 @@ class PlanEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanCandidate:
+    """A worker when a request was placed. `score` is prefix affinity − load, in [0, 1]; `expected_ms` until the first
+    token, had it been computed there, None: not known. See the proto."""
+
+    worker_id: str
+    role: WorkerRole
+    chosen: bool
+    score: float
+    expected_ms: float | None
+    matched_tokens: int
+    outstanding: int
+    queued_tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counterfactual:
+    """Whether a request was disaggregated, and what either way was expected to cost, delays of others included.
+
+    `taken_ms` is what became of `expected_ms`, `regret_ms` what the other way would have saved by the cost model; both
+    None before the request decodes.
+    """
+
+    disaggregated: bool
+    expected_ms: float
+    other_expected_ms: float
+    taken_ms: float | None
+    regret_ms: float | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
-    """What was planned for a request and what happened."""
+    """What was planned for a request, and why, and what happened.
+
+    `counterfactual` None: it could go one way only, or no costs are known. `node_states` by the plan's node ids.
+    """
 
     plan: ExecutionPlan
     events: tuple[PlanEvent, ...]
+    candidates: tuple[PlanCandidate, ...] = ()
+    counterfactual: Counterfactual | None = None
+    node_states: Mapping[int, str] = field(default_factory=dict)
 
 
 class RouterClient:
@@ -365,7 +403,13 @@ class RouterClient:
         else:
             reply = await self._explained(last, request_id)
         events = tuple(PlanEvent(e.stage, e.at_ms, e.duration_ms, e.detail) for e in reply.events)
-        return Explanation(_decode_plan(reply.plan), events)
+        return Explanation(
+            _decode_plan(reply.plan),
+            events,
+            tuple(map(_decode_candidate, reply.candidates)),
+            _decode_counterfactual(reply.counterfactual) if reply.HasField("counterfactual") else None,
+            {node.node_id: node.state for node in reply.node_states},
+        )
 
     async def _explained(self, router: Router, request_id: str) -> topology_pb2.ExplainPlanResponse:
         return await call(
@@ -413,12 +457,37 @@ def _decode_changes(changes: Iterable[worker_pb2.TransportChange]) -> tuple[tupl
     return tuple((change.key, change.loaded, change.now) for change in changes)
 
 
+def _decode_candidate(message: topology_pb2.PlanCandidate) -> PlanCandidate:
+    return PlanCandidate(
+        worker_id=message.worker_id,
+        role=codec.decode_worker_role(message.role),
+        chosen=message.chosen,
+        score=message.score,
+        expected_ms=message.expected_ms if message.HasField("expected_ms") else None,
+        matched_tokens=message.matched_tokens,
+        outstanding=message.outstanding,
+        queued_tokens=message.queued_tokens,
+        sequences=message.sequences,
+    )
+
+
+def _decode_counterfactual(message: topology_pb2.PlanCounterfactual) -> Counterfactual:
+    return Counterfactual(
+        disaggregated=message.disaggregated,
+        expected_ms=message.expected_ms,
+        other_expected_ms=message.other_expected_ms,
+        taken_ms=message.taken_ms if message.HasField("taken_ms") else None,
+        regret_ms=message.regret_ms if message.HasField("regret_ms") else None,
+        detail=message.detail,
+    )
+
+
 def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
     def kind(number: plan_pb2.PlanNodeKind) -> PlanNodeKind:
         return PlanNodeKind(plan_pb2.PlanNodeKind.Name(number).removeprefix("PLAN_NODE_KIND_").lower())
 
     nodes = tuple(
-        PlanNode(
+        IRNode(
             n.node_id,
             kind(n.kind),
             n.worker_id,
@@ -431,6 +500,7 @@ def _decode_plan(plan: plan_pb2.ExecutionPlan) -> ExecutionPlan:
             n.priority,
             n.wire_dtype,
             n.source_id,
+            n.micro_batch,
         )
         for n in plan.nodes
     )

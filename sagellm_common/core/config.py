@@ -219,6 +219,12 @@ class RouterConfig(Section):
         description="of requests, which name theirs in the header x-sagellm-class or as service_class; "
         "`sagellm router strategy` changes their strategies while they are served",
     )
+    disaggregate: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="whether prompts are computed on another worker than they are decoded on; auto: each as it is "
+        "expected to cost less, and always while these costs are not learned (with fifo and priority: they are with "
+        "cost_model_path)",
+    )
     ttft_target_ms: float = Field(0.0, ge=0, description="hybrid: first tokens are to come within; 0: no target")
     tpot_target_ms: float = Field(
         0.0, ge=0, description="hybrid: later tokens are to come every so often; 0: no target"

@@ -30,8 +30,9 @@ class EngineRequest:
     The larger `priority` goes first where the engine can choose; after `timeout_s` nobody wants the answer. The first
     token is late after `first_token_within_s`, and the router expects the prompt to take `needed_s` alone: in LMDeploy,
     engine.policy orders by these.
-    `chunk_tokens` of the prompt are computed at a time, and between them what is more urgent; 0, or more than is
-    configured: as it is configured. So far in LMDeploy only: vLLM chunks as it is configured.
+    `chunk_tokens` of the prompt are computed at a time, and between them what is more urgent, and one token each of
+    those who decode; 0: as it is configured, which is also the most. So far in LMDeploy only: vLLM chunks as it is
+    configured.
     """
 
     request_id: str

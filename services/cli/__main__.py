@@ -189,14 +189,16 @@ def generate(
 
 @app.command()
 def explain(request_id: str, name: Name = "", router: Router = "", json_: Json = False) -> None:
-    """What was planned for a request, and when what happened."""
+    """What was planned for a request, instead of what, and when what happened."""
     with _client(name, router) as client:
         explanation = client.explain(request_id)
     if json_:
         _print_json(asdict(explanation))
         return
     render.out.print(f"{explanation.plan.request_id} · {explanation.plan.strategy} · {explanation.plan.reason}\n")
-    render.out.print(render.plan_diagram(explanation.plan))
+    render.out.print(render.plan_diagram(explanation.plan, explanation.node_states))
+    render.out.print(render.candidates_table(explanation.candidates))
+    render.out.print(render.counterfactual(explanation.counterfactual), "\n")
     render.out.print(render.explanation_table(explanation))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from sagellm_common.client.aio import Completion
-from sagellm_common.client.router import ClassStrategy, ClusterView, Explanation, WorkerEviction
+from sagellm_common.client.router import (
+    ClassStrategy,
+    ClusterView,
+    Counterfactual,
+    Explanation,
+    PlanCandidate,
+    WorkerEviction,
+)
 from sagellm_common.core.capability import CapabilityDescriptor
 from sagellm_common.core.types import GenerationSummary
-from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, IRNode
 from services.cli import models
 from services.cli.cluster import ClusterEvent
 from services.cli.home import ClusterState
@@ -222,19 +229,24 @@ def status_table(state: ClusterState, view: ClusterView) -> Table:
     return table
 
 
-def plan_diagram(plan: ExecutionPlan) -> Text:
-    """One column per step, in order: what, on which worker, on which tokens."""
-    columns = [(node.kind.value, node.worker_id, _tokens(node)) for node in plan.nodes]
+def plan_diagram(plan: ExecutionPlan, states: Mapping[int, str] | None = None) -> Text:
+    """One column per step, in order: what, on which worker, on which tokens, and how far it is where `states` tell."""
+    columns = [[node.kind.value, node.worker_id, _tokens(node)] for node in plan.nodes]
+    styles = ["bold", "", "dim"]
+    if states:
+        styles.append("dim")
+        for column, node in zip(columns, plan.nodes, strict=True):
+            column.append(states.get(node.node_id, ""))
     widths = [max(map(len, column)) for column in columns]
     text = Text()
-    for row, style in enumerate(("bold", "", "dim")):
+    for row, style in enumerate(styles):
         joint = " ──► " if row == 0 else "     "
         line = "  " + joint.join(f"{column[row]:<{width}}" for column, width in zip(columns, widths, strict=True))
         text.append(line.rstrip() + "\n", style=style)
     return text
 
 
-def _tokens(node: PlanNode) -> str:
+def _tokens(node: IRNode) -> str:
     chunks = f" by {node.chunk_tokens}" if node.chunk_tokens else ""
     crossing = f" as {node.wire_dtype}" if node.wire_dtype not in ("", "same") else ""
     source = f" of {node.source_id}" if node.source_id else ""
@@ -250,6 +262,36 @@ def explanation_table(explanation: Explanation) -> Table:
     for event in explanation.events:
         table.add_row(f"  {event.stage}", f"{event.at_ms:.1f}", f"{event.duration_ms:.1f}", event.detail)
     return table
+
+
+def candidates_table(candidates: Sequence[PlanCandidate]) -> Table:
+    """Where a request could have gone, as it was seen then; who was taken is marked."""
+    table = Table(box=None, pad_edge=True, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("  CANDIDATE", no_wrap=True)
+    table.add_column("ROLE", no_wrap=True)
+    for name in ("SCORE", "FIRST TOKEN MS", "CACHED", "REQUESTS", "QUEUED TOKENS", "SEQUENCES"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in candidates:
+        mark = "[green]✓[/]" if one.chosen else " "
+        expected = "–" if one.expected_ms is None else f"{one.expected_ms:.1f}"
+        numbers = one.matched_tokens, one.outstanding, one.queued_tokens, one.sequences
+        table.add_row(
+            f"{mark} {escape(one.worker_id)}", one.role.value, f"{one.score:.2f}", expected, *map(str, numbers)
+        )
+    return table
+
+
+def counterfactual(found: Counterfactual | None) -> str:
+    """Whether disaggregating paid, a line."""
+    if found is None:
+        return "[dim]the other way: not known (one way only, or no costs are learned)[/]"
+    ways = ("disaggregated", "aggregated") if found.disaggregated else ("aggregated", "disaggregated")
+    taken = "" if found.taken_ms is None else f", {found.taken_ms:.1f} ms taken"
+    regret = "" if found.regret_ms is None else f"; regret {found.regret_ms:.1f} ms"
+    return (
+        f"{ways[0]}: {found.expected_ms:.1f} ms expected{taken}; {ways[1]} it would be {found.other_expected_ms:.1f} ms"
+        f"{regret}\n[dim]{escape(found.detail)}[/]"
+    )
 
 
 SummaryRow = tuple[str, str]

@@ -161,5 +161,6 @@ def _decode_job(job: RoutedJob, emitted: TokenIds, source: KvSource | None) -> D
         tenant=request.tenant,
         priority=job.priority,
         wire_dtype=job.wire_dtype,
+        chunk_tokens=0 if job.prefill is not None else job.chunk_tokens,
         trace_context=current_carrier(),
     )

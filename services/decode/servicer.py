@@ -225,12 +225,21 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             tenant=request.tenant,
             priority=request.priority,
             wire_dtype=_wire_dtype(request.wire_dtype),
+            chunk_tokens=_chunk_tokens(request.chunk_tokens),
+            lookup=request.lookup if request.HasField("lookup") else None,
+            offload=request.offload if request.HasField("offload") else None,
             trace_context=dict(request.trace_context),
         )
 
 
 def _emitter(job: DecodeJob, writer: Writer) -> Emit:
     return lambda chunk: encode_chunk(writer.message.outputs.add(), job.request_id, job.attempt, chunk)
+
+
+def _chunk_tokens(number: int) -> int:
+    if number < 0:
+        raise InvalidRequest(f"chunk_tokens is {number}, but must be at least 0")
+    return number
 
 
 def _wire_dtype(name: str) -> str:

@@ -42,7 +42,9 @@ from services.router.explain import ExplainLog
 from services.router.moves import Moves
 from services.router.observed import ObservedPipeline, RouterMetrics
 from services.router.pipeline import Pipeline
+from services.router.placing import Placer
 from services.router.routes import Routes
+from services.router.separations import Separations
 from services.router.servicer import InferenceServicer, explain_plan, set_strategy
 from services.router.strategies import Strategies
 from services.router.transfers import TransferPlanner
@@ -107,14 +109,20 @@ async def serving(
         workers = Workers(topology, channels, config.rpc.session, cached_blocks, on_steps)
         stack.push_async_callback(workers.close)
         moves = Moves(workers)
+        separations = Separations(config.router.disaggregate)
+        metrics.registry.register(separations)
+        stack.callback(metrics.registry.unregister, separations)
+        transfers = TransferPlanner(config.transport, workers.cost)
+        placer = Placer(config.router, strategies, transfers, separations, costs)
         inner = Pipeline(
             config.router,
             workers,
-            strategies,
+            placer,
             explain,
             SystemClock(),
             random.Random(),
-            TransferPlanner(config.transport, workers.cost),
+            transfers,
+            separations,
             learner,
             moves,
         )

@@ -17,7 +17,7 @@ from sagellm_common.core.clock import Clock
 from sagellm_common.core.step_costs import StepCost
 from sagellm_common.rpc.sessions import TransferReport
 from sagellm_common.scheduler_ir.cost_model import CostModel
-from sagellm_common.scheduler_ir.ir_types import PlanNode
+from sagellm_common.scheduler_ir.ir_types import IRNode
 from services.router.held import PromptComputed
 from services.router.load import Sent
 from services.router.workers import WorkerLink
@@ -66,7 +66,7 @@ class CostLearner:
         self._paid_until_s: dict[str, float] = {}
         self._telling: WeakSet[WorkerLink] = WeakSet()
 
-    def needed_s(self, compute: PlanNode) -> float:
+    def needed_s(self, compute: IRNode) -> float:
         """What a planned prefill is expected to take on a worker that does nothing else; 0: not known."""
         return self.costs.prefill_s([(compute.start_token, compute.end_token)]).seconds
 
@@ -104,6 +104,9 @@ class CostLearner:
     def stepped(self, link: WorkerLink, sent: Sent, num_tokens: int) -> None:
         """One of its sequences has got tokens, by as many steps."""
         if not self.active or link in self._telling:
+            return
+        if link.work.queued_prompts:  # a prompt is computed in between: that is no step of theirs
+            self._steps.pop(link, None)
             return
         window, now_s = self._steps.get(link), self._clock.now()
         if window is None or window.of.over:

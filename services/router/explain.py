@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sagellm_common.core.errors import InvalidRequest
+from sagellm_common.scheduler_ir.executor_api import PlanProgress
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
+from services.router.stages import Routed
 
 MAX_EVENTS = 200
 
@@ -24,13 +26,19 @@ class PlanEvent:
 
 @dataclass(slots=True)
 class Explanation:
-    """The latest plan, and every stage of every attempt."""
+    """The latest plan, what was known when it was made and how far it is, and every stage of every attempt.
+
+    `took_s` from the plan until the second token, once it is known.
+    """
 
     request_id: str
     plan: ExecutionPlan | None = None
     events: list[PlanEvent] = field(default_factory=list)
     told: Callable[[], Sequence[PlanEvent]] = tuple
     """What a client that went to the workers itself has told at the end."""
+    routed: Routed | None = None
+    progress: PlanProgress | None = None
+    took_s: float | None = None
 
     def add(self, stage: str, at_ms: float, duration_ms: float, detail: str = "") -> None:
         if len(self.events) < MAX_EVENTS:

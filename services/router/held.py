@@ -76,6 +76,8 @@ class Held:
             self._prefilling.enter_context(routed.prefill.engaged())
         self._decoding.enter_context(moves.routed(routed.decode, admitted.model, self.request.request_id, attempt))
         self.sent = self._decoding.enter_context(sent_of(admitted, routed, len(self.generation.emitted)))
+        if routed.prefill is None:
+            self.sent.prefilled()  # the client does not tell when the decode worker has computed it
         return self.sent
 
     def prefilled(self) -> None:

@@ -34,25 +34,30 @@ from sagellm_common.core.types import (
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import packed_block_hashes, root_hash
 from sagellm_common.rpc.sessions import DecodeStep, TransferReport
+from sagellm_common.scheduler_ir.executor_api import PlanProgress
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from services.router.admission import Admission, Slot
 from services.router.costs import CostLearner
+from services.router.executor import Attempt, GrpcExecutor
 from services.router.explain import ExplainLog
 from services.router.generation import Generation
 from services.router.held import Ended, Held, PromptComputed
 from services.router.lifetime import lifetime_s
 from services.router.load import Sent
 from services.router.moves import Move, Moved, Moves
-from services.router.placing import place, sent_of
+from services.router.placing import Placer, sent_of
 from services.router.retry import Retry, blames_source
+from services.router.separations import Separations
 from services.router.stages import Admitted, Deadline, Matched, Pinned, Prefilled, Reserved, Routed
-from services.router.strategies import Strategies, ttft_target_s
+from services.router.strategies import ttft_target_s
 from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink, Workers
 
 log = logging.getLogger(__name__)
 
 MIN_RENEWAL_S = 0.05
+MOVING = PlanNodeKind.TRANSFER, PlanNodeKind.MIGRATE
+COMPUTING = PlanNodeKind.LOOKUP, PlanNodeKind.FETCH, PlanNodeKind.PREFILL
 
 T = TypeVar("T")
 
@@ -62,30 +67,34 @@ class Pipeline:
         self,
         config: RouterConfig,
         workers: Workers,
-        strategies: Strategies,
+        placer: Placer,
         explain: ExplainLog,
         clock: Clock,
         rng: random.Random,
         transfers: TransferPlanner,
+        separations: Separations,
         learner: CostLearner | None = None,
         moves: Moves | None = None,
     ) -> None:
-        """`learner` hears what the workers took; `moves`, which must run, what decodes where."""
+        """`transfers`, `separations` and `learner` hear what the workers took; `moves`, which must run, what decodes
+        where."""
         self._config = config
         self._workers = workers
-        self._strategies = strategies
+        self._placer = placer
         self._explain = explain
         self._clock = clock
         self._rng = rng
         self._transfers = transfers
+        self._separations = separations
         self._learner = learner
         self._moves = moves or Moves(workers)
+        self._executor = GrpcExecutor(self._carry_out)
         self._admission = Admission(
             config.max_queue,
             clock,
             max_running=config.max_running,
-            order=strategies.order,
-            fair=strategies.fair,
+            order=placer.strategies.order,
+            fair=placer.strategies.fair,
             lifetime=lambda tokens: lifetime_s(workers.links, learner.costs, tokens) if learner else None,
         )
 
@@ -165,6 +174,16 @@ class Pipeline:
             matched = self._match(admitted)
         with generation.stage("plan"):
             routed = await self._route(admitted, matched, generation, retry, slot, move)
+        work = Attempt(admitted, routed, generation, slot, move)
+        async with aclosing(self._executor.submit_plan(routed.plan, work)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _carry_out(self, work: Attempt, progress: PlanProgress) -> AsyncGenerator[GenerationOutput, None]:
+        """Reserve, prefill, decode, as the plan's nodes say. Lookups, fetches and offloads are the workers' own calls:
+        they are told whether the plan has them."""
+        admitted, routed, generation, slot = work.admitted, work.routed, work.generation, work.slot
+        move = work.move
         planned_s = generation.age_s
         with routed.decode.engaged(), sent_of(admitted, routed, len(generation.emitted)) as sent:
             source = generation.pinned
@@ -174,15 +193,22 @@ class Pipeline:
             if move is None and (routed.prefill is not None or source is not None):
                 reserved = await self._reserve(admitted, routed, generation, slot)
                 if routed.prefill is not None:
+                    progress.enter(*COMPUTING)
                     prefilled = await self._prefill(admitted, routed, routed.prefill, reserved, generation, slot, sent)
+                    progress.done(*COMPUTING)
                     if routed.expected_s:
                         generation.compare(routed.expected_s, planned_s)
                     source = prefilled.pinned
                     yield (output := generation.take_prefill(prefilled))
                     if output.finish_reason:
                         return
+            progress.enter(*MOVING, *([] if source else COMPUTING))
             async with aclosing(self._decode(admitted, routed, source, generation, slot, sent)) as outputs:
                 async for output in outputs:
+                    if progress.stage is not PlanNodeKind.DECODE:
+                        progress.done(*MOVING, *COMPUTING)
+                        progress.enter(PlanNodeKind.DECODE)
+                    self._compare(routed, generation, planned_s)
                     yield output
             slot.calls.finished()
 
@@ -190,13 +216,13 @@ class Pipeline:
         """With its class's priority. Raises InvalidRequest for a class that is not there."""
         if not request.service_class:
             return request
-        self._strategies.check(request.service_class)
+        self._placer.strategies.check(request.service_class)
         priority = request.priority + self._config.classes[request.service_class].priority
         return replace(request, priority=max(-(2**31), min(2**31 - 1, priority)))
 
     def _admit_slot(self, request: GenerationRequest) -> AbstractContextManager[Slot]:
         """As `Admission.admit`."""
-        self._admission.go_by(self._strategies.order, fair=self._strategies.fair)
+        self._admission.go_by(self._placer.strategies.order, fair=self._placer.strategies.fair)
         return self._admission.admit(request, ttft_target_s(self._config, request.service_class))
 
     # ---- the stages ----
@@ -233,12 +259,12 @@ class Pipeline:
             links = retry.preferred(self._workers.usable(admitted.model))
             if move is not None and move.target in links:
                 links = [move.target]
-            return place(admitted, matched, generation, links, self._strategies, self._transfers, self._config)
+            return self._placer.place(admitted, matched, generation, links)
 
         # A request that lost its worker has work to lose: it waits for the restart. A fresh one is better told at once.
         grace_s = self._config.resume_grace_s if generation.attempts > 1 else self._config.worker_grace_s
         routed = await self._with_grace(try_once, grace_s, admitted.deadline, slot)
-        generation.explanation.plan = routed.plan
+        generation.explanation.plan, generation.explanation.routed = routed.plan, routed
         return routed
 
     async def _reserve(self, admitted: Admitted, routed: Routed, generation: Generation, slot: Slot) -> Reserved:
@@ -293,6 +319,7 @@ class Pipeline:
                     first_token_within_s=self._first_token_within_s(admitted.request, generation),
                     needed_s=self._learner.needed_s(compute) if self._learner else 0.0,
                     peer=routed.peer,
+                    lookup=routed.plan.node(PlanNodeKind.LOOKUP) is not None or routed.peer is not None,
                 )
             computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
             self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)
@@ -303,7 +330,7 @@ class Pipeline:
 
     def _first_token_within_s(self, request: GenerationRequest, generation: Generation) -> float:
         """Until it is late, where its strategy cares."""
-        if not self._strategies.by_deadline(request.service_class):
+        if not self._placer.strategies.by_deadline(request.service_class):
             return math.inf
         return ttft_target_s(self._config, request.service_class) - generation.age_s
 
@@ -318,8 +345,10 @@ class Pipeline:
     ) -> AsyncGenerator[GenerationOutput, None]:
         timeout_s = admitted.deadline.budget_s()
         slot.calls.decoding(routed.decode, generation.attempts)
-        generating, transfer = (routed.plan.node(kind) for kind in (PlanNodeKind.DECODE, PlanNodeKind.TRANSFER))
+        kinds = PlanNodeKind.DECODE, PlanNodeKind.TRANSFER, PlanNodeKind.PREFILL
+        generating, transfer, compute = (routed.plan.node(kind) for kind in kinds)
         assert generating is not None, "every plan ends in decoding"
+        transfer = transfer or routed.plan.node(PlanNodeKind.MIGRATE)
         with (
             generation.stage("decode", routed.decode),
             self._moves.decoding(routed.decode, admitted, generation, slot.calls) as decoding,
@@ -331,9 +360,14 @@ class Pipeline:
                 source.source if source else None,
                 timeout_s=timeout_s,
                 wire_dtype=transfer.wire_dtype if transfer else "",
+                chunk_tokens=compute.chunk_tokens if compute and source is None else 0,
+                lookup=source is None and routed.plan.node(PlanNodeKind.LOOKUP) is not None,
+                offload=routed.plan.node(PlanNodeKind.OFFLOAD) is not None,
             )
             async with aclosing(steps):
                 async for step in steps:
+                    if step.token_ids:
+                        sent.prefilled()  # by the decode worker itself, else it is done already
                     self._count(routed.decode, step, source, sent)
                     if step.handed_over is not None:
                         raise decoding.handed_over(step.handed_over)
@@ -351,6 +385,15 @@ class Pipeline:
             self._learner.transferred(source.worker.worker_id, link.worker_id, step.transfer)
         if step.token_ids:
             self._learner.stepped(link, sent, len(step.token_ids))
+
+    def _compare(self, routed: Routed, generation: Generation, planned_s: float) -> None:
+        """With its second token it decodes, and what the way it took has cost is known."""
+        explanation, separation = generation.explanation, routed.separation
+        if separation is None or separation.chosen is None or explanation.took_s is not None:
+            return
+        if len(generation.emitted) >= 2:
+            explanation.took_s = generation.age_s - planned_s
+            self._separations.took(generation.request.request_id, separation, explanation.took_s)
 
     # ---- for clients that go to the workers themselves, see `routes` ----
 
@@ -414,8 +457,8 @@ class Pipeline:
             matched = self._match(admitted)
         with generation.stage("plan"):
             links = held.retry.preferred(self._workers.usable(admitted.model))
-            routed = place(admitted, matched, generation, links, self._strategies, self._transfers, self._config)
-        generation.explanation.plan = routed.plan
+            routed = self._placer.place(admitted, matched, generation, links)
+        generation.explanation.plan, generation.explanation.routed = routed.plan, routed
         held.begin(admitted, routed, self._moves)
         return routed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sagellm_common.core.clock import Clock
@@ -10,6 +10,8 @@ from sagellm_common.core.errors import DeadlineExceeded, EngineFailed
 from sagellm_common.core.types import GenerationRequest, HandoffTicket, KvPeer, KvSource, ModelInfo
 from sagellm_common.rpc.sessions import PrefillOutcome
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
+from sagellm_common.scheduler_ir.pd_separation import Separation
+from sagellm_common.scheduler_ir.strategies import Placement, RequestView, WorkerView
 from services.router.workers import WorkerLink
 
 DEADLINE_MARGIN_S = 0.02
@@ -53,6 +55,15 @@ class Matched:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What the strategy saw, and what it answered: kept for people who ask why."""
+
+    request: RequestView
+    workers: Sequence[WorkerView]
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
 class Routed:
     """One attempt's plan and workers. No `prefill`: the decode worker computes, or pulls from an earlier prefill.
 
@@ -62,7 +73,9 @@ class Routed:
     plan: ExecutionPlan
     decode: WorkerLink
     prefill: WorkerLink | None
-    expected_s: tuple[tuple[str, float], ...] = ()
+    expected_s: tuple[tuple[str, float], ...]
+    separation: Separation | None
+    seen: Seen
     peer: KvPeer | None = None
 
 

@@ -27,6 +27,8 @@ class TransferPlanner:
     def __init__(self, cfg: TransportConfig, cost: Callable[[str, str], LinkCost | None]) -> None:
         self._wire_dtype = cfg.wire_dtype
         self._plans = cfg.overlap == "auto" and cfg.overlap_min_bytes is None
+        self.overlaps = cfg.overlap != "off"
+        """KV crosses while it is computed, where that is worth it."""
         self._cost = cost
         self._tokens_per_s: dict[str, float] = {}
 

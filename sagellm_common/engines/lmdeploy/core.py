@@ -392,10 +392,14 @@ class EngineCore(LmdeployEngineBase):
 
     async def _let_others_go(self, run: Running) -> None:
         """Between two chunks of this one's prompt: who waits and comes before it, and who decodes and has earned it."""
+        decoded = False
         while not self._stop.is_set():
             with self.kv.lock:
                 is_prefill = self._comes_before(run)
-                decodes = self.scheduler.has_running() and not self._may_prefill(True)
+                # Where a plan chunks the prompt, it is for those who decode: once each chunk.
+                planned = run.request.chunk_tokens > 0 and not decoded
+                decodes = not is_prefill and self.scheduler.has_running() and (planned or not self._may_prefill(True))
+                decoded = decoded or decodes
                 batch = self._batch(is_prefill) if is_prefill or decodes else []
             if not batch:
                 return

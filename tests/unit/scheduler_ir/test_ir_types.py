@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, IRNode, PlanNodeKind
 
-DECODE = PlanNode(0, PlanNodeKind.DECODE, "d", (), 0, 8)
+DECODE = IRNode(0, PlanNodeKind.DECODE, "d", (), 0, 8)
 
 
 def test_a_plan_finds_its_nodes() -> None:
@@ -15,7 +15,7 @@ def test_a_plan_finds_its_nodes() -> None:
 
 def test_a_node_may_depend_only_on_earlier_ones() -> None:
     with pytest.raises(ValueError, match="depends on unknown nodes"):
-        ExecutionPlan("r/1", "r", "fifo", (PlanNode(1, PlanNodeKind.DECODE, "d", (2,), 0, 1),))
+        ExecutionPlan("r/1", "r", "fifo", (IRNode(1, PlanNodeKind.DECODE, "d", (2,), 0, 1),))
 
 
 def test_node_ids_are_unique() -> None:
@@ -26,4 +26,4 @@ def test_node_ids_are_unique() -> None:
 @pytest.mark.parametrize(("start", "end"), [(3, 2), (-1, 2)])
 def test_token_ranges_are_ranges(start: int, end: int) -> None:
     with pytest.raises(ValueError, match="not a range"):
-        PlanNode(0, PlanNodeKind.PREFILL, "p", (), start, end)
+        IRNode(0, PlanNodeKind.PREFILL, "p", (), start, end)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sagellm_common.client.router import ClusterView, Explanation, PlanEvent, WorkerEviction, WorkerView
 from sagellm_common.core.types import GenerationSummary, KvOrigins, KvStats, WorkerRecord, WorkerRole
-from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, PlanNode, PlanNodeKind
+from sagellm_common.scheduler_ir.ir_types import ExecutionPlan, IRNode, PlanNodeKind
 from services.cli import render
 from services.cli.cluster import ClusterEvent
 from services.cli.home import ClusterState, ProcessState
@@ -17,9 +17,9 @@ PLAN = ExecutionPlan(
     "r",
     "fifo",
     (
-        PlanNode(0, PlanNodeKind.PREFILL, "prefill-0", (), 0, 100, chunk_tokens=16),
-        PlanNode(1, PlanNodeKind.TRANSFER, "decode-0", (0,), 0, 100),
-        PlanNode(2, PlanNodeKind.DECODE, "decode-0", (1,), 100, 164),
+        IRNode(0, PlanNodeKind.PREFILL, "prefill-0", (), 0, 100, chunk_tokens=16),
+        IRNode(1, PlanNodeKind.TRANSFER, "decode-0", (0,), 0, 100),
+        IRNode(2, PlanNodeKind.DECODE, "decode-0", (1,), 100, 164),
     ),
 )
 

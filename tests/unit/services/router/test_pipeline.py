@@ -96,7 +96,10 @@ async def test_without_a_prefill_worker_decode_computes_the_prompt(router: Route
     generated = await router.generate()
     assert generated.tokens == oracle(PROMPT, GREEDY_6)
     assert generated.summary.prefill_worker_id == ""
-    assert [node.kind for node in generated.plan.nodes] == [plan_pb2.PLAN_NODE_KIND_DECODE]
+    assert [(node.kind, node.worker_id) for node in generated.plan.nodes] == [
+        (plan_pb2.PLAN_NODE_KIND_PREFILL, "decode-0"),
+        (plan_pb2.PLAN_NODE_KIND_DECODE, "decode-0"),
+    ]
     assert "no prefill worker" in generated.plan.reason
     assert not decode.requests[0].HasField("source") and not decode.requests[0].emitted_token_ids
 

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sagellm/v1/plan.proto\x12\nsagellm.v1\"\x9a\x02\n\x08PlanNode\x12\x0f\n\x07node_id\x18\x01 \x01(\x05\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.sagellm.v1.PlanNodeKind\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x12\n\ndepends_on\x18\x04 \x03(\x05\x12\x13\n\x0bstart_token\x18\x05 \x01(\x05\x12\x11\n\tend_token\x18\x06 \x01(\x05\x12\x14\n\x07overlap\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\rsegment_bytes\x18\x08 \x01(\x03\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\x05\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x12\n\nwire_dtype\x18\x0b \x01(\t\x12\x11\n\tsource_id\x18\x14 \x01(\tB\n\n\x08_overlap\"{\n\rExecutionPlan\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x10\n\x08strategy\x18\x03 \x01(\t\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.sagellm.v1.PlanNode\x12\x0e\n\x06reason\x18\x05 \x01(\t\"N\n\tPlanEvent\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t*\xd3\x01\n\x0cPlanNodeKind\x12\x1e\n\x1aPLAN_NODE_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15PLAN_NODE_KIND_LOOKUP\x10\x01\x12\x18\n\x14PLAN_NODE_KIND_FETCH\x10\x02\x12\x1a\n\x16PLAN_NODE_KIND_PREFILL\x10\x03\x12\x1b\n\x17PLAN_NODE_KIND_TRANSFER\x10\x04\x12\x19\n\x15PLAN_NODE_KIND_DECODE\x10\x05\x12\x1a\n\x16PLAN_NODE_KIND_OFFLOAD\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sagellm/v1/plan.proto\x12\nsagellm.v1\"\xaf\x02\n\x08PlanNode\x12\x0f\n\x07node_id\x18\x01 \x01(\x05\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.sagellm.v1.PlanNodeKind\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x12\n\ndepends_on\x18\x04 \x03(\x05\x12\x13\n\x0bstart_token\x18\x05 \x01(\x05\x12\x11\n\tend_token\x18\x06 \x01(\x05\x12\x14\n\x07overlap\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\rsegment_bytes\x18\x08 \x01(\x03\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\x05\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x12\n\nwire_dtype\x18\x0b \x01(\t\x12\x11\n\tsource_id\x18\x14 \x01(\t\x12\x13\n\x0bmicro_batch\x18\r \x01(\x05\x42\n\n\x08_overlap\"{\n\rExecutionPlan\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x10\n\x08strategy\x18\x03 \x01(\t\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.sagellm.v1.PlanNode\x12\x0e\n\x06reason\x18\x05 \x01(\t\"N\n\tPlanEvent\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t*\xab\x02\n\x0cPlanNodeKind\x12\x1e\n\x1aPLAN_NODE_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15PLAN_NODE_KIND_LOOKUP\x10\x01\x12\x18\n\x14PLAN_NODE_KIND_FETCH\x10\x02\x12\x1a\n\x16PLAN_NODE_KIND_PREFILL\x10\x03\x12\x1b\n\x17PLAN_NODE_KIND_TRANSFER\x10\x04\x12\x19\n\x15PLAN_NODE_KIND_DECODE\x10\x05\x12\x1a\n\x16PLAN_NODE_KIND_OFFLOAD\x10\x06\x12\x1a\n\x16PLAN_NODE_KIND_MIGRATE\x10\x07\x12\x1f\n\x1bPLAN_NODE_KIND_SWITCH_MODEL\x10\x08\x12\x19\n\x15PLAN_NODE_KIND_VERIFY\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sagellm.v1.plan_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PLANNODEKIND']._serialized_start=528
-  _globals['_PLANNODEKIND']._serialized_end=739
+  _globals['_PLANNODEKIND']._serialized_start=549
+  _globals['_PLANNODEKIND']._serialized_end=848
   _globals['_PLANNODE']._serialized_start=38
-  _globals['_PLANNODE']._serialized_end=320
-  _globals['_EXECUTIONPLAN']._serialized_start=322
-  _globals['_EXECUTIONPLAN']._serialized_end=445
-  _globals['_PLANEVENT']._serialized_start=447
-  _globals['_PLANEVENT']._serialized_end=525
+  _globals['_PLANNODE']._serialized_end=341
+  _globals['_EXECUTIONPLAN']._serialized_start=343
+  _globals['_EXECUTIONPLAN']._serialized_end=466
+  _globals['_PLANEVENT']._serialized_start=468
+  _globals['_PLANEVENT']._serialized_end=546
 # @@protoc_insertion_point(module_scope)

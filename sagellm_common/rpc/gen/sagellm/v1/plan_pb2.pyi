@@ -16,6 +16,9 @@ class PlanNodeKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PLAN_NODE_KIND_TRANSFER: _ClassVar[PlanNodeKind]
     PLAN_NODE_KIND_DECODE: _ClassVar[PlanNodeKind]
     PLAN_NODE_KIND_OFFLOAD: _ClassVar[PlanNodeKind]
+    PLAN_NODE_KIND_MIGRATE: _ClassVar[PlanNodeKind]
+    PLAN_NODE_KIND_SWITCH_MODEL: _ClassVar[PlanNodeKind]
+    PLAN_NODE_KIND_VERIFY: _ClassVar[PlanNodeKind]
 PLAN_NODE_KIND_UNSPECIFIED: PlanNodeKind
 PLAN_NODE_KIND_LOOKUP: PlanNodeKind
 PLAN_NODE_KIND_FETCH: PlanNodeKind
@@ -23,9 +26,12 @@ PLAN_NODE_KIND_PREFILL: PlanNodeKind
 PLAN_NODE_KIND_TRANSFER: PlanNodeKind
 PLAN_NODE_KIND_DECODE: PlanNodeKind
 PLAN_NODE_KIND_OFFLOAD: PlanNodeKind
+PLAN_NODE_KIND_MIGRATE: PlanNodeKind
+PLAN_NODE_KIND_SWITCH_MODEL: PlanNodeKind
+PLAN_NODE_KIND_VERIFY: PlanNodeKind
 
 class PlanNode(_message.Message):
-    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token", "overlap", "segment_bytes", "chunk_tokens", "priority", "wire_dtype", "source_id")
+    __slots__ = ("node_id", "kind", "worker_id", "depends_on", "start_token", "end_token", "overlap", "segment_bytes", "chunk_tokens", "priority", "wire_dtype", "source_id", "micro_batch")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +44,7 @@ class PlanNode(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     node_id: int
     kind: PlanNodeKind
     worker_id: str
@@ -50,7 +57,8 @@ class PlanNode(_message.Message):
     priority: int
     wire_dtype: str
     source_id: str
-    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., source_id: _Optional[str] = ...) -> None: ...
+    micro_batch: int
+    def __init__(self, node_id: _Optional[int] = ..., kind: _Optional[_Union[PlanNodeKind, str]] = ..., worker_id: _Optional[str] = ..., depends_on: _Optional[_Iterable[int]] = ..., start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., source_id: _Optional[str] = ..., micro_batch: _Optional[int] = ...) -> None: ...
 
 class ExecutionPlan(_message.Message):
     __slots__ = ("plan_id", "request_id", "strategy", "nodes", "reason")

@@ -48,12 +48,64 @@ class ExplainPlanRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class ExplainPlanResponse(_message.Message):
-    __slots__ = ("plan", "events")
+    __slots__ = ("plan", "events", "candidates", "counterfactual", "node_states")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    COUNTERFACTUAL_FIELD_NUMBER: _ClassVar[int]
+    NODE_STATES_FIELD_NUMBER: _ClassVar[int]
     plan: _plan_pb2.ExecutionPlan
     events: _containers.RepeatedCompositeFieldContainer[_plan_pb2.PlanEvent]
-    def __init__(self, plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., events: _Optional[_Iterable[_Union[_plan_pb2.PlanEvent, _Mapping]]] = ...) -> None: ...
+    candidates: _containers.RepeatedCompositeFieldContainer[PlanCandidate]
+    counterfactual: PlanCounterfactual
+    node_states: _containers.RepeatedCompositeFieldContainer[PlanNodeStatus]
+    def __init__(self, plan: _Optional[_Union[_plan_pb2.ExecutionPlan, _Mapping]] = ..., events: _Optional[_Iterable[_Union[_plan_pb2.PlanEvent, _Mapping]]] = ..., candidates: _Optional[_Iterable[_Union[PlanCandidate, _Mapping]]] = ..., counterfactual: _Optional[_Union[PlanCounterfactual, _Mapping]] = ..., node_states: _Optional[_Iterable[_Union[PlanNodeStatus, _Mapping]]] = ...) -> None: ...
+
+class PlanCandidate(_message.Message):
+    __slots__ = ("worker_id", "role", "chosen", "score", "expected_ms", "matched_tokens", "outstanding", "queued_tokens", "sequences")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTSTANDING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    role: _common_pb2.WorkerRole
+    chosen: bool
+    score: float
+    expected_ms: float
+    matched_tokens: int
+    outstanding: int
+    queued_tokens: int
+    sequences: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., chosen: _Optional[bool] = ..., score: _Optional[float] = ..., expected_ms: _Optional[float] = ..., matched_tokens: _Optional[int] = ..., outstanding: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., sequences: _Optional[int] = ...) -> None: ...
+
+class PlanCounterfactual(_message.Message):
+    __slots__ = ("disaggregated", "expected_ms", "other_expected_ms", "taken_ms", "regret_ms", "detail")
+    DISAGGREGATED_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    REGRET_MS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    disaggregated: bool
+    expected_ms: float
+    other_expected_ms: float
+    taken_ms: float
+    regret_ms: float
+    detail: str
+    def __init__(self, disaggregated: _Optional[bool] = ..., expected_ms: _Optional[float] = ..., other_expected_ms: _Optional[float] = ..., taken_ms: _Optional[float] = ..., regret_ms: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class PlanNodeStatus(_message.Message):
+    __slots__ = ("node_id", "state")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    node_id: int
+    state: str
+    def __init__(self, node_id: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("record", "ttl_ms")
