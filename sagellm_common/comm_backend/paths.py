@@ -131,6 +131,11 @@ class PathsChannel:
 
         Raises ConfigError when the two have no path in common, InvalidRequest when none that can do it.
         """
+        only = self._base
+        able_alone = (only.channel.pulls_along or not along) and (only.channel.encodes or not encoded)
+        alone = len(self._paths) == 1 and not source.paths and (only.backend, only.reach) == (source.backend, "")
+        if alone and able_alone:
+            return [Choice(only, source)]  # the usual case, for which the rest takes as long as a small pull
         theirs = {path.backend: path for path in source.paths}
         if not theirs:
             theirs = {source.backend: DataPath(source.backend, source.data_address)}
@@ -196,6 +201,10 @@ class PathsChannel:
     async def _first_that_works(
         self, choices: list[Choice], over: Callable[[Choice, float], Awaitable[TransferResult]], timeout_s: float
     ) -> TransferResult:
+        if len(choices) == 1:
+            result = await over(choices[0], timeout_s)
+            self._tell(choices[0], choices[0].why)
+            return result.over(choices[0].path.backend, choices[0].why)
         began_s = self._now_s()
         failed = ""
         for choice, others in zip(choices, range(len(choices) - 1, -1, -1), strict=True):
