@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -54,7 +55,7 @@ class MooncakeReceiver(TcpReceiver):
     ) -> None:
         super().__init__(memory, digest=digest, silence_s=silence_s, messages=messages)
         self._engine = engine
-        self._sources: dict[Wire, tuple[str, int]] = {}
+        self._sources: weakref.WeakKeyDictionary[Wire, tuple[str, int]] = weakref.WeakKeyDictionary()
         """Of the exchange under way: the source's engine, and the address of its block 0."""
 
     def _take_accepted(self, wire: Wire, source: KvSource) -> Steps[None]:
@@ -64,7 +65,7 @@ class MooncakeReceiver(TcpReceiver):
 
     def _take_blocks(self, wire: Wire, memory: KvMemory, asked: Pull, group_blocks: int) -> Steps[None]:
         """Group by group: one is copied to its blocks while the next is on its way."""
-        peer, address = self._sources.pop(wire)
+        peer, address = self._sources[wire]
         size, metered, gone = memory.block_bytes, meter.current(), _SourceIsGone(wire)
         groups = list(cut_in_groups(runs(address, asked.source_blocks, size), size))
         yield 0

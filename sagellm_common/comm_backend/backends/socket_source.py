@@ -245,10 +245,10 @@ class SocketSource(ABC):
             allocation, progress = self._leases.progress(transfer_id, header.epoch)
             memory = self._readable(header, transfer_id, int(allocation.block_ids[-1]))
             _check_along(allocation, first_block, header.num_blocks, num_layers)
+            self._send_accepted(wire, memory)
         except SageError as err:
             wire.send(frames.encode_refusal(err.reason, err.message))
             return
-        self._send_accepted(wire, memory)
         layer_bytes, now = memory.block_bytes // num_layers, self._settings.now
         segment_bytes = progress.segment_bytes or now.segment_min_bytes
         cutter = SegmentCutter(
