@@ -15,8 +15,9 @@ import socket
 import struct
 import termios
 import time
+from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from sagellm_common.comm_backend.pieces import FEW, Pieces, Vectors, address_of,
 Buffer = bytes | bytearray
 IOV_MAX = 1024
 FEW_BYTES = 128 << 10
+SMALL_BLOCKS, SMALL_BYTES = 64, 1024
+"""Of a small message the most blocks, and bytes around them."""
 _TIMEVAL = struct.Struct("@ll")
 WATCH_S = 0.01
 _STAT_FLAGS, _PF_EXITING = 6, 0x4
@@ -82,6 +85,15 @@ def is_exiting(pid: int) -> bool:
         return False  # the socket will tell
 
 
+class Taken(NamedTuple):
+    """What came with small blocks: the digests that were sent, those of what arrived, the tail; and what they took."""
+
+    told: bytes
+    actual: bytes
+    tail: bytes
+    digest_s: float
+
+
 class Wire:
     """One connection. Waits end at `deadline_s` (monotonic) or after `silence_s` without a byte: TimeoutError.
 
@@ -102,6 +114,9 @@ class Wire:
         """The kernel's timeouts as they are, by option: setting them costs a system call."""
         self._pollers: dict[int, select.poll] = {}
         self._message = ctypes.create_string_buffer(native.MESSAGE.size)
+        self._scratch: Any = None
+        self._scratch_at = 0
+        """What is around the blocks of a small message, where native code finds it without being told anew."""
         self.deadline_s = 0.0
         self._checked_s = 0.0
         self.peer_pid = 0
@@ -155,19 +170,52 @@ class Wire:
         return _take(taken, pieces)
 
     def recv_soon(
-        self, head: bytearray, pieces: Pieces, tail: bytearray, taken: memoryview | None, until_s: float
-    ) -> float | None:
-        """`recv_into`, of a message that begins with `head` and is here at `until_s` (see `has_soon`). Else, or where
-        that cannot be done in one call: None, and nothing was read."""
-        library = native.library()
-        if library is None:
+        self, head: bytes, address: int, blocks: list[int], size: int, *, digest: bool, tail_bytes: int, until_s: float
+    ) -> Taken | None:
+        """A message that is here at `until_s` (see `has_soon`): `head`, these blocks of `size` bytes into the memory
+        at `address`, their digests if there are any, and the tail. None, and nothing was read, if it is not here or
+        begins otherwise, or where that cannot be done in one call. Raises as `recv_into`."""
+        library, count = native.library(), len(blocks)
+        if library is None or count > SMALL_BLOCKS or len(head) + tail_bytes > SMALL_BYTES:
             return None
         self._armed.pop(socket.SO_RCVTIMEO, None)
-        failed = library.sage_answer(self._packed(library, head, pieces, tail, taken), until_s)
+        offsets, sizes = array("q", [block * size for block in blocks]), array("q", [size]) * count
+        if self._scratch is None:
+            self._scratch = ctypes.create_string_buffer(SMALL_BYTES + 2 * SMALL_BLOCKS * 8)
+            self._scratch_at = ctypes.addressof(self._scratch)
+        at, digest_bytes = self._scratch_at, 8 * count if digest else 0
+        begin, taken = len(head), len(head) + digest_bytes + tail_bytes
+        self._scratch[:begin] = head
+        native.MESSAGE.pack_into(
+            self._message,
+            0,
+            at,
+            begin,
+            address,
+            offsets.buffer_info()[0],
+            sizes.buffer_info()[0],
+            count,
+            0,
+            at + begin,
+            digest_bytes + tail_bytes,
+            at + taken if digest else 0,
+            self._silence_s,
+            self.deadline_s,
+            0.0,
+            self._sock.fileno(),
+            library.isas[-1],
+        )
+        failed = library.sage_answer(self._message, until_s)
         if failed in (native.NOT_YET, native.TOO_SHORT):
             return None
         _raise(failed)
-        return _DOUBLE.unpack_from(self._message, native.MESSAGE_DIGEST_S)[0]  # type: ignore[no-any-return]
+        told = self._scratch[begin : begin + digest_bytes]
+        return Taken(
+            told,
+            self._scratch[taken : taken + digest_bytes],
+            self._scratch[begin + digest_bytes : taken],
+            _DOUBLE.unpack_from(self._message, native.MESSAGE_DIGEST_S)[0],
+        )
 
     def recv(self, size: int) -> bytearray:
         """Exactly so many bytes. Raises as `recv_into`."""

@@ -22,10 +22,10 @@ from sagellm_common.comm_backend.fusion import MessagePlanner
 from sagellm_common.comm_backend.integrity import DIGEST_BYTES, check_pull, check_targets, verify_digests
 from sagellm_common.comm_backend.kv_dtypes import Deviation
 from sagellm_common.comm_backend.meter import PullMeter
-from sagellm_common.comm_backend.pieces import Offsets, Pieces, blocks, of_segment
+from sagellm_common.comm_backend.pieces import Offsets, Pieces, of_segment
 from sagellm_common.comm_backend.protocol import Encoding, Memory, Pull, PullAlong, TransferResult
 from sagellm_common.comm_backend.segments import Segment, layers_apart
-from sagellm_common.comm_backend.wire import Wire
+from sagellm_common.comm_backend.wire import SMALL_BLOCKS, Wire
 from sagellm_common.core import failpoints
 from sagellm_common.core.errors import Draining, PeerLost, error_for
 from sagellm_common.core.kv import KvMemory, KvRegion
@@ -39,7 +39,7 @@ Steps = Generator[int, None, T]
 MAX_PULLS = 64
 """Pulls at a time; more wait, within their deadline."""
 MAX_IDLE_PER_PEER = 4
-SMALL_BYTES, SMALL_BLOCKS = 64 << 10, 64
+SMALL_BYTES = 64 << 10
 """A pull of so little is over sooner than a thread for it has begun: it is tried on the event loop first."""
 PATIENCE_S = 300e-6
 """So long the loop waits for the answers to a small pull, all of them together, before a thread goes on with it."""
@@ -145,25 +145,30 @@ class SocketReceiver(ABC):
             done += len(taken)
             metered.arrived(len(group) * memory.block_bytes, len(group))
             metered.digest_s += digest_s
-        _check_end(actual, tail, asked)
+        _check_end(bytes(actual), tail[: len(actual)], tail[len(actual) :], asked)
 
     def _took_soon(self, wire: Wire, memory: KvMemory, asked: Pull, until_s: float) -> bool:
         """Takes the whole answer in one go, as `_take_inline` would; False, and nothing is taken, if it is not here in
         time, or another one than all the blocks as they are."""
         if asked.encoding is not None or not isinstance(memory, KvRegion):
             return False
-        into = blocks(memory, asked.target_blocks)
-        actual = bytearray(len(asked.target_blocks) * DIGEST_BYTES if self._digest else 0)
-        tail = bytearray(len(actual) + len(frames.TRAILER))
-        taken = memoryview(actual) if self._digest else None
-        digest_s = wire.recv_soon(bytearray(frames.ACCEPTED_ANSWER), into, tail, taken, until_s)
-        if digest_s is None:
+        count, size = len(asked.target_blocks), memory.block_bytes
+        taken = wire.recv_soon(
+            frames.ACCEPTED_ANSWER,
+            memory.address,
+            asked.target_blocks.tolist(),
+            size,
+            digest=self._digest,
+            tail_bytes=len(frames.TRAILER),
+            until_s=until_s,
+        )
+        if taken is None:
             return False
         failpoints.hit("receiver.pulling")
         metered = meter.current()
-        metered.arrived(into.num_bytes, len(asked.target_blocks))
-        metered.digest_s += digest_s
-        _check_end(actual, tail, asked)
+        metered.arrived(count * size, count)
+        metered.digest_s += taken.digest_s
+        _check_end(taken.actual, taken.told, taken.tail, asked)
         return True
 
     @abstractmethod
@@ -341,12 +346,11 @@ def _filling(memory: KvMemory, block_ids: BlockIds, segment: Segment, num_layers
             yield of_segment(region, ids, segment, num_layers)
 
 
-def _check_end(actual: bytearray, tail: bytearray, asked: Pull) -> None:
-    """Of blocks with these digests, followed by this. Raises KvCorrupt, MalformedFrame."""
-    told, trailer = tail[: len(actual)], tail[len(actual) :]
+def _check_end(actual: bytes, told: bytes | bytearray, trailer: bytes | bytearray, asked: Pull) -> None:
+    """Of blocks that arrived with these digests. Raises KvCorrupt, MalformedFrame."""
     if trailer != frames.TRAILER:
         raise MalformedFrame(f"ended with {bytes(trailer)!r}")
-    verify_digests(bytes(actual), told, asked.target_blocks, asked.source.transfer_id)
+    verify_digests(actual, told, asked.target_blocks, asked.source.transfer_id)
 
 
 def _deviation(wire: Wire, encoding: Encoding | None) -> Steps[Deviation | None]:

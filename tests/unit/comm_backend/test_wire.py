@@ -14,8 +14,10 @@ import pytest
 
 from sagellm_common.comm_backend import native
 from sagellm_common.comm_backend.pieces import Pieces, digests
-from sagellm_common.comm_backend.wire import IOV_MAX, Wire, is_exiting, split_address
+from sagellm_common.comm_backend.pieces import blocks as blocks_in
+from sagellm_common.comm_backend.wire import IOV_MAX, Taken, Wire, is_exiting, split_address
 from sagellm_common.core import cxx
+from tests.support.kv_channels import random_region
 
 
 @pytest.fixture
@@ -76,31 +78,36 @@ def test_digests_on_the_way(ends: tuple[Wire, Wire]) -> None:
     assert tail == told == ours == digests(source)
 
 
-@pytest.mark.parametrize("sizes", [(300,), (300, 400, 500)], ids=str)
-def test_a_small_message_is_taken_in_one_go(ends: tuple[Wire, Wire], sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("blocks", [[3], [3, 0, 2]], ids=str)
+def test_a_small_message_is_taken_in_one_go(ends: tuple[Wire, Wire], blocks: list[int]) -> None:
     """When all of it is there, and begins as it should; else nothing of it is."""
     if cxx.compiler() is None:
         pytest.skip("no C++ compiler: install g++ or set CXX")
     native.build()
     native.library.cache_clear()
-    left, right = ends
-    source, count = pieces_of(bytearray(np.random.default_rng(1).bytes(sum(sizes))), *sizes), len(sizes)
-    into, tail, taken = pieces_of(bytearray(sum(sizes)), *sizes), bytearray(8 * count), bytearray(8 * count)
+    (left, right), size = ends, 300
+    source, into = random_region(4, size, 1), random_region(4, size, 2)
+    before, pieces = into.view.tobytes(), blocks_in(source, np.array(blocks, dtype=np.int32))
 
-    def soon(wait_s: float = 5.0) -> float | None:
-        return right.recv_soon(bytearray(b"good"), into, tail, memoryview(taken), time.monotonic() + wait_s)
+    def soon(wait_s: float = 5.0, digest: bool = True) -> Taken | None:
+        until_s = time.monotonic() + wait_s
+        return right.recv_soon(b"good", into.address, blocks, size, digest=digest, tail_bytes=3, until_s=until_s)
 
     left.send(b"good")
     assert soon(wait_s=0.0) is None
-    told = bytearray(8 * count)
-    left.send(b"", source, told, memoryview(told))
-    assert soon() is not None
-    assert scattered(into) == scattered(source)
-    assert tail == taken == told == digests(source)
+    told = bytearray(8 * len(blocks)) + b"end"
+    left.send(b"", pieces, told, memoryview(told)[:-3])
+    taken = soon()
+    assert taken is not None
+    assert (taken.told, taken.actual, taken.tail) == (digests(pieces), digests(pieces), b"end")
+    assert all(into.block(block) == source.block(block) for block in blocks)
+    into.view[:] = before
+    left.send(b"good", pieces, b"end")
+    assert soon(digest=False) == (b"", b"", b"end", 0.0)
+    into.view[:] = before
     left.send(b"evil" + bytes(4000))
-    into.memory[:] = bytes(len(into.memory))
     assert soon() is None
-    assert not any(into.memory)
+    assert into.view.tobytes() == before
     assert right.recv(4) == b"evil"
 
 
