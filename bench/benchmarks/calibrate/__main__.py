@@ -31,9 +31,10 @@ from bench.sim.profile import Profile
 from bench.sim.traces import SimRequest, generated
 from bench.sim.workers import Job
 from sagellm_common.core.config import Config
-from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.core.step_costs import StepCost
 from sagellm_common.scheduler_ir.cost_model import CostModel
+from services.cli.cluster import StartFailed
 from services.cli.models import prepare_smollm2
 
 MAPE_TARGET = 0.10
@@ -242,6 +243,16 @@ def main() -> int:
     except ConfigError as err:
         print(f"sagellm bench calibrate: {err.message}", file=sys.stderr)
         return 2
+    except StartFailed as err:
+        print(f"sagellm bench calibrate: {err}: {' '.join(err.tail)}", file=sys.stderr)
+        return 1
+    except ExceptionGroup as failed:
+        requests_failed, rest = failed.split(SageError)
+        if rest is not None or requests_failed is None:
+            raise
+        first = requests_failed.exceptions[0]
+        print(f"sagellm bench calibrate: a request failed, so nothing is learned: {first}", file=sys.stderr)
+        return 1
     distances, panels = validate(found, args)
     requests = sum(map(len, found["check"]))
     title = (

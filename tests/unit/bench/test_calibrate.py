@@ -6,10 +6,11 @@ import argparse
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from bench.benchmarks.calibrate.__main__ import check, parser, validate
+from bench.benchmarks.calibrate.__main__ import check, main, parser, validate
 from bench.benchmarks.calibrate.compare import distance
 from bench.benchmarks.calibrate.fit import foretold, learned, links_foretold, on_a_core, profile_of
 from bench.benchmarks.calibrate.measure import Served
@@ -19,7 +20,7 @@ from bench.sim.profile import Profile
 from bench.sim.traces import SimRequest, generated
 from bench.sim.workers import step_seconds
 from sagellm_common.core.config import Config
-from sagellm_common.core.errors import ConfigError
+from sagellm_common.core.errors import ConfigError, NoWorker
 from sagellm_common.core.step_costs import StepCost
 from sagellm_common.core.types import GenerationSummary, KvLayout, ModelInfo
 
@@ -150,3 +151,15 @@ def test_wrong_options_are_named(options: list[str]) -> None:
     args: argparse.Namespace = parser().parse_args(options)
     with pytest.raises(ConfigError, match=options[0]):
         check(args)
+
+
+def test_a_request_that_fails_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def failing(*_: object) -> None:
+        raise ExceptionGroup("requests", [NoWorker("nobody serves")])
+
+    monkeypatch.setattr("bench.benchmarks.calibrate.__main__.measure", failing)
+    monkeypatch.setattr("sys.argv", ["calibrate", "--model", "/m", "--profile", str(tmp_path / "p.json")])
+    assert main() == 1
+    assert "nobody serves" in capsys.readouterr().err
