@@ -328,7 +328,7 @@ class EngineCore(LmdeployEngineBase):
 
     def _nothing_else(self, batch: list[Any], runs: list[Running], tokens: list[int], inputs: DecodeInputs) -> bool:
         """Whether, after these tokens, the next step is of the same sequences, and nothing is to be done before it:
-        nobody ends, waits or was cancelled, and there are blocks to grow into. The lock is held.
+        nobody ends, waits, was cancelled or is taken out, and there are blocks to grow into. The lock is held.
         """
         assert self._direct is not None
         return (

@@ -126,6 +126,23 @@ async def test_who_is_cancelled_gets_no_token_more(driver: Driver, monkeypatch: 
     assert (await beside)[0] == alone[1]
 
 
+async def test_who_is_taken_out_leaves_after_the_step_with_its_blocks(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (prompt,) = prompts(4, (20,))
+    alone, _ = await driver.run(prompt, NEW_TOKENS)
+    second = "request-1"  # it may be computed before `submit` has returned
+    at_step(monkeypatch, 5, lambda: driver.engine.take_out(second))
+    assert driver.submit(prompt, NEW_TOKENS) == second
+    outputs = [output async for output in driver.outputs(second)]
+    assert outputs[-1].finish_reason is FinishReason.CANCELLED
+    said = [token for output in outputs for token in output.token_ids]
+    assert said == alone[:6], "of the prompt, and of five steps: the one under way counts"
+    held = outputs[-1].held
+    assert held is not None and held.num_cached_tokens == len(prompt) + len(said) - 1
+    driver.engine.kv.free(held)
+
+
 async def test_where_blocks_run_out_the_scheduler_finds_a_victim(
     tiny_llama: Path, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
