@@ -421,8 +421,8 @@ class RouterClient:
 
     async def close(self) -> None:
         """Cancels the calls in flight. Idempotent."""
+        await self._routers.close()  # first: who loses its worker now shall not plan anew
         await self._decodes.close()
-        await self._routers.close()
         await self._channels.close()
 
     async def __aenter__(self) -> Self:

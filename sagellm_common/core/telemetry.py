@@ -38,7 +38,7 @@ def setup_tracing(service_name: str, otlp_endpoint: str = "", exporter: SpanExpo
     trace.set_tracer_provider(provider)
 
 
-def _idle() -> bool:
+def idle() -> bool:
     """Nobody records here and no caller's context is to be passed on: the common case, which must cost nothing."""
     # Not `get_tracer_provider`, which looks into the environment each time until a provider is set.
     provider = trace._TRACER_PROVIDER
@@ -63,7 +63,7 @@ def span(
     name: str, carrier: Mapping[str, str] | None = None, /, **attributes: AttributeValue
 ) -> AbstractContextManager[Span]:
     """A span around the block: child of `carrier` where given, else of the current one. Errors mark it failed."""
-    if not carrier and _idle():
+    if not carrier and idle():
         return _NO_SPAN
     parent = _propagator.extract(carrier) if carrier else None
     return _tracer.start_as_current_span(name, context=parent, attributes=attributes)
@@ -72,7 +72,7 @@ def span(
 def current_carrier() -> dict[str, str]:
     """The current trace context as W3C headers, to send along; empty outside any trace."""
     carrier: dict[str, str] = {}
-    if not _idle():
+    if not idle():
         _propagator.inject(carrier)
     return carrier
 

@@ -53,9 +53,9 @@ def validate_request(request: GenerationRequest, model: ModelInfo) -> None:
     prompt = request.prompt_token_ids
     if prompt.size == 0:
         raise InvalidRequest("the prompt is empty: send at least one token")
-    lowest, highest = int(prompt.min()), int(prompt.max())
-    outside = lowest if lowest < 0 else highest
-    if not 0 <= outside < model.vocab_size:
+    if int(prompt.view("<u4").max()) >= model.vocab_size:  # the negative ones are the largest, so
+        lowest, highest = int(prompt.min()), int(prompt.max())
+        outside = lowest if lowest < 0 else highest
         raise _out_of_range("prompt_token_ids", outside, f"token ids of 0 to {model.vocab_size - 1}")
     validate_sampling(request.sampling, model.vocab_size)
     wanted = prompt.size + request.sampling.max_new_tokens

@@ -135,8 +135,9 @@ class PlannedCall:
         self._send_later(inference_pb2.InferenceSessionRequest(call_id=self._call_id, progress=message))
 
     def end(self, message: inference_pb2.ProgressReport) -> None:
+        """At once: who has an answer may ask for its explanation."""
         self.ended = True
-        self.report(message)
+        self.send(progress=message)
 
     def send(self, **op: object) -> None:
         self._send(inference_pb2.InferenceSessionRequest(call_id=self._call_id, **op))  # type: ignore[arg-type]

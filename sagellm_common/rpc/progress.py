@@ -33,7 +33,7 @@ class GenerationProgress:
         self.attempts = 0
         self.rejections = 0
         self.moves = 0
-        self._clock = clock
+        self.clock = clock
         self._on_event = on_event
         self._began_s = clock.now()
         self._first_token_s: float | None = None
@@ -55,7 +55,7 @@ class GenerationProgress:
     @property
     def age_s(self) -> float:
         """Since its beginning."""
-        return self._clock.now() - self._began_s
+        return self.clock.now() - self._began_s
 
     @property
     def transferring(self) -> bool:
@@ -77,7 +77,7 @@ class GenerationProgress:
     def pulling_ahead(self, decode_id: str, source_id: str, num_blocks: int) -> None:
         """The decode worker begins to pull while the prefill worker computes."""
         detail = f"{decode_id}: {num_blocks} blocks of {source_id}, as they are computed"
-        self.record("pull ahead", self._clock.now(), 0.0, detail)
+        self.record("pull ahead", self.clock.now(), 0.0, detail)
 
     def prefilled(self, worker_id: str, outcome: PrefillOutcome) -> GenerationOutput:
         """The first token, or the end."""
@@ -110,7 +110,7 @@ class GenerationProgress:
     def decoded(self, worker_id: str) -> None:
         """All tokens after the first are here."""
         began_s = self._began_s if self._first_token_s is None else self._first_token_s
-        self.record("decode", began_s, (self._clock.now() - began_s) * 1e3, worker_id)
+        self.record("decode", began_s, (self.clock.now() - began_s) * 1e3, worker_id)
 
     def finish(self, reason: FinishReason) -> GenerationOutput:
         """The last output, without tokens."""
@@ -155,7 +155,7 @@ class GenerationProgress:
         index = len(self.emitted)
         self.emitted += token_ids
         if token_ids:
-            self._last_token_s = self._clock.now()
+            self._last_token_s = self.clock.now()
             if self._first_token_s is None:
                 self._first_token_s = self._last_token_s
         return GenerationOutput(
@@ -179,7 +179,7 @@ class GenerationProgress:
         detail += f" ({disk} of them from its disk)" if disk else ""
         if found.store_conversion:
             detail += f", {found.store_conversion.said('kept')}"
-        self.record("prompt KV", self._clock.now(), 0.0, detail)
+        self.record("prompt KV", self.clock.now(), 0.0, detail)
 
     def _take_transfer(self, transfer: TransferReport, block_size_tokens: int, moved: bool) -> None:
         """Pulled and committed. The span is entered afterwards, from the worker's report."""
@@ -195,5 +195,5 @@ class GenerationProgress:
         if transfer.conversion:
             detail += f"; {transfer.conversion}"
         # From when the pull began, as far as the worker's times tell.
-        began_s = self._clock.now() - (transfer.began_ahead_ms + transfer.exposed_ms) / 1e3
+        began_s = self.clock.now() - (transfer.began_ahead_ms + transfer.exposed_ms) / 1e3
         self.record("transfer", began_s, transfer.transfer_ms, detail)

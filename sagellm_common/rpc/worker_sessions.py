@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from sagellm_common.core.errors import PeerLost
 from sagellm_common.core.types import WorkerAddress
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import ChannelPool
@@ -27,8 +28,12 @@ class WorkerSessions(Generic[S]):
         self._choice = choice
         self._open: dict[str, tuple[WorkerAddress, S]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def get(self, worker: WorkerAddress) -> S:
+        """Raises PeerLost once closed."""
+        if self._closed:
+            raise PeerLost(f"the sessions with workers are closed, that with {worker.worker_id}, too")
         known = self._open.get(worker.worker_id)
         if known is not None and known[0] == worker:
             return known[1]
@@ -40,6 +45,7 @@ class WorkerSessions(Generic[S]):
 
     async def close(self) -> None:
         """Ends all sessions; calls waiting on them fail with PeerLost. Idempotent."""
+        self._closed = True
         for worker_id in list(self._open):
             self._retire(*self._open.pop(worker_id), keep_channel=True)
         if self._closing:

@@ -103,7 +103,15 @@ class Admission:
 
     @contextmanager
     def admit(self, request: GenerationRequest, first_token_within_s: float) -> Iterator[Slot]:
-        """A place for the time of the block. Raises QueueFull, Draining, and InvalidRequest for an id in flight or one
+        """A place for the time of the block. Raises as `take`."""
+        slot = self.take(request, first_token_within_s)
+        try:
+            yield slot
+        finally:
+            self.leave(slot)
+
+    def take(self, request: GenerationRequest, first_token_within_s: float) -> Slot:
+        """A place until `leave`. Raises QueueFull, Draining, and InvalidRequest for an id in flight or one
         that is too long."""
         request_id = request.request_id
         if self._draining:
@@ -121,10 +129,7 @@ class Admission:
         slot = self._slot(request, first_token_within_s)
         self._make_room(slot.waiting)
         self._slots[request_id] = slot
-        try:
-            yield slot
-        finally:
-            self._leave(slot)
+        return slot
 
     def enter(self, slot: Slot) -> bool:
         """Whether the request may go to the workers at once; else it has to wait for its `turn`."""
@@ -213,7 +218,7 @@ class Admission:
         self._running += 1
         slot.turn.set_result(None)
 
-    def _leave(self, slot: Slot) -> None:
+    def leave(self, slot: Slot) -> None:
         del self._slots[slot.waiting.view.request_id]
         if slot.running:
             self._running -= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.scheduler_ir.executor_api import PlanProgress
@@ -14,8 +15,7 @@ from services.router.stages import Routed
 MAX_EVENTS = 200
 
 
-@dataclass(frozen=True, slots=True)
-class PlanEvent:
+class PlanEvent(NamedTuple):
     """One stage of one attempt. `at_ms` counts from admission."""
 
     stage: str

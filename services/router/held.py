@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Protocol
 
 from sagellm_common.core.types import GenerationRequest
 from services.router.admission import Slot
 from services.router.generation import Generation
 from services.router.load import Sent
-from services.router.moves import Moves
+from services.router.moves import Movable, Moves
 from services.router.placing import sent_of
 from services.router.retry import Retry
 from services.router.stages import Admitted, Deadline, Routed
+from services.router.workers import WorkerLink
 
 
 class PromptComputed(Protocol):
@@ -59,43 +59,49 @@ class Held:
         self.routed: Routed | None = None
         self.sent: Sent | None = None
         self.planned_s = 0.0
-        self.place = ExitStack()
-        """Among the requests in flight."""
-        self._prefilling = ExitStack()
-        self._decoding = ExitStack()
+        self._prefilling: WorkerLink | None = None
+        self._moves: Moves | None = None
+        self._movable: Movable | None = None
 
-    def begin(self, admitted: Admitted, routed: Routed, moves: Moves) -> Sent:
+    def begin(self, admitted: Admitted, routed: Routed, moves: Moves) -> None:
         """An attempt is on its way to the workers."""
-        attempt = self.generation.attempts
         self.admitted, self.routed, self.planned_s = admitted, routed, self.generation.age_s
+        attempt, calls = self.generation.attempts, self.slot.calls
         if routed.prefill is not None:
-            self.slot.calls.prefilling(routed.prefill, attempt)
-        self.slot.calls.decoding(routed.decode, attempt)
-        self._decoding.enter_context(routed.decode.engaged())
-        if routed.prefill is not None:
-            self._prefilling.enter_context(routed.prefill.engaged())
-        self._decoding.enter_context(moves.routed(routed.decode, admitted.model, self.request.request_id, attempt))
-        self.sent = self._decoding.enter_context(sent_of(admitted, routed, len(self.generation.emitted)))
+            calls.prefilling(routed.prefill, attempt)
+            routed.prefill.engage()
+            self._prefilling = routed.prefill
+        calls.decoding(routed.decode, attempt)
+        routed.decode.engage()
+        self._moves, self._movable = moves, moves.began(routed.decode, admitted.model, self.request.request_id, attempt)
+        self.sent = sent_of(admitted, routed, len(self.generation.emitted))
+        self.sent.__enter__()
         if routed.prefill is None:
             self.sent.prefilled()  # the client does not tell when the decode worker has computed it
-        return self.sent
 
     def prefilled(self) -> None:
         """The prompt is computed. Idempotent."""
-        self._prefilling.close()
+        if self._prefilling is not None:
+            self._prefilling.ease()
+            self._prefilling = None
         if self.sent is not None:
             self.sent.prefilled()
+            self.sent.step(0)
 
     def end_attempt(self) -> None:
         """Idempotent."""
-        self._prefilling.close()
-        self._decoding.close()
+        if self.routed is not None and self.sent is not None:
+            self.prefilled()
+            self.sent.__exit__(None, None, None)
+            if self._moves is not None and self._movable is not None:
+                self._moves.ended(self._movable)
+            self.routed.decode.ease()
         self.routed = self.sent = None
 
     def release(self, *, well: bool = False, by_client: bool = False) -> None:
-        """It is over. Idempotent. What workers may still hold is given back; nothing, where it has ended `well`."""
+        """It is over: its place is the caller's to give back. What workers may still hold is taken from them; nothing,
+        where it has ended `well`. Idempotent."""
         if well:
             self.slot.calls.finished()
         self.slot.calls.settle(by_client=by_client)
         self.end_attempt()
-        self.place.close()

@@ -85,7 +85,7 @@ class Decoding:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Routed:
+class Movable:
     """One attempt whose client gets its tokens from `link` itself."""
 
     link: WorkerLink
@@ -98,7 +98,7 @@ class Moves:
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._decoding: set[Decoding] = set()
-        self._routed: set[Routed] = set()
+        self._movable: set[Movable] = set()
         self._turn = asyncio.Semaphore(AT_A_TIME)
 
     @contextmanager
@@ -116,15 +116,14 @@ class Moves:
             if one.move is not None:
                 one.move.undo()
 
-    @contextmanager
-    def routed(self, link: WorkerLink, model: ModelInfo, request_id: str, attempt: int) -> Iterator[None]:
-        """As `decoding`, of one whose client gets the tokens itself: it will ask where to go on."""
-        one = Routed(link, model, request_id, attempt)
-        self._routed.add(one)
-        try:
-            yield
-        finally:
-            self._routed.discard(one)
+    def began(self, link: WorkerLink, model: ModelInfo, request_id: str, attempt: int) -> Movable:
+        """As `decoding`, until `ended`, of one whose client gets the tokens itself: it will ask where to go on."""
+        one = Movable(link, model, request_id, attempt)
+        self._movable.add(one)
+        return one
+
+    def ended(self, one: Movable) -> None:
+        self._movable.discard(one)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -133,7 +132,7 @@ class Moves:
                 for one in self._decoding:
                     if one.link.leaving and one.asking is None:
                         one.asking = asking.create_task(self._ask(one), name="move")
-                for other in self._routed:
+                for other in self._movable:
                     if other.link.leaving and self._others(other.link, other.model):
                         other.link.decode.hand_over(other.request_id, other.attempt)
                 await asyncio.sleep(LOOK_S)

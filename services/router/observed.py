@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from sagellm_common.core.errors import SageError
 from sagellm_common.core.types import FinishReason, GenerationOutput, GenerationRequest
@@ -53,48 +56,79 @@ class Summary(Protocol):
     def tpot_ms(self) -> float: ...
 
 
+class _Distribution:
+    """A histogram in plain numbers."""
+
+    def __init__(self, name: str, what: str, bounds: Sequence[float]) -> None:
+        self._name, self._what, self._bounds = name, what, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def family(self) -> Metric:
+        names = [*map(str, self._bounds), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        return HistogramMetricFamily(self._name, self._what, buckets=buckets, sum_value=self._sum)
+
+
 class RouterMetrics:
+    """Counts in plain numbers: Prometheus' own objects would take a fifth of what planning a request may cost. They
+    are made when somebody asks."""
+
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.registry = registry
-        self.requests = Counter("sagellm_router_requests", "Requests by outcome", ["code"], registry=registry)
-        self.ttft = Histogram(
-            "sagellm_router_ttft_seconds", "Admission to first token", buckets=_LATENCY_S, registry=registry
-        )
-        self.tpot = Histogram(
-            "sagellm_router_tpot_seconds", "Mean time per token after the first", buckets=_TOKEN_S, registry=registry
-        )
-        self.queue = Histogram(
-            "sagellm_router_queue_seconds", "Waiting for workers", buckets=_LATENCY_S, registry=registry
-        )
-        self.prompt_tokens = Counter("sagellm_router_prompt_tokens", "Prompt tokens", registry=registry)
-        self.tokens = Counter("sagellm_router_generated_tokens", "Generated tokens", registry=registry)
-        self.kv_hit_tokens = Counter(
-            "sagellm_router_kv_hit_tokens", "Prompt tokens served from a cache", registry=registry
-        )
-        self.transfer_bytes = Counter(
-            "sagellm_router_kv_transfer_bytes", "KV from prefill to decode", registry=registry
-        )
-        self.retries = Counter("sagellm_router_retries", "Attempts after a failed one", registry=registry)
-        self.in_flight = Gauge("sagellm_router_in_flight_requests", "Requests in flight", registry=registry)
-        self.waiting = Gauge(
-            "sagellm_router_waiting_requests", "Requests in flight that wait for their turn", registry=registry
-        )
+        self.in_flight: Callable[[], int] = lambda: 0
+        self.waiting: Callable[[], int] = lambda: 0
+        self._by_code: dict[str, int] = {}
+        self._ttft = _Distribution("sagellm_router_ttft_seconds", "Admission to first token", _LATENCY_S)
+        self._tpot = _Distribution("sagellm_router_tpot_seconds", "Mean time per token after the first", _TOKEN_S)
+        self._queue = _Distribution("sagellm_router_queue_seconds", "Waiting for workers", _LATENCY_S)
+        self._prompt_tokens = self._tokens = self._kv_hit_tokens = self._transfer_bytes = self._retries = 0
+        registry.register(self)
 
     def counted(self, code: str) -> None:
         """A request has ended."""
-        self.requests.labels(code).inc()
+        self._by_code[code] = self._by_code.get(code, 0) + 1
 
     def record(self, summary: Summary) -> None:
-        self.prompt_tokens.inc(summary.prompt_tokens)
-        self.tokens.inc(summary.completion_tokens)
-        self.kv_hit_tokens.inc(summary.cached_tokens)
-        self.transfer_bytes.inc(summary.kv_bytes_transferred)
-        self.retries.inc(max(0, summary.attempts - 1))
-        self.queue.observe(summary.queue_ms / 1e3)
-        if summary.completion_tokens:
-            self.ttft.observe(summary.ttft_ms / 1e3)
-        if summary.completion_tokens > 1:
-            self.tpot.observe(summary.tpot_ms / 1e3)
+        tokens = summary.completion_tokens
+        self._prompt_tokens += summary.prompt_tokens
+        self._tokens += tokens
+        self._kv_hit_tokens += summary.cached_tokens
+        self._transfer_bytes += summary.kv_bytes_transferred
+        self._retries += max(0, summary.attempts - 1)
+        self._queue.observe(summary.queue_ms / 1e3)
+        if tokens:
+            self._ttft.observe(summary.ttft_ms / 1e3)
+        if tokens > 1:
+            self._tpot.observe(summary.tpot_ms / 1e3)
+
+    # ---- Prometheus ----
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("sagellm_router_requests", "Requests by outcome", labels=["code"])
+        for code, count in [*self._by_code.items()]:
+            requests.add_metric([code], count)
+        yield requests
+        yield from (self._ttft.family(), self._tpot.family(), self._queue.family())
+        counted = {
+            "prompt_tokens": ("Prompt tokens", self._prompt_tokens),
+            "generated_tokens": ("Generated tokens", self._tokens),
+            "kv_hit_tokens": ("Prompt tokens served from a cache", self._kv_hit_tokens),
+            "kv_transfer_bytes": ("KV from prefill to decode", self._transfer_bytes),
+            "retries": ("Attempts after a failed one", self._retries),
+        }
+        for name, (what, value) in counted.items():
+            yield CounterMetricFamily(f"sagellm_router_{name}", what, value)
+        yield GaugeMetricFamily("sagellm_router_in_flight_requests", "Requests in flight", self.in_flight())
+        waiting = "Requests in flight that wait for their turn"
+        yield GaugeMetricFamily("sagellm_router_waiting_requests", waiting, self.waiting())
 
 
 class ObservedPipeline:
@@ -103,8 +137,8 @@ class ObservedPipeline:
     def __init__(self, inner: Generates, metrics: RouterMetrics) -> None:
         self._inner = inner
         self._metrics = metrics
-        metrics.in_flight.set_function(lambda: inner.in_flight)
-        metrics.waiting.set_function(lambda: inner.waiting)
+        metrics.in_flight = lambda: inner.in_flight
+        metrics.waiting = lambda: inner.waiting
 
     @property
     def in_flight(self) -> int:

@@ -14,7 +14,7 @@ import math
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -222,8 +222,11 @@ class Pipeline:
 
     def _admit_slot(self, request: GenerationRequest) -> AbstractContextManager[Slot]:
         """As `Admission.admit`."""
-        self._admission.go_by(self._placer.strategies.order, fair=self._placer.strategies.fair)
+        self._go_by_strategies()
         return self._admission.admit(request, ttft_target_s(self._config, request.service_class))
+
+    def _go_by_strategies(self) -> None:
+        self._admission.go_by(self._placer.strategies.order, fair=self._placer.strategies.fair)
 
     # ---- the stages ----
 
@@ -400,12 +403,15 @@ class Pipeline:
     def hold(self, request: GenerationRequest, timeout_s: float | None) -> Held:
         """A place among the requests in flight; the caller releases it. Raises QueueFull, Draining, InvalidRequest."""
         request, deadline = self._of_class(request), self._deadline(timeout_s)
-        with ExitStack() as place:
-            slot = place.enter_context(self._admit_slot(request))
-            generation = Generation(request, self._clock, self._explain.begin(request.request_id))
-            held = Held(request, deadline, slot, generation, Retry(self._config.max_attempts))
-            held.place = place.pop_all()
-        return held
+        self._go_by_strategies()
+        slot = self._admission.take(request, ttft_target_s(self._config, request.service_class))
+        generation = Generation(request, self._clock, self._explain.begin(request.request_id))
+        return Held(request, deadline, slot, generation, Retry(self._config.max_attempts))
+
+    def release(self, held: Held, *, well: bool = False, by_client: bool = False) -> None:
+        """Once: see `Held.release`."""
+        held.release(well=well, by_client=by_client)
+        self._admission.leave(held.slot)
 
     def may_go(self, held: Held) -> bool:
         """Whether it may go to the workers at once; else `plan_when_possible` waits for its turn."""
@@ -495,7 +501,7 @@ class Pipeline:
                 transfer = TransferReport(told.kv_bytes_transferred, told.transfer_ms, 0, 0, "")
                 self._learner.transferred(routed.prefill.worker_id, routed.decode.worker_id, transfer)
             self._learner.decoded(routed.decode, held.sent, told.completion_tokens, told.tpot_ms / 1e3)
-        held.release(well=well)
+        self.release(held, well=well)
 
     # ---- when a worker fails, or is not there ----
 

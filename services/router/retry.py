@@ -72,6 +72,8 @@ class Retry:
         If avoiding leaves no decode worker, they get another chance; prefill workers do not, for a decode worker can
         stand in for them.
         """
+        if not self.avoid and not self.full:
+            return list(links)
         others = [link for link in links if link.key not in self.avoid]
         if not any(_decodes(link) for link in others):
             others = [link for link in links if link in others or _decodes(link)]

@@ -10,7 +10,7 @@ What a call counts for is held until its client says that it is over, or is gone
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+from functools import lru_cache, partial
 
 from sagellm_common.core.errors import Cancelled, InvalidRequest, NoWorker, SageError
 from sagellm_common.core.types import FinishReason, WorkerAddress, unpack_int32
@@ -60,7 +60,7 @@ class SessionRoutes:
     def plan(self, call_id: int, message: inference_pb2.PlanRequest) -> None:
         """At once, where nothing has to be waited for."""
         request, refuse = message.request, partial(self._refuse, call_id)
-        waits = False
+        waits: Held | None = None
         with session_call(SERVICE, "Plan", request.request_id, request.trace_context, refuse):
             held = self._held.get(call_id)
             if held is None:
@@ -70,17 +70,17 @@ class SessionRoutes:
                 held.generation.at_fault = self._at_fault(message, held)
                 handed_over = codec.decode_kv_source(message.handed_over) if message.HasField("handed_over") else None
                 held.generation.pin(self._pipeline.pinned(handed_over) if handed_over is not None else None)
-                waits = True
+                waits = held
             elif not self._pipeline.may_go(held):
                 held.generation.attempts += 1
-                waits = True
+                waits = held
             else:
                 try:
                     self._answer(call_id, message, held, self._pipeline.plan_now(held))
                 except NoWorker:
-                    waits = True
-        if waits:
-            self._tasks.create_task(self._plan_later(call_id, message, held))
+                    waits = held
+        if waits is not None:
+            self._tasks.create_task(self._plan_later(call_id, message, waits))
 
     def progress(self, call_id: int, message: inference_pb2.ProgressReport) -> None:
         """Of a call that is not known (any more) it is of no interest."""
@@ -100,7 +100,7 @@ class SessionRoutes:
         held = self._held.pop(call_id, None)
         if held is not None:
             self._metrics.counted("CANCELLED")
-            held.release(by_client=True)
+            self._pipeline.release(held, by_client=True)
 
     def close(self) -> None:
         """The client is gone, or its router is: workers notice the same."""
@@ -130,7 +130,7 @@ class SessionRoutes:
             routed = await self._pipeline.plan_when_possible(held)
             if self._held.get(call_id) is held:
                 self._answer(call_id, message, held, routed)
-            else:  # it has left meanwhile
+            else:  # its client has left meanwhile
                 held.release()
 
     def _answer(self, call_id: int, message: inference_pb2.PlanRequest, held: Held, routed: Routed) -> None:
@@ -158,7 +158,7 @@ class SessionRoutes:
         """Ends the call."""
         held = self._held.pop(call_id, None)
         if held is not None:
-            held.release()
+            self._pipeline.release(held)
         self._metrics.counted(error.reason)
         self._push(call_id, error)
 
@@ -179,4 +179,9 @@ class SessionRoutes:
 
 def _address(link: WorkerLink) -> inference_pb2.WorkerAddress:
     record = link.record
-    return encode_address(WorkerAddress(record.worker_id, record.incarnation, record.address))
+    return _encoded(record.worker_id, record.incarnation, record.address)
+
+
+@lru_cache(maxsize=4096)
+def _encoded(worker_id: str, incarnation: str, address: str) -> inference_pb2.WorkerAddress:
+    return encode_address(WorkerAddress(worker_id, incarnation, address))

@@ -100,13 +100,20 @@ class WorkerLink:
     @contextmanager
     def engaged(self) -> Iterator[None]:
         """Counts a request for the time of the block."""
-        self.outstanding += 1
-        self.assigned += 1
+        self.engage()
         try:
             yield
         finally:
-            self.outstanding -= 1
-            self.eased.set()
+            self.ease()
+
+    def engage(self) -> None:
+        """Counts a request until `ease`."""
+        self.outstanding += 1
+        self.assigned += 1
+
+    def ease(self) -> None:
+        self.outstanding -= 1
+        self.eased.set()
 
 
 class Workers:
@@ -134,6 +141,8 @@ class Workers:
         self._costs: dict[tuple[str, str], LinkCost] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._usable: dict[str, list[WorkerLink]] = {}
+        self._layouts: dict[str, list[KvLayout]] = {}
 
     def start(self) -> None:
         self._spawn(self._follow_topology(), "topology")
@@ -160,17 +169,23 @@ class Workers:
         return [*self._links.values()]
 
     def usable(self, model: ModelInfo) -> list[WorkerLink]:
-        """Workers that take requests for the model, and stores."""
-        return [
-            link
-            for key, link in self._links.items()
-            if link.usable and key not in self._incompatible and link.serves(model.name)
-        ]
+        """Workers that take requests for the model, and stores; until `changed` the same list."""
+        found = self._usable.get(model.name)
+        if found is None:
+            found = self._usable[model.name] = [
+                link
+                for key, link in self._links.items()
+                if link.usable and key not in self._incompatible and link.serves(model.name)
+            ]
+        return found
 
     def layouts(self, model: ModelInfo) -> list[KvLayout]:
-        """KV layouts of the model's usable workers, each once."""
-        found = [link.record.model.kv_layout for link in self.usable(model) if link.record.model is not None]
-        return list(dict.fromkeys(found))
+        """KV layouts of the model's usable workers, each once; until `changed` the same list."""
+        found = self._layouts.get(model.name)
+        if found is None:
+            layouts = [link.record.model.kv_layout for link in self.usable(model) if link.record.model is not None]
+            found = self._layouts[model.name] = list(dict.fromkeys(layouts))
+        return found
 
     def matched(self, hashes: bytes, block_size_tokens: int) -> dict[str, int]:
         """Leading tokens of the packed `hashes`' blocks that each worker holds; see `CachedBlocks`."""
@@ -338,6 +353,8 @@ class Workers:
             self._notify()
 
     def _notify(self) -> None:
+        self._usable.clear()
+        self._layouts.clear()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
