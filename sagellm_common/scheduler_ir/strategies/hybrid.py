@@ -73,12 +73,12 @@ class Hybrid:
         decode = self._decoder(request, decoders)
         prefill, cost, expected_s = None, None, tuple[tuple[str, float], ...]()
         separation = self._separator.decide(request, workers, decode)
-        if separation.disaggregate:
-            prefillers = [worker for worker in workers if worker.prefills and worker.worker_id != decode.worker_id]
-            if not self._costs.prefill.samples:
-                prefill = pick(prefillers, lambda worker: affinity_minus_load(request, worker, prefillers))
-            else:
-                costs = [*self._elsewhere(request, prefillers), *self._in_between(request, decoders)]
+        prefillers = [worker for worker in workers if worker.prefills and worker.worker_id != decode.worker_id]
+        if separation.disaggregate and not self._costs.prefill.samples:
+            prefill = pick(prefillers, lambda worker: affinity_minus_load(request, worker, prefillers))
+        elif separation.disaggregate or not prefillers:  # there is a prompt to compute, somewhere
+            costs = [*self._elsewhere(request, prefillers), *self._in_between(request, decoders)]
+            if costs:
                 cost = self._best_prefill(request, costs)
                 expected_s = _shown(cost, costs)
                 if cost.chunk_tokens:
@@ -119,7 +119,8 @@ class Hybrid:
 
     def _in_between(self, request: RequestView, workers: Sequence[WorkerView]) -> list[PrefillCost]:
         """On workers that decode, a chunk with each step, where these leave room within the target."""
-        if math.isinf(request.tpot_target_s) or not self._costs.decode.samples:
+        known = self._costs.prefill.samples and self._costs.decode.samples
+        if math.isinf(request.tpot_target_s) or not known:
             return []
         step_s, token_s, square_s = self._costs.prefill.coefficients
         prompt = request.num_prompt_tokens

@@ -118,3 +118,10 @@ def test_before_anything_was_learned_it_goes_by_prefix_and_load() -> None:
 def test_without_a_decode_worker_there_is_no_placement() -> None:
     with pytest.raises(NoWorker):
         make_strategy("hybrid").place(REQUEST, [prefill("p0")])
+
+
+def test_without_prefill_workers_a_prompt_goes_where_it_is_computed_soonest() -> None:
+    queued = WorkerView("d0", WorkerRole.DECODE, sequences=1, queued_tokens=5000)
+    placement = make_strategy("hybrid", learned()).place(REQUEST, [queued, decode("d1", sequences=10)])
+    assert (placement.prefill_worker_id, placement.decode_worker_id) == (None, "d1")
+    assert placement.chunk_tokens > 0
