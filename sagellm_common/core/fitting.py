@@ -1,4 +1,9 @@
-"""Costs fitted online: non-negative least squares of relative errors, with the uncertainty of what is predicted."""
+"""Costs fitted online: non-negative least squares of relative errors, with the uncertainty of what is predicted.
+
+Errors are relative to what was *expected* (quasi-likelihood with a variance that grows with the mean squared,
+Wedderburn 1974), so that costs are means, whatever the noise. Relative to what a step *took*, they would be those of
+the quickest steps: on a machine that others use, too, sums of predictions came to a third of what these took.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +24,11 @@ HALF_LIFE_SAMPLES = 2000
 OUTLIER_SIGMAS = 3.0
 """A residual beyond this many standard deviations counts for less (Huber's weight): a pause of the machine is no cost
 of the step."""
-FAR_TOO_SHORT = 4.0
-"""A step that took less than what was expected divided by this did not do the work."""
+TOO_LITTLE = 4.0
+"""What was expected counts as no less than what it took divided by this: where nobody was before, the fit may say
+anything, nought included."""
 ROBUST_AFTER_SAMPLES = 20
+"""Until then a sample is its own expectation."""
 
 Vector = NDArray[np.float64]
 
@@ -49,6 +56,7 @@ class OnlineFit:
         size = len(scale)
         self._gram: Vector = np.zeros((size, size))
         self._moment: Vector = np.zeros(size)
+        self._square = 0.0
         self._weight = 0.0
         self._keep = 0.5 ** (1 / half_life_samples)
         self._solution: tuple[Vector, float, Vector] | None = None
@@ -66,21 +74,22 @@ class OnlineFit:
         if seconds == 0:
             return
         scaled = np.asarray(features, np.float64) / self._scale
-        row = scaled / seconds  # relative: each sample asks for row · coefficients = 1
-        weight = 1.0
+        expected_s, weight = seconds, 1.0
         if self.samples:
             coefficients, sigma, _ = self._solve()
-            expected = float(row @ coefficients)  # in units of what it took
-            error = abs(expected - 1.0)
+            predicted_s = float(scaled @ coefficients)
             known = 0.0 if math.isnan(self.mape) else self.mape
             share = max(1.0 - self._keep, 1.0 / self.samples)
-            self.mape = known + share * (error - known)
-            if self.samples >= ROBUST_AFTER_SAMPLES and error > OUTLIER_SIGMAS * sigma:
-                weight = OUTLIER_SIGMAS * max(sigma, 1e-3) / error
-                if expected > FAR_TOO_SHORT:  # its row, 1/seconds, is as much too long as its error is large
-                    weight *= weight
+            self.mape = known + share * (abs(predicted_s - seconds) / seconds - known)
+            if self.samples >= ROBUST_AFTER_SAMPLES:
+                expected_s = max(predicted_s, seconds / TOO_LITTLE)
+                error = abs(seconds - predicted_s) / expected_s
+                if error > OUTLIER_SIGMAS * sigma:
+                    weight = OUTLIER_SIGMAS * max(sigma, 1e-3) / error
+        row, target = scaled / expected_s, seconds / expected_s  # each sample asks for row · coefficients = target
         self._gram = self._keep * self._gram + weight * np.outer(row, row)
-        self._moment = self._keep * self._moment + weight * row
+        self._moment = self._keep * self._moment + weight * target * row
+        self._square = self._keep * self._square + weight * target * target
         self._weight = self._keep * self._weight + weight
         self._solution = self._prediction = None
         self.samples += 1
@@ -121,8 +130,8 @@ class OnlineFit:
             ridge = 1e-9 * max(float(np.trace(self._gram)), 1e-300) * np.eye(size)
             gram = self._gram + ridge
             coefficients = _non_negative(gram, self._moment)
-            # Σ w (row·x − 1)², expanded over what is kept.
-            left = float(coefficients @ self._gram @ coefficients - 2 * coefficients @ self._moment + self._weight)
+            # Σ w (row·x − target)², expanded over what is kept.
+            left = float(coefficients @ self._gram @ coefficients - 2 * coefficients @ self._moment + self._square)
             freedom = self._weight - size
             sigma = math.sqrt(max(0.0, left) / freedom) if freedom > 0 else math.inf
             self._solution = coefficients, sigma, np.linalg.inv(gram).astype(np.float64)
@@ -132,6 +141,7 @@ class OnlineFit:
         return {
             "gram": self._gram.tolist(),
             "moment": self._moment.tolist(),
+            "square": self._square,
             "weight": self._weight,
             "samples": self.samples,
             "mape": None if math.isnan(self.mape) else self.mape,
@@ -144,7 +154,8 @@ class OnlineFit:
             raise ValueError(f"{gram.shape} normal equations for {len(self._scale)} features")
         if not (np.isfinite(gram).all() and np.isfinite(moment).all()):
             raise ValueError("normal equations that are not finite")
-        self._gram, self._moment, self._weight = gram, moment, float(state["weight"])
+        self._gram, self._moment = gram, moment
+        self._square, self._weight = float(state["square"]), float(state["weight"])
         self.samples = int(state["samples"])
         self.mape = math.nan if state["mape"] is None else float(state["mape"])
         self._solution = self._prediction = None

@@ -20,7 +20,7 @@ from sagellm_common.core.errors import InvalidRequest
 from sagellm_common.core.fitting import Estimate, OnlineFit
 from sagellm_common.core.step_costs import StepCost
 
-FORMAT = 1
+FORMAT = 2
 REGIME_STARTS = (1, 2, 5, 17, 65)
 """Smallest batch of each decode regime: kernels tile the batch, and from some size on compute, not memory, limits."""
 

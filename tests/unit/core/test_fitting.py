@@ -44,3 +44,16 @@ def test_no_number_is_no_sample(features: tuple[float, float], seconds: float) -
         fit.observe(features, seconds)
     fit.observe((1.0, 1.0), 0.0)
     assert fit.samples == 0
+
+
+def test_costs_are_means_however_much_others_take_of_the_machine() -> None:
+    """Half of the steps take five times as long, and only the mean of many is what a queue of them takes."""
+    rng, fit = np.random.default_rng(6), OnlineFit((1.0, 1e3))
+    took_s = expected_s = 0.0
+    for i in range(4000):
+        tokens = float(rng.integers(1, 1000))
+        seconds = (1e-3 + 1e-5 * tokens) * (5.0 if rng.random() < 0.5 else 1.0)
+        if i >= 1000:
+            took_s, expected_s = took_s + seconds, expected_s + fit.predict((1.0, tokens)).seconds
+        fit.observe((1.0, tokens), seconds)
+    assert expected_s == pytest.approx(took_s, rel=0.1)
