@@ -94,8 +94,8 @@ def profile_of(
     """Engines as the cost model has them, which it learned from `steps`; what these do not explain of first tokens and
     of handoffs, as medians.
 
-    Costs fitted to relative errors are those of an ordinary step, and the mean of what steps take is above: of prompts
-    the spread is drawn from, decode steps are so many that their mean will do. What a first token took beyond the
+    Outliers count for less in the costs, but requests have to wait for them: the spread of what prompts took is drawn
+    from, and decode steps, which are so many, take their mean. What a first token took beyond the
     engine's own time, waiting there included, is the overhead. Of requests that were `alone` the second token tells the
     handoff: it waited for nobody's step but that of joining.
     """

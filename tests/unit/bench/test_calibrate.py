@@ -95,7 +95,7 @@ def test_the_profile_is_that_of_the_cluster() -> None:
 
 
 def test_noisy_steps_take_their_mean_in_the_end() -> None:
-    """Relative errors are least for costs below the mean; what is drawn, and decode's mean, make up for it."""
+    """Outliers count for less in the costs; what is drawn, and decode's mean, make up for it."""
     profile, _ = calibrated(noise=0.4)
     mean = math.exp(0.4**2 / 2)
     drawn = sum(profile.prefill_noise) / len(profile.prefill_noise)
