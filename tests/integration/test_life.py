@@ -9,6 +9,8 @@ import asyncio
 import itertools
 import json
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
@@ -18,13 +20,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from sagellm_common.client.aio import AsyncClient, Completion
 from sagellm_common.core.errors import InvalidRequest, WrongRole
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
-from services.cli.__main__ import app
 from tests.support.checks import assert_nothing_leaked, eventually
 from tests.support.cluster import RunningCluster
 from tests.support.oracle import continued, greedy
@@ -101,8 +101,9 @@ async def under_load(cluster: RunningCluster, model: Path) -> AsyncIterator[Load
     await assert_nothing_leaked(cluster)
 
 
-def sagellm(cluster: RunningCluster, *argv: str) -> Result:
-    return CliRunner().invoke(app, [*argv, "--router", cluster.router_address])
+def sagellm(cluster: RunningCluster, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "services.cli", *argv, "--router", cluster.router_address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 async def leaves_in_the_middle(
@@ -159,21 +160,25 @@ async def test_workers_change_leave_and_are_replaced_under_load(cluster: Running
             await load.more()
 
         async def drains(worker_id: str) -> None:
-            said = await asyncio.to_thread(sagellm, cluster, "worker", "drain", worker_id, "--grace-s", "30")
-            assert said.exit_code == 0, (said, cluster.router_address, cluster.address(worker_id))
+            assert await load.client.drain_worker(worker_id, grace_s=30) == 0
 
         gone, same = await leaves_in_the_middle(cluster, load, drains)
         assert same == found
-        await eventually(partial(asyncio.sleep, 0, cluster), lambda c: not c.alive(gone), SETTLE_S)
+        said = await asyncio.to_thread(sagellm, cluster, "worker", "drain", "prefill-0", "--grace-s", "30")
+        assert (said.returncode, said.stderr) == (0, "prefill-0 is drained, 0 requests unfinished\n")
+        for worker_id in (gone, "prefill-0"):
+            await eventually(partial(asyncio.sleep, 0, worker_id), lambda id: not cluster.alive(id), SETTLE_S)
         await load.more()
-    assert gone not in {w.record.worker_id for w in (await asyncio.to_thread(cluster.status)).workers}
+    left = {w.record.worker_id for w in (await asyncio.to_thread(cluster.status)).workers}
+    assert left.isdisjoint({gone, "prefill-0"})
 
 
 async def test_what_cannot_be_is_refused(cluster: RunningCluster) -> None:
     async with AsyncClient(cluster.router_address) as client:
         with pytest.raises(InvalidRequest, match="there is no worker decode-9; known: "):
             await client.set_role("decode-9", WorkerRole.BOTH)
-        with pytest.raises(WrongRole, match="prefill-0 cannot take the role kv_store"):
-            await client.set_role("prefill-0", WorkerRole.KV_STORE)
+        (worker_id, *_) = [w.record.worker_id for w in (await client.topology()).workers]
+        with pytest.raises(WrongRole, match=f"{worker_id} cannot take the role kv_store"):
+            await client.set_role(worker_id, WorkerRole.KV_STORE)
         with pytest.raises(InvalidRequest, match="worker_id is empty"):
             await client.drain_worker("")
