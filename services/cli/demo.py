@@ -17,7 +17,7 @@ from rich.rule import Rule
 
 from sagellm_common.client.aio import AsyncClient, gather
 from sagellm_common.client.router import ClusterView
-from sagellm_common.core.types import GenerationSummary, WorkerRole
+from sagellm_common.core.types import GenerationSummary, KvOrigins, WorkerRole
 from services.cli import render, run
 from services.cli.cluster import Cluster
 from services.cli.home import ClusterHome
@@ -118,6 +118,8 @@ async def _openai_chat(gateway_url: str, question: str) -> GenerationSummary:
                 _live(choice.delta.content or "")
             happened |= (chunk.model_extra or {}).get("sagellm") or {}
     render.out.print()
+    if "origins" in happened:
+        happened["origins"] = KvOrigins(**happened["origins"])
     return GenerationSummary(**{f.name: happened[f.name] for f in fields(GenerationSummary) if f.name in happened})
 
 
