@@ -206,7 +206,9 @@ class ServiceClass(Section):
 
 
 class RouterConfig(Section):
-    address: str = Field("", description="host:port; empty: from cluster.port_base")
+    address: str = Field(
+        "", description="host:port, for gateways several with commas between them; empty: from cluster.port_base"
+    )
     strategy: StrategyName = Field(
         "fifo",
         description="who gets a request: fifo and priority go by cached prefix and requests outstanding, slo_aware and "
