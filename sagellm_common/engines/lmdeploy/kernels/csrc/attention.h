@@ -61,11 +61,11 @@ inline std::vector<AttentionTask> attention_tasks(const SageBatch& batch, const 
   std::vector<AttentionTask> tasks;
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int64_t all = (batch.q_starts[s + 1] - batch.q_starts[s]) * shape.group();
-    for (int64_t first = 0; first < all; first += kLanes) {
-      const int64_t rows = std::min<int64_t>(kLanes, all - first);
-      const int64_t heads = rows <= kFew && batch.sequences >= threads ? shape.kv_heads : 1;
-      for (int64_t h = 0; h < shape.kv_heads; h += heads) tasks.push_back({s, h, heads, first, rows});
-    }
+    const int64_t heads = all <= kFew && batch.sequences >= threads ? shape.kv_heads : 1;
+    // Head after head: one head's keys and values of some thousand positions stay in the second-level cache.
+    for (int64_t h = 0; h < shape.kv_heads; h += heads)
+      for (int64_t first = 0; first < all; first += kLanes)
+        tasks.push_back({s, h, heads, first, std::min<int64_t>(kLanes, all - first)});
   }
   return tasks;
 }
