@@ -45,7 +45,7 @@ SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class PrefillCost:
-    """Where the prompt could be computed: `ttft_s` until the first token, of which it is computed for `own_s`.
+    """Where the prompt could be computed: `ttft_s` until the first token. `own_s` is what that costs the cluster.
 
     With `chunk_tokens`, by the worker that decodes it, so many tokens with each of its steps.
     """
@@ -137,6 +137,8 @@ class Hybrid:
             chunk_tokens = rest if last_s * rest <= room_s else int(room_s / last_s)
             if chunk_tokens < min(MIN_CHUNK_TOKENS, rest):
                 continue
+            busy = 1 - room_s / mixed_s
+            own_s *= 1 + busy**4  # who decodes there is held up, and the more the less they can spare
             ttft_s = all_s if not worker.sequences else all_s * mixed_s / room_s
             found.append(PrefillCost(worker, ttft_s, own_s, chunk_tokens))
         return found
