@@ -329,3 +329,10 @@ async def test_a_client_that_stops_reading_is_given_up(monkeypatch):
     with pytest.raises(exchange.Disconnected):
         await stalled.send_events([{}])
     await stalled.send_error(HttpError(503, "late", "late"))
+
+
+async def test_the_class_of_a_request_is_what_its_header_says(http, router):
+    for headers, service_class in (({"x-sagellm-class": "bulk"}, "bulk"), ({}, "")):
+        answer = await http.post("/v1/completions", json={"prompt": "a b", "max_tokens": 2}, headers=headers)
+        assert answer.status_code == 200
+        assert router.requests[-1].service_class == service_class
