@@ -139,15 +139,13 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
         first_token_within_s: float = math.inf,
         needed_s: float = 0.0,
         peer: KvPeer | None = None,
-        lookup: bool | None = None,
     ) -> PrefillOutcome:
         """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled.
 
         `on_started` hears where the KV can be pulled while it is computed, if the plan (`overlap`) says that this is
         worth it, or where the plan does not know the worker does; in pieces of `segment_bytes` (0: as configured).
         `chunk_tokens` of the prompt are computed at a time (0: as configured). `first_token_within_s` and `needed_s`
-        are EngineRequest's. `peer` is the worker in whose cache more of the prompt is. `lookup` is whether the plan
-        asks the kv_stores; None: as the worker does by itself.
+        are EngineRequest's. `peer` is the worker in whose cache more of the prompt is.
         """
         message = worker_pb2.PrefillRequest(
             request_id=request.request_id,
@@ -167,7 +165,6 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
             first_token_within_ms=None if math.isinf(first_token_within_s) else first_token_within_s * 1e3,
             needed_ms=needed_s * 1e3,
             peer=codec.encode_peer(peer) if peer else None,
-            lookup=lookup,
         )
         key = ("prefill", request.request_id, attempt)
         async with self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key)) as replies:
@@ -228,14 +225,12 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
         timeout_s: float,
         wire_dtype: str = "",
         chunk_tokens: int = 0,
-        lookup: bool | None = None,
-        offload: bool | None = None,
     ) -> AsyncGenerator[DecodeStep, None]:
         """The steps of one generation after `emitted`; the last has finish_reason. Iterate under `aclosing`.
 
-        Without a source the worker computes prompt and emitted tokens itself, by `chunk_tokens`. That, `wire_dtype`
-        and whether kv_stores are asked (`lookup`) and given the KV (`offload`) are the plan's; 0, "" and None: as the
-        worker does by itself. Raises as `reserve` does, and LeaseExpired, KvCorrupt, EngineFailed.
+        Without a source the worker computes prompt and emitted tokens itself, by `chunk_tokens`. That and `wire_dtype`
+        are the plan's; 0 and "": as the worker is configured. Raises as `reserve` does, and LeaseExpired, KvCorrupt,
+        EngineFailed.
         """
         message = worker_pb2.DecodeRequest(
             request_id=request.request_id,
@@ -251,8 +246,6 @@ class DecodeSession(SessionClient[Key, worker_pb2.DecodeSessionRequest, Any]):
             trace_context=current_carrier(),
             wire_dtype=wire_dtype,
             chunk_tokens=chunk_tokens,
-            lookup=lookup,
-            offload=offload,
         )
         key = ("decode", request.request_id, attempt)
         return self._steps(key, worker_pb2.DecodeSessionRequest(decode=message), timeout_s)

@@ -47,7 +47,6 @@ class DecodeJob:
 
     `sampling.max_new_tokens` counts the emitted tokens too. KV crosses in the plan's `wire_dtype`; "": as configured.
     What is computed here is by `chunk_tokens`, 0: as the engine is configured, and those who decode go in between.
-    `lookup` and `offload`: whether the plan asks the kv_stores, and gives them its KV; None: no plan says so.
     """
 
     request_id: str
@@ -62,8 +61,6 @@ class DecodeJob:
     priority: int = 0
     wire_dtype: str = ""
     chunk_tokens: int = 0
-    lookup: bool | None = None
-    offload: bool | None = None
     trace_context: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -210,7 +210,7 @@ class DecodeLoop:
         while allocation.more_below:
             await asyncio.to_thread(self._pool.bring_back, allocation, known, job.cache_salt)
         began_s, gained = time.monotonic(), 0
-        if self._fetch is not None and job.lookup is not False:
+        if self._fetch is not None:
             # Reserved blocks are the prompt's; those for emitted tokens come when it is submitted.
             within = len(allocation.block_ids) * self._pool.layout.block_size_tokens
             gained = await self._fetch.fetch(
@@ -281,7 +281,7 @@ class DecodeLoop:
             tenant=job.tenant,
             priority=job.priority,
             timeout_s=job.timeout_s,
-            hold_blocks=self._offload is not None and job.offload is not False,
+            hold_blocks=self._offload is not None,
             chunk_tokens=job.chunk_tokens,
         )
         last = await self._sequences.run(request, blocks, tokens.take)

@@ -226,8 +226,6 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             priority=request.priority,
             wire_dtype=_wire_dtype(request.wire_dtype),
             chunk_tokens=_chunk_tokens(request.chunk_tokens),
-            lookup=request.lookup if request.HasField("lookup") else None,
-            offload=request.offload if request.HasField("offload") else None,
             trace_context=dict(request.trace_context),
         )
 

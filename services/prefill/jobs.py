@@ -31,8 +31,7 @@ class PrefillJob:
     The receiver holds KV of the first `receiver_cached_tokens`. `announce` None: it does not pull before the answer.
     `overlap` is whether the plan has it pull before, None: no plan says so; then in pieces of `segment_bytes`.
     `chunk_tokens` are computed at a time, 0: as the engine is configured. `first_token_within_s` and `needed_s` are
-    EngineRequest's. `peer` is the worker in whose cache the plan says that more of the prompt is. `lookup` is whether
-    the plan asks the kv_stores, None: no plan says so.
+    EngineRequest's. `peer` is the worker in whose cache the plan says that more of the prompt is.
     """
 
     request_id: str
@@ -52,7 +51,6 @@ class PrefillJob:
     first_token_within_s: float = math.inf
     needed_s: float = 0.0
     peer: KvPeer | None = None
-    lookup: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

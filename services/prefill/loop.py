@@ -152,7 +152,7 @@ class PrefillLoop:
         size, cached = self._pool.layout.block_size_tokens, allocation.num_cached_tokens
         end = (len(job.prompt) - 1) // size * size
         costs = self._fetch_costs
-        if self._store is None or cached >= end or job.lookup is False:
+        if self._store is None or cached >= end:
             return 0
         if costs is not None and not costs.worth_asking(job.request_id, cached, end):
             return 0

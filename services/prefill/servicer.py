@@ -94,7 +94,6 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             first_token_within_s=_target_s(request),
             needed_s=_needed_s(request),
             peer=codec.decode_peer(request.peer) if request.HasField("peer") else None,
-            lookup=request.lookup if request.HasField("lookup") else None,
         )
 
 

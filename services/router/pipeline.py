@@ -180,8 +180,8 @@ class Pipeline:
                 yield output
 
     async def _carry_out(self, work: Attempt, progress: PlanProgress) -> AsyncGenerator[GenerationOutput, None]:
-        """Reserve, prefill, decode, as the plan's nodes say. Lookups, fetches and offloads are the workers' own calls:
-        they are told whether the plan has them."""
+        """Reserve, prefill, decode, as the plan's nodes say. Lookups and offloads are the workers' own calls: what they
+        hold and lack by then they know better than a plan."""
         admitted, routed, generation, slot = work.admitted, work.routed, work.generation, work.slot
         move = work.move
         planned_s = generation.age_s
@@ -322,7 +322,6 @@ class Pipeline:
                     first_token_within_s=self._first_token_within_s(admitted.request, generation),
                     needed_s=self._learner.needed_s(compute) if self._learner else 0.0,
                     peer=routed.peer,
-                    lookup=routed.plan.node(PlanNodeKind.LOOKUP) is not None or routed.peer is not None,
                 )
             computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
             self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)
@@ -364,8 +363,6 @@ class Pipeline:
                 timeout_s=timeout_s,
                 wire_dtype=transfer.wire_dtype if transfer else "",
                 chunk_tokens=compute.chunk_tokens if compute and source is None else 0,
-                lookup=source is None and routed.plan.node(PlanNodeKind.LOOKUP) is not None,
-                offload=routed.plan.node(PlanNodeKind.OFFLOAD) is not None,
             )
             async with aclosing(steps):
                 async for step in steps:
