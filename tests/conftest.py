@@ -15,6 +15,9 @@ from services.cli.models import prepare_smollm2
 from tests.support.cluster import RunningCluster
 from tests.support.models import tiny_model
 
+# torch's TCPStore asks DNS for the name of 127.0.0.1 at each connection (it looks it up as ::ffff:127.0.0.1, which no
+# /etc/hosts has). Where DNS does not answer, or limits how often it does, that takes 10 s: longer than our deadlines.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 # Before any test imports LMDeploy. SAGELLM_ENGINE__PATCHES=off runs the suite on pip's, without our patches.
 overlay.use(load_config(None, os.environ).engine.patches)
 # Nothing is timed in a test: a busy machine is no failure.

@@ -13,8 +13,9 @@ from tests.support.cluster import RunningCluster
 
 SERVICES = {
     "router": {"InferenceService", "TopologyService", "SessionService"},
-    "prefill-0": {"PrefillService", "WorkerService", "KvTransferService", "SessionService"},
-    "decode-0": {"DecodeService", "WorkerService", "KvTransferService", "SessionService"},
+    # Both roles' services: a running worker may change its role.
+    "prefill-0": {"PrefillService", "DecodeService", "WorkerService", "KvTransferService", "SessionService"},
+    "decode-0": {"PrefillService", "DecodeService", "WorkerService", "KvTransferService", "SessionService"},
     "kv-store-0": {"KvStoreService", "WorkerService", "KvTransferService"},
 }
 TIMEOUT_S = 20.0

@@ -169,6 +169,7 @@ def join(
 ) -> TorchPair:
     """Meets the other end at the source's store. Blocks; raises PeerLost, LayoutMismatch.
 
+    torch asks DNS for the names of both ends when they connect: a DNS that does not answer delays it by its timeout.
     Both ends must have blocks of one size before anything is sent: Gloo ends the *process* that receives less than
     the other side sends. Messages are as large as the one wants them that wants them smaller.
     """
