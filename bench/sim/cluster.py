@@ -101,14 +101,13 @@ class SimCluster:
         def kv() -> SimKv:
             return SimKv(profile.kv_tokens // block_tokens, block_tokens, eviction)
 
-        self._prefill = {
-            name: PrefillSim(name, self.clock, profile, kv(), policy, self._learn_prefill, rng, in_order=in_order)
-            for name in (f"prefill-{i}" for i in range(num_prefill))
-        }
-        self._decode = {
-            name: DecodeSim(name, self.clock, profile, kv(), policy)
-            for name in (f"decode-{i}" for i in range(num_decode))
-        }
+        def new_prefill(name: str) -> PrefillSim:
+            return PrefillSim(name, self.clock, profile, kv(), policy, self._learn_prefill, rng, in_order=in_order)
+
+        self._new_prefill = new_prefill
+        self._new_decode = lambda name: DecodeSim(name, self.clock, profile, kv(), policy)
+        self._prefill = {name: new_prefill(name) for name in (f"prefill-{i}" for i in range(num_prefill))}
+        self._decode = {name: self._new_decode(name) for name in (f"decode-{i}" for i in range(num_decode))}
         self._prefill_list, self._decode_list = list(self._prefill.values()), list(self._decode.values())
         # Who has the least to do, where there are too many to show a strategy all of them.
         self._idle_prefill = Ranking(self._prefill_list, lambda worker: (worker.queued_tokens, worker.assigned))

@@ -273,7 +273,7 @@ class AutoscalerConfig(Section):
     forecast_sigmas: float = Field(
         1.0, ge=0, description="standard deviations of the forecast's past errors that are added to it"
     )
-    scale_down_after_s: float = Field(300.0, ge=0, description="fewer workers once none more were needed for so long")
+    scale_down_after_s: float = Field(120.0, ge=0, description="fewer workers once none more were needed for so long")
     cooldown_s: float = Field(30.0, ge=0, description="after a change, before the next; more load does not wait for it")
     min_prefill: int = Field(1, ge=1)
     max_prefill: int = Field(8, ge=1)

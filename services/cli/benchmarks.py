@@ -12,6 +12,7 @@ import services
 from sagellm_common.core.errors import ConfigError
 
 BENCHMARKS = {
+    "autoscale": "the autoscaler on a trace in simulation, beside an oracle, a HPA and fixed sizes",
     "index": "the prefix index: hashing and matching of long prompts against many workers' caches",
     "calibrate": "a profile of the simulator, measured on a real CPU cluster and checked against it",
     "chat": "a multi-turn chat on 2P2D with the KV stack on and off, tokens compared",
