@@ -158,14 +158,12 @@ async def test_the_log_has_each_step_with_what_it_computed(kind: str, llama: Pat
         pytest.skip("vLLM's log is empty; LMDeploy's engine tells its steps (Engine.step_log)")
     (tokens,) = prompts(4, (50,))
     async with running_engine(llama, kind=kind, max_prefill_tokens=32, prefix_caching=False) as driver:
-        began_s = time.monotonic()
         await driver.run(tokens, 4)
         _, steps = driver.engine.step_log.after(0)
-        passed_s = time.monotonic() - began_s
     work = [(s.prompts, s.prompt_tokens, s.prompt_squares, s.sequences, s.context_tokens) for s in steps]
     chunks = [(1, 32, 32**2, 0, 0), (1, 18, 50**2 - 32**2, 0, 0)]
     assert work == [*chunks, (0, 0, 0, 1, 51), (0, 0, 0, 1, 52), (0, 0, 0, 1, 53)]
-    assert min(s.seconds for s in steps) > 0 and sum(s.seconds for s in steps) <= passed_s
+    assert min(s.seconds for s in steps) > 0
     assert all(s.cpu_seconds >= 0 for s in steps)
 
 
