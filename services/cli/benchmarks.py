@@ -13,15 +13,15 @@ from sagellm_common.core.errors import ConfigError
 
 BENCHMARKS = {
     "autoscale": "the autoscaler on a trace in simulation, beside an oracle, a HPA and fixed sizes",
-    "index": "the prefix index: hashing and matching of long prompts against many workers' caches",
     "calibrate": "a profile of the simulator, measured on a real CPU cluster and checked against it",
     "chat": "a multi-turn chat on 2P2D with the KV stack on and off, tokens compared",
     "disaggregation": "computing prompts on other workers than they are decoded on, where it pays and where not",
+    "index": "the prefix index: hashing and matching of long prompts against many workers' caches",
     "kv": "eviction policies on a trace of block hashes, beside Belady's optimum",
     "placement": "strategies on a real 2P2D cluster, in turns under a mixed workload",
     "plan": "building and optimising execution plans, pass by pass",
-    "strategies": "placement strategies and other routers' rules, on a trace, in simulation",
     "router": "what router and gateway cost per request and token, beside sglang-router and a bare proxy",
+    "strategies": "placement strategies and other routers' rules, on a trace, in simulation",
     "transfer": "KV between two processes over every byte path",
 }
 

@@ -66,7 +66,7 @@ def test_arguments_say_what_is_wrong() -> None:
 def test_the_command_says_what_to_do_where_there_is_no_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="'': unknown benchmark; known: index .*, kv .*, transfer"):
+    with pytest.raises(ConfigError, match="'': unknown benchmark; known: autoscale .*, index .*, kv .*, transfer"):
         benchmarks.run("", [])
     monkeypatch.setattr(services, "__path__", [str(tmp_path / "services")])
     with pytest.raises(ConfigError, match="from a checkout"):
