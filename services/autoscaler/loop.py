@@ -15,6 +15,7 @@ from services.autoscaler.demand import Demand, Window, demand_of
 from services.autoscaler.metrics import AutoscalerMetrics
 from services.autoscaler.observe import Cluster
 from services.autoscaler.orchestrator import Orchestrator, Phase
+from services.autoscaler.pace import Pace
 from services.autoscaler.planner import Decision, Fleet, Planner
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Autoscaler:
         self._clock = clock
         self._window = Window()
         self._looked_s: float | None = None
-        self._changed_s = -float("inf")
+        self._pace = Pace(config.cooldown_s)
         self._demand: Demand | None = None
         self.steps: deque[Step] = deque(maxlen=REMEMBERED)
 
@@ -94,23 +95,20 @@ class Autoscaler:
         return step
 
     async def _act(self, decision: Decision, fleet: Fleet, now_s: float) -> str:
-        """More at once; fewer only a while after the last change, and when what was asked for before is there: workers
-        that drain still count as asked for nowhere, and are not to be counted twice."""
+        """As far as the pace allows; in words."""
         if not decision.changes(fleet):
             return "nothing: it is as it should be"
-        calm = now_s - self._changed_s >= self._config.cooldown_s
-        settled = fleet.prefill_ready >= fleet.prefill and fleet.decode_ready >= fleet.decode
-        done = []
+        waits, done = self._pace.waits(fleet, now_s), []
         phases: tuple[tuple[Phase, int, int], ...] = (
             ("prefill", fleet.prefill, decision.prefill),
             ("decode", fleet.decode, decision.decode),
         )
         for phase, asked, wanted in phases:
-            if wanted < asked and not (calm and settled):
-                done.append(f"{phase} stays at {asked}: {'workers are still starting' if calm else 'cooling down'}")
+            if wanted < asked and waits:
+                done.append(f"{phase} stays at {asked}: {waits}")
             elif wanted != asked:
                 await self._orchestrator.scale(phase, wanted)
-                self._changed_s = now_s
+                self._pace.changed(now_s)
                 self._metrics.changes.labels(phase, "up" if wanted > asked else "down").inc()
                 done.append(f"{phase} from {asked} to {wanted}")
         text = "; ".join(done)

@@ -11,7 +11,8 @@ from bench.sim.traces import SimRequest
 from sagellm_common.core.config import AutoscalerConfig
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from services.autoscaler.capacity import Targets, WorkerLimits, needed
-from services.autoscaler.demand import Demand
+from services.autoscaler.demand import Counters, Demand, demand_of
+from services.autoscaler.pace import Pace
 from services.autoscaler.planner import Fleet, Planner
 
 HPA_TARGET = 0.6
@@ -23,21 +24,20 @@ HPA_STABILIZATION_S = 300.0
 def ours(config: AutoscalerConfig, costs: Callable[[], CostModel], targets: Targets, limits: WorkerLimits) -> Decide:
     """The autoscaler's own planner, with its cool-down."""
     planner = Planner(config, costs, targets, limits)
-    last: list[Demand] = []
-    changed_s = -math.inf
+    pace = Pace(config.cooldown_s)
+    demand: Demand | None = None
 
     def decide(seen: Seen) -> tuple[int, int]:
-        nonlocal changed_s
-        last[:] = [_demand(seen, config.interval_s, last[0] if last else None)]
+        nonlocal demand
+        counted = Counters(seen.requests, 0, seen.prompt_tokens, seen.hit_tokens, seen.output_tokens)
+        demand = demand_of(counted, config.interval_s, demand)
         fleet = Fleet(seen.asked["prefill"], seen.asked["decode"], seen.ready["prefill"], seen.ready["decode"])
-        decision = planner.plan(last[0], fleet)
-        calm = seen.now_s - changed_s >= config.cooldown_s
-        settled = fleet.prefill_ready >= fleet.prefill and fleet.decode_ready >= fleet.decode
+        decision = planner.plan(demand, fleet)
         prefill, decode = decision.prefill, decision.decode
-        if not (calm and settled):
+        if pace.waits(fleet, seen.now_s):
             prefill, decode = max(prefill, fleet.prefill), max(decode, fleet.decode)
         if (prefill, decode) != (fleet.prefill, fleet.decode):
-            changed_s = seen.now_s
+            pace.changed(seen.now_s)
         return prefill, decode
 
     return decide
@@ -99,14 +99,6 @@ def by_utilisation(config: AutoscalerConfig) -> Decide:
 
 def fixed(prefill: int, decode: int) -> Decide:
     return lambda _: (prefill, decode)
-
-
-def _demand(seen: Seen, interval_s: float, before: Demand | None) -> Demand:
-    if not seen.requests or not seen.prompt_tokens:
-        lengths = (before.prompt_tokens, before.computed_tokens, before.output_tokens) if before else (0.0, 0.0, 0.0)
-        return Demand(seen.requests / interval_s, *lengths)
-    prompt, count = seen.prompt_tokens, seen.requests
-    return Demand(count / interval_s, prompt / count, (prompt - seen.hit_tokens) / count, seen.output_tokens / count)
 
 
 def _bins(requests: Sequence[SimRequest], interval_s: float) -> list[list[SimRequest]]:
