@@ -10,12 +10,10 @@ The call tells at once what torch tells only when its timeout is up: that the so
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 import uuid
 from collections import OrderedDict
-from datetime import timedelta
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
@@ -30,6 +28,7 @@ from sagellm_common.comm_backend.backends.torch_pair import (
     TorchPair,
     join,
 )
+from sagellm_common.comm_backend.backends.torch_store import open_store
 from sagellm_common.comm_backend.config import KVTransportConfig
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.integrity import check_pull, verify_digests
@@ -116,23 +115,7 @@ class PairChannel:
 
     async def start(self) -> str:
         """Raises ConfigError when the port cannot be had."""
-        try:
-            listener = socket.create_server((self._host, self._port))
-        except OSError as err:
-            raise ConfigError(
-                f"KV byte path cannot listen on {self._host}:{self._port}: {err.strerror}; choose another port"
-            ) from err
-        port = listener.getsockname()[1]
-        # A listener of our own, because the store's would listen on every interface.
-        self._store = TCPStore(
-            self._host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=self._silence_s),
-            master_listen_fd=listener.detach(),
-        )
-        self.address = f"{self._host}:{port}"
+        self._store, self.address = open_store(self._host, self._port, self._silence_s, "KV byte path")
         return self.address
 
     async def close(self) -> None:

@@ -8,7 +8,6 @@ they are given copies; a tensor of the caller's is written by this process alone
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -25,11 +24,12 @@ from torch.distributed import (  # type: ignore[attr-defined]  # not in __all__
 )
 from torch.distributed import ReduceOp as TorchReduceOp
 
+from sagellm_common.comm_backend.backends.torch_store import open_store
 from sagellm_common.comm_backend.daemon import in_daemon_thread
 from sagellm_common.comm_backend.protocol import ReduceOp
 from sagellm_common.comm_backend.tensor_calls import CALL_BYTES, Call, Kind, agreed, as_bytes, check_rank, rank_of
 from sagellm_common.comm_backend.wire import split_address
-from sagellm_common.core.errors import ConfigError, PeerLost
+from sagellm_common.core.errors import PeerLost
 
 T = TypeVar("T")
 
@@ -55,23 +55,7 @@ class TorchComm:
         self._groups: list[TorchGroup] = []
 
     async def start(self) -> str:
-        try:
-            listener = socket.create_server((self._host, self._port))
-        except OSError as err:
-            raise ConfigError(
-                f"groups cannot listen on {self._host}:{self._port}: {err.strerror}; choose another port"
-            ) from err
-        port = listener.getsockname()[1]
-        # A listener of our own, because the store's would listen on every interface.
-        self._store = TCPStore(
-            self._host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=STORE_S),
-            master_listen_fd=listener.detach(),
-        )
-        self.address = f"{self._host}:{port}"
+        self._store, self.address = open_store(self._host, self._port, STORE_S, "groups")
         return self.address
 
     async def join(self, group: str, members: Sequence[str], *, timeout_s: float) -> TorchGroup:
