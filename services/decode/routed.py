@@ -6,7 +6,6 @@ asks a router for another route.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +14,14 @@ from dataclasses import replace
 import numpy as np
 
 from sagellm_common.comm_backend.handoff import Party
-from sagellm_common.core.errors import EngineFailed, LeaseExpired, SageError
+from sagellm_common.core.errors import EngineFailed, SageError
 from sagellm_common.core.telemetry import current_carrier
-from sagellm_common.core.types import HandoffTicket, KvSource, TokenIds, WorkerAddress
+from sagellm_common.core.types import KvSource, TokenIds, WorkerAddress
+from sagellm_common.rpc.renewal import renewed
 from sagellm_common.rpc.sessions import PrefillOutcome, PrefillSession, RemotePrefill
 from sagellm_common.rpc.worker_sessions import WorkerSessions
 from services.decode.jobs import Decode, DecodeChunk, DecodeJob, Emit, PullAheadJob, ReserveJob, RoutedJob
 from services.decode.running import RunningRequests
-
-MIN_RENEWAL_S = 0.05
 
 
 class RoutedRequests:
@@ -76,7 +74,7 @@ class RoutedRequests:
             )
 
         try:
-            with _at("prefill"), self._renewed(ticket):
+            with _at("prefill"), renewed(ticket, self._decode.renew):
                 outcome = await session.prefill(
                     replace(request, priority=job.prefill_priority),
                     job.attempt,
@@ -102,26 +100,6 @@ class RoutedRequests:
             prefill_ms=(time.monotonic() - reserved_s) * 1e3,
             pulling_ahead_blocks=len(pulling[0].block_table) if pulling else 0,
         )
-
-    @contextmanager
-    def _renewed(self, ticket: HandoffTicket) -> Iterator[None]:
-        """Keeps the reservation for the time of the block: a long prompt takes longer than its lease lasts."""
-        loop, interval_s = asyncio.get_running_loop(), max(ticket.expires_in_ms / 3e3, MIN_RENEWAL_S)
-        timer: asyncio.TimerHandle
-
-        def renew() -> None:
-            nonlocal timer
-            try:
-                self._decode.renew(ticket.transfer_id, ticket.epoch)
-            except LeaseExpired:
-                return  # the request finds out when it comes for the blocks
-            timer = loop.call_later(interval_s, renew)
-
-        timer = loop.call_later(interval_s, renew)
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 @contextmanager

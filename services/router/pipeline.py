@@ -13,8 +13,8 @@ import logging
 import math
 import random
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import replace
 from typing import TypeVar
 
@@ -26,13 +26,13 @@ from sagellm_common.core.types import (
     FinishReason,
     GenerationOutput,
     GenerationRequest,
-    HandoffTicket,
     KvSource,
     ModelInfo,
     WorkerAddress,
 )
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import packed_block_hashes, root_hash
+from sagellm_common.rpc.renewal import renewed
 from sagellm_common.rpc.sessions import DecodeStep, TransferReport
 from sagellm_common.scheduler_ir.executor_api import PlanProgress
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
@@ -55,7 +55,6 @@ from services.router.workers import WorkerLink, Workers
 
 log = logging.getLogger(__name__)
 
-MIN_RENEWAL_S = 0.05
 MOVING = PlanNodeKind.TRANSFER, PlanNodeKind.MIGRATE
 COMPUTING = PlanNodeKind.LOOKUP, PlanNodeKind.FETCH, PlanNodeKind.PREFILL
 
@@ -309,7 +308,7 @@ class Pipeline:
             )
 
         with worker.engaged(), generation.stage("prefill", worker):
-            with _renewed(routed.decode, reserved.ticket):
+            with renewed(reserved.ticket, routed.decode.decode.renew):
                 outcome = await worker.prefill.prefill(
                     replace(admitted.request, priority=compute.priority),
                     generation.attempts,
@@ -563,24 +562,6 @@ class Pipeline:
     def _deadline(self, timeout_s: float | None) -> Deadline:
         limit_s = self._config.request_timeout_s
         return Deadline(self._clock, self._clock.now() + (limit_s if timeout_s is None else min(limit_s, timeout_s)))
-
-
-@contextmanager
-def _renewed(decode: WorkerLink, ticket: HandoffTicket) -> Iterator[None]:
-    """Keeps the reservation for the time of the block: a long prompt is computed for longer than its lease lasts."""
-    loop, interval_s = asyncio.get_running_loop(), max(ticket.expires_in_ms / 3e3, MIN_RENEWAL_S)
-    timer: asyncio.TimerHandle
-
-    def renew() -> None:
-        nonlocal timer
-        decode.decode.renew(ticket.transfer_id, ticket.epoch)
-        timer = loop.call_later(interval_s, renew)
-
-    timer = loop.call_later(interval_s, renew)
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 async def _wait_any(timeout_s: float, *events: asyncio.Event) -> None:
