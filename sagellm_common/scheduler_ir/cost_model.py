@@ -44,8 +44,7 @@ class DecodeFit:
         return self._fit(num_sequences).predict((1.0, context_tokens, num_sequences))
 
     def mean_s(self, num_sequences: int, context_tokens: int) -> float:
-        step_s, token_s, sequence_s = self._fit(num_sequences).coefficients
-        return step_s + token_s * context_tokens + sequence_s * num_sequences
+        return self._fit(num_sequences).seconds(1.0, context_tokens, num_sequences)
 
     def coefficients(self, num_sequences: int) -> tuple[float, ...]:
         """(of a step, of a token of context, of a sequence), in seconds."""
