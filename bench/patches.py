@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 
 from bench.paired import estimate
-from bench.serving import burst, single_engine
+from bench.serving_runs import burst, single_engine
 from sagellm_common.core.config import Config
 from services.cli.models import prepare_smollm2
 

@@ -87,6 +87,11 @@ class StoreClient:
     def available(self) -> bool:
         return bool(self._live())
 
+    @property
+    def left_alone(self) -> bool:
+        """Whether a store that serves failed a moment ago: what these calls say is not said of all stores then."""
+        return len(self._live()) < len(self._serving())
+
     def failed(self, worker_id: str) -> None:
         """Leaves this store alone for a while. For a failure outside these calls, such as that of a pull."""
         self._skip_until_s[worker_id] = self._clock.now() + RETRY_AFTER_S
@@ -316,15 +321,15 @@ class StoreClient:
         response = await self._call(store_id, "Put", request, timeout_s, kv_pb2.KvPutResponse)
         return PutResult(response.num_stored, response.num_present, response.bytes_pulled)
 
+    def _serving(self) -> list[WorkerRecord]:
+        stores = (worker for worker in self._topology.snapshot().workers if worker.role is WorkerRole.KV_STORE)
+        return [store for store in stores if store.state is WorkerState.SERVING]
+
     def _live(self) -> dict[str, WorkerRecord]:
-        """By id, and in its order."""
+        """Those not left alone, by id, and in its order."""
         now = self._clock.now()
         return {
-            worker.worker_id: worker
-            for worker in self._topology.snapshot().workers
-            if worker.role is WorkerRole.KV_STORE
-            and worker.state is WorkerState.SERVING
-            and self._skip_until_s.get(worker.worker_id, now) <= now
+            store.worker_id: store for store in self._serving() if self._skip_until_s.get(store.worker_id, now) <= now
         }
 
     def _require(self) -> dict[str, WorkerRecord]:

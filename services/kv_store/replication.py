@@ -10,6 +10,7 @@ left to eviction. Only what is in memory is given on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import secrets
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 EXTENTS_PER_LOOKUP = 64
 PUT_TIMEOUT_S = 10.0
 RETRY_S = 2.0
+SWEEP_S = 300.0
+"""Between looks when nothing seems to have changed: an owner that did not answer at a put was passed over there."""
 EPOCH = 1
 
 GIVEN = Counter("sagellm_kv_store_replicated_blocks", "Blocks given to other stores that had come to own them.")
@@ -94,20 +97,24 @@ class Replicator:
 
     async def _replicate(self) -> None:
         while True:
-            await self._wanted.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), SWEEP_S)
             self._wanted.clear()
             draining = self._worker.record.state is WorkerState.DRAINING
             try:
                 whole = await self.give_on()
-            except SageError as err:  # no other store is in reach
+            except SageError as err:
                 log.info("nothing is given to other stores: %s", err.message)
-                whole = True
+                whole = False
             self._drained = self._drained or draining
             if not whole and not draining:
                 asyncio.get_running_loop().call_later(RETRY_S, self._wanted.set)
 
     async def give_on(self) -> bool:
-        """One look at everything here; False when an owner has not taken what it lacks. Raises PeerLost."""
+        """One look at everything here; False when an owner has not taken what it lacks, or did not say what it has.
+
+        Raises the SageError of the only other store.
+        """
         if not self._pool.regions().num_blocks:
             return True
         layout, whole, num_blocks = self._pool.layout, True, 0
@@ -120,6 +127,7 @@ class Replicator:
                 Extent(key, n * EXTENT_BLOCKS, n * EXTENT_BLOCKS + len(blocks)) for n, (key, blocks) in enumerate(batch)
             ]
             present = await stores.owned(hashes, wanted, layout, without=self._worker.record.worker_id)
+            whole = whole and not stores.left_alone
             for extent, (_, blocks), owners in zip(wanted, batch, present, strict=True):
                 for store_id, count in owners.items():
                     if count < len(blocks):

@@ -13,6 +13,10 @@ import pytest
 from sagellm_common.client.aio import AsyncClient, Completion
 from sagellm_common.core.errors import Unreachable
 from sagellm_common.core.types import FinishReason, WorkerRole
+from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.rpc import codec
+from sagellm_common.rpc.channels import ChannelPool, call
+from sagellm_common.rpc.gen.sagellm.v1 import kv_pb2, kv_pb2_grpc
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from tests.faults.conftest import Arm
 from tests.support.checks import all_serving, eventually
@@ -104,28 +108,33 @@ async def test_a_seeded_sample_resumes_as_itself(healthy: RunningCluster, arm: A
         assert (await client.complete(prompt, **sampling)).token_ids == undisturbed.token_ids
 
 
-async def stored_blocks(healthy: RunningCluster) -> int:
-    """In all three stores together; 0 while one of them is away."""
-    view = await asyncio.to_thread(healthy.status)
-    stores = [w.kv for w in view.workers if w.record.role is WorkerRole.KV_STORE]
-    return sum(kv.total_blocks - kv.free_blocks for kv in stores if kv is not None) if len(stores) == 3 else 0
+async def copies(healthy: RunningCluster, tokens: list[int]) -> int:
+    """How many stores hold every full block of these tokens."""
+    workers = [w.record for w in (await asyncio.to_thread(healthy.status)).workers]
+    layout = next(w.model.kv_layout for w in workers if w.model is not None)
+    hashes = block_hashes(np.array(tokens, np.int32), layout.block_size_tokens, root_hash(layout))
+    asked = kv_pb2.KvLookupRequest(block_hashes=codec.encode_hashes(hashes), layout=codec.encode_layout(layout))
+    found = 0
+    async with ChannelPool() as channels:
+        for store in (w for w in workers if w.role is WorkerRole.KV_STORE):
+            stub = kv_pb2_grpc.KvStoreServiceStub(channels.get(store.address))
+            answer = await call(stub.Lookup, asked, timeout_s=5.0, response=kv_pb2.KvLookupResponse)
+            found += answer.num_blocks == len(hashes)
+    return found
 
 
-async def offloaded(healthy: RunningCluster, prompt: list[int], expected: list[int]) -> int:
-    """The prompt and its answer are in two stores, and in no prefill worker's cache; the blocks of all stores then."""
+async def offloaded(healthy: RunningCluster, prompt: list[int], expected: list[int]) -> None:
+    """Returns once the prompt and its answer are in two stores, and in no prefill worker's cache."""
 
-    async def stored_after_another() -> int:
+    async def copies_after_another() -> int:
         """A store that was lost a moment ago is left alone for a while: it is offered the blocks again."""
         assert list((await complete(healthy, prompt)).token_ids) == expected
-        return await stored_blocks(healthy)
+        return await copies(healthy, [*prompt, *expected[:-1]])
 
-    blocks = (len(prompt) + NEW_TOKENS - 1) // healthy.config.engine.block_size_tokens
-    before = await stored_blocks(healthy)
-    await eventually(stored_after_another, lambda now: now >= before + 2 * blocks, DEADLINE_S)
+    await eventually(copies_after_another, lambda now: now >= 2, DEADLINE_S)
     for worker_id in ("prefill-0", "prefill-1"):  # their caches are gone, the stores' are not
         await asyncio.to_thread(healthy.restart, worker_id)
     await all_serving(healthy)  # until the router knows them, decode stands in for prefill
-    return before + 2 * blocks
 
 
 @pytest.mark.parametrize("stage", ["store.putting", "store.getting", "source.sending"])
@@ -136,7 +145,8 @@ async def test_the_loss_of_a_store_costs_no_request_and_with_a_replica_no_hit(
     killed; when it is back, empty, the others give it what is its to keep: each block is in two of them again."""
     prompt = fresh_prompt(100)
     expected = greedy(tiny_llama, prompt, NEW_TOKENS)
-    stored = await offloaded(healthy, prompt, expected) if stage != "store.putting" else 0
+    if stage != "store.putting":
+        await offloaded(healthy, prompt, expected)
     arm(stage)
     done = await complete(healthy, prompt)
     assert list(done.token_ids) == expected
@@ -144,8 +154,9 @@ async def test_the_loss_of_a_store_costs_no_request_and_with_a_replica_no_hit(
     if stage != "store.putting":
         assert done.summary.store_tokens == 96
     assert list((await complete(healthy, prompt)).token_ids) == expected
-    if stored:
-        await eventually(lambda: stored_blocks(healthy), lambda now: now >= stored, DEADLINE_S)
+    if stage != "store.putting":
+        await all_serving(healthy)
+        await eventually(lambda: copies(healthy, [*prompt, *expected[:-1]]), lambda now: now >= 2, DEADLINE_S)
 
 
 async def test_a_stream_waits_for_the_restart_when_no_decode_worker_is_left(

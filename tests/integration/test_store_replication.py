@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
+from sagellm_common.core.errors import Draining
 from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import BlockHash
 from sagellm_common.kv_runtime.hierarchy import HierarchyManager
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
 from sagellm_common.prefix_reuse.sharding import extents, ranked
+from services.kv_store import replication
 from services.kv_store.extents import ExtentTable
+from services.kv_store.loop import KvStore
 from tests.integration.test_store_shards import FULL_BLOCKS, PROMPT, SIZE, STORES, forget, pair
 from tests.support.simulated_engine import reference
 from tests.support.store import kv_store, sees_the_store
@@ -92,6 +96,30 @@ async def test_a_store_that_joins_is_given_what_it_owns_now(router: str) -> None
         await assert_all_hit(prefill, decode, stores)
         moved = {h for id in STORES[1:] for h in stores.pools[id].cached_hashes()}
         assert 0 < len(moved) < FULL_BLOCKS
+
+
+async def test_a_store_that_does_not_answer_at_first_is_asked_again(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replication, "RETRY_S", 0.01)
+    answer, refused = KvStore.lookup_extents, list[str]()
+
+    def refuse_once(store: KvStore, *asked: Any) -> list[int]:
+        if not refused:
+            refused.append(store.incarnation)
+            raise Draining("not now")
+        return answer(store, *asked)
+
+    async with AsyncExitStack() as stack:
+        stores = Stores(stack, router, replicas=2)
+        await stores.start(*STORES[:2])
+        prefill, decode = await stack.enter_async_context(pair(router, 2))
+        hashes = await fill(prefill, decode, stores, 2)
+        await stores.stop(STORES[1])
+        monkeypatch.setattr(KvStore, "lookup_extents", refuse_once)
+        await stores.start(STORES[1])
+        await stores.hold(hashes, 2)
+        assert refused
 
 
 async def test_the_others_make_up_for_a_store_that_died(router: str) -> None:

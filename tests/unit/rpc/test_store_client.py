@@ -145,6 +145,7 @@ async def test_a_store_that_is_gone_holds_nothing_and_is_left_alone(channels: Ch
         located = await store.locate(MANY, extents(MANY), LAYOUT, timeout_s=5.0)
         assert all(set(holders) == set(stores) for holders in located)
         assert "kv_store-9" not in store.owners(extents(MANY)[0])
+        assert store.left_alone
 
 
 async def test_a_store_of_another_layout_is_offered_nothing(channels: ChannelPool) -> None:
