@@ -103,6 +103,10 @@ class Attention {
   static constexpr int64_t kBring = 128;                     // positions whose keys or values stay in the second-level
   static constexpr int kVecs = D / kLanes;
   static constexpr int kRowsAtOnce = std::clamp((kRegisters - 8) / kVecs, 1, 8);
+  // How a few rows' KV comes from memory. Two bytes a number: prefetched line by line beside the arithmetic. Four: read
+  // kBring positions ahead at once, since that many bytes are slower than the arithmetic, and fastest alone.
+  static constexpr bool kBeside = sizeof(typename Kv::Type) < sizeof(float);
+  static constexpr int64_t kAhead = 2 * kLanes;  // positions
 
  public:
   // `query` and `out` point at the rows of the task's token 0 of its sequence and are `query_stride`, `out_stride`
@@ -119,7 +123,7 @@ class Attention {
     const auto* head_values = values + task.kv_head * D;
 
     const bool few = task.rows <= kFew;
-    const int64_t group_rows = task.rows <= kFew / 2 ? kFew / 2 : kFew;  // of a head, with few
+    const int64_t group_rows = task.rows <= kFew / 2 ? task.rows : kFew;  // of a head, with few
     alignas(64) int32_t visible[kLanes];  // positions each row may see
     int64_t most = 0;
     for (int64_t r = 0; r < kLanes; ++r) {
@@ -136,21 +140,32 @@ class Attention {
             scratch.query.data()[(h * group_rows + r) * D + d] = q[d] * shape.scale;
           }
     }
-    const auto weigh = !few ? weigh_lanes : group_rows < kFew ? weigh_positions<kFew / 2> : weigh_positions<kFew>;
+    constexpr decltype(&weigh_lanes) weigh_few[] = {weigh_positions<1>, weigh_positions<2>, weigh_positions<3>,
+                                                    weigh_positions<4>};
+    const auto weigh = !few ? weigh_lanes : group_rows < kFew ? weigh_few[group_rows - 1] : weigh_positions<kFew>;
     const Weights weights = weigh(pages, head_keys, task.heads, visible, most, scratch);
 
     float* total = scratch.total.data();
     std::fill_n(total, task.heads * task.rows * D, 0.0f);
     for (int64_t p = 0; p < most; p += kChunk) {
       const int64_t count = std::min(kChunk, most - p);
-      if (few && p % kBring == 0) bring(pages, head_values, task.heads, p, most);
+      if (few && !kBeside && p % kBring == 0) bring(pages, head_values, task.heads, p, most);
       for (int64_t h = 0; h < task.heads; ++h) {
+        float* head_total = total + h * task.rows * D;
+        if (few && task.rows <= kRowsAtOnce) {  // each value is used once: converted on its way
+          const Type* rows[2 * kChunk];
+          find(pages, head_values + h * D, p, count, most, rows);
+          if (kBeside) find(pages, head_values + h * D, p + kChunk, kChunk, most, rows + kChunk);
+          some<kRowsAtOnce, Kv, kBeside>(static_cast<int>(task.rows), 0, rows, weights.of_head(h), p, count,
+                                         head_total);
+          continue;
+        }
         const float* rows[kChunk];
-        if (!few) prefetch(pages, head_values, p + kChunk, kChunk, most);
+        prefetch(pages, head_values + h * D, p + kChunk, kChunk, most);
         fetch(pages, head_values + h * D, p, count, scratch, rows);
         for (int64_t r = 0; r < task.rows; r += kRowsAtOnce)
-          some<kRowsAtOnce>(static_cast<int>(std::min<int64_t>(kRowsAtOnce, task.rows - r)), r, rows,
-                            weights.of_head(h), p, count, total + h * task.rows * D);
+          some<kRowsAtOnce, Float32, false>(static_cast<int>(std::min<int64_t>(kRowsAtOnce, task.rows - r)), r, rows,
+                                            weights.of_head(h), p, count, head_total);
       }
     }
     for (int64_t h = 0; h < task.heads; ++h)
@@ -165,6 +180,7 @@ class Attention {
 
  private:
   using Type = typename Kv::Type;
+  static constexpr size_t kLineValues = 64 / sizeof(Type);
 
   static void convert(const Type* row, float* copy) {
     for (int v = 0; v < kVecs; ++v) store(copy + v * kLanes, Kv::load(row + v * kLanes));
@@ -183,12 +199,22 @@ class Attention {
     });
   }
 
+  // The rows of `count` positions; beyond the end, where nobody looks at what is there, the last one's.
+  static void find(const Pages<Kv>& pages, const Type* base, int64_t first, int64_t count, int64_t end,
+                   const Type** rows) {
+    const int64_t begin = std::min(first, end - 1), present = std::min(count, end - begin);
+    pages.each(base, begin, present, [&](int64_t i, const Type* row) { rows[i] = row; });
+    std::fill(rows + present, rows + count, rows[present - 1]);
+  }
+
+  static void prefetch_line(const Type* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
   // Blocks lie anywhere, so the hardware does not see the next one coming.
   static void prefetch(const Pages<Kv>& pages, const Type* base, int64_t first, int64_t count, int64_t end) {
     if (first >= end) return;
     count = std::min(count, end - first);
     pages.each(base, first, count, [](int64_t, const Type* row) {
-      for (size_t i = 0; i < D * sizeof(Type); i += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + i, _MM_HINT_T0);
+      for (size_t d = 0; d < D; d += kLineValues) prefetch_line(row + d);
     });
   }
 
@@ -253,11 +279,10 @@ class Attention {
     }
     std::fill_n(largest, heads * R * kLanes, -INFINITY);
     for (int64_t p = 0; p < most; p += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, most - p);
-      const Type* rows[kLanes];
-      pages.each(keys, p, count, [&](int64_t i, const Type* row) { rows[i] = row; });
-      for (int64_t i = count; i < kLanes; ++i) rows[i] = rows[0];  // nobody sees them
-      if (p % kBring == 0) bring(pages, keys, heads, p, most);
+      const Type *rows[kLanes], *ahead[kLanes];
+      find(pages, keys, p, kLanes, most, rows);
+      if (kBeside) find(pages, keys, p + kAhead, kLanes, most, ahead);
+      if (!kBeside && p % kBring == 0) bring(pages, keys, heads, p, most);
       for (int64_t h = 0; h < heads; ++h) {
         const float* query = scratch.query.data() + h * R * D;
         Vec sum[R];
@@ -265,6 +290,8 @@ class Attention {
         for (int d = 0; d < D; d += kLanes) {
           Vec part[kLanes];
           for (int i = 0; i < kLanes; ++i) part[i] = Kv::load(rows[i] + h * D + d);
+          if (kBeside && d % kLineValues == 0)
+            for (int i = 0; i < kLanes; ++i) prefetch_line(ahead[i] + h * D + d);
           transpose(part);
           for (int i = 0; i < kLanes; ++i)
             for (int r = 0; r < R; ++r) sum[r] = fma(splat(query[r * D + d + i]), part[i], sum[r]);
@@ -310,17 +337,20 @@ class Attention {
     return largest;
   }
 
-  // total[row] += weights of `count` positions from `position` on times their values, for R rows from `first` on.
-  template <int R>
-  static void add(int64_t first, const float* const* rows, const Weights& weights, int64_t position, int64_t count,
-                  float* total) {
+  // total[row] += weights of `count` positions from `position` on times their values, for R rows from `first` on. With
+  // `Next`, kChunk more of `rows` come next.
+  template <int R, class Source, bool Next>
+  static void add(int64_t first, const typename Source::Type* const* rows, const Weights& weights, int64_t position,
+                  int64_t count, float* total) {
     const float* from = weights.base + first * weights.row_stride + position * weights.position_stride;
     Vec sum[R][kVecs];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < kVecs; ++i) sum[r][i] = load(total + (first + r) * D + i * kLanes);
     for (int64_t p = 0; p < count; ++p) {
       Vec value[kVecs];
-      for (int i = 0; i < kVecs; ++i) value[i] = load(rows[p] + i * kLanes);
+      for (int i = 0; i < kVecs; ++i) value[i] = Source::load(rows[p] + i * kLanes);
+      if constexpr (Next)
+        for (size_t d = 0; d < D; d += kLineValues) prefetch_line(rows[p + kChunk] + d);
       for (int r = 0; r < R; ++r) {
         const Vec weight = splat(from[p * weights.position_stride + r * weights.row_stride]);
         for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
@@ -330,11 +360,11 @@ class Attention {
       for (int i = 0; i < kVecs; ++i) store(total + (first + r) * D + i * kLanes, sum[r][i]);
   }
 
-  template <int R>
-  static void some(int rows_left, int64_t first, const float* const* rows, const Weights& weights, int64_t position,
-                   int64_t count, float* total) {
-    if (rows_left == R) return add<R>(first, rows, weights, position, count, total);
-    if constexpr (R > 1) some<R - 1>(rows_left, first, rows, weights, position, count, total);
+  template <int R, class Source, bool Next>
+  static void some(int rows_left, int64_t first, const typename Source::Type* const* rows, const Weights& weights,
+                   int64_t position, int64_t count, float* total) {
+    if (rows_left == R) return add<R, Source, Next>(first, rows, weights, position, count, total);
+    if constexpr (R > 1) some<R - 1, Source, Next>(rows_left, first, rows, weights, position, count, total);
   }
 };
 

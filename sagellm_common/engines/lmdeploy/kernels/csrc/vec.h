@@ -37,8 +37,6 @@ inline __m128i to_bf16(__m256 v) {
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 
-inline __m256 from_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
-
 #if defined(__AVX512VNNI__)
 
 constexpr const char* kIsa = "avx512_vnni";
@@ -70,9 +68,12 @@ inline Vec power_of_two(Int n) {
 }
 inline __m256 low(Vec a) { return _mm512_castps512_ps256(a.v); }
 inline __m256 high(Vec a) { return _mm512_extractf32x8_ps(a.v, 1); }
-inline Vec join(__m256 lo, __m256 hi) { return {_mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1)}; }
 inline Vec load_half(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Vec load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 // lane < limit[lane] ? a : b
 inline Vec where_below(int32_t value, Int limit, Vec a, Vec b) {
@@ -160,10 +161,14 @@ inline __m256 power_of_two8(__m256i n) {
 inline Vec power_of_two(Int n) { return {power_of_two8(n.lo), power_of_two8(n.hi)}; }
 inline __m256 low(Vec a) { return a.lo; }
 inline __m256 high(Vec a) { return a.hi; }
-inline Vec join(__m256 lo, __m256 hi) { return {lo, hi}; }
 inline Vec load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+inline __m256 from_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+inline Vec load_bf16(const uint16_t* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {from_bf16(_mm_loadu_si128(q)), from_bf16(_mm_loadu_si128(q + 1))};
 }
 inline Vec where_below(int32_t value, Int limit, Vec a, Vec b) {
   const __m256i v = _mm256_set1_epi32(value);
@@ -289,10 +294,7 @@ struct Float16 {
 };
 struct BFloat16 {
   using Type = uint16_t;
-  static Vec load(const uint16_t* p) {
-    const __m128i* q = reinterpret_cast<const __m128i*>(p);
-    return join(from_bf16(_mm_loadu_si128(q)), from_bf16(_mm_loadu_si128(q + 1)));
-  }
+  static Vec load(const uint16_t* p) { return load_bf16(p); }
   static void store(uint16_t* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(low(a)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), to_bf16(high(a)));
