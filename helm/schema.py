@@ -29,6 +29,7 @@ CHARTS_OWN = (
     ("autoscaler", "namespace"),
     ("autoscaler", "prefill_target"),
     ("autoscaler", "decode_target"),
+    ("autoscaler", "pool_target"),
     ("autoscaler", "lease"),
     *(("autoscaler", f"{end}_{phase}") for end in ("min", "max") for phase in ("prefill", "decode")),
     ("kv_store", "enabled"),

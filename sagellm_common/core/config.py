@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sagellm_common.core.types import WorkerRole
 
@@ -286,15 +286,29 @@ class AutoscalerConfig(Section):
     namespace: str = Field("", description="Kubernetes; empty: the pod's own")
     prefill_target: str = Field("", description="Kubernetes: the prefill workers, such as deployment/sagellm-prefill")
     decode_target: str = Field("", description="Kubernetes: the decode workers, such as deployment/sagellm-decode")
+    pool_target: str = Field(
+        "",
+        description="in their place: one workload whose pods take either role, such as statefulset/sagellm; "
+        "its size is set, and who of it prefills and who decodes. fixed: the workers that there are, of which only the "
+        "roles change; that needs no Kubernetes",
+    )
     lease: str = Field("", description="Kubernetes Lease by which one of several autoscalers leads; empty: it is alone")
 
-    @field_validator("prefill_target", "decode_target")
+    @field_validator("prefill_target", "decode_target", "pool_target")
     @classmethod
-    def _names_a_workload(cls, value: str) -> str:
+    def _names_a_workload(cls, value: str, info: ValidationInfo) -> str:
         kind, slash, name = value.partition("/")
+        if info.field_name == "pool_target" and value == "fixed":
+            return value
         if value and (kind not in ("deployment", "statefulset") or not slash or not name):
             raise ValueError("must be deployment/NAME or statefulset/NAME")
         return value
+
+    @model_validator(mode="after")
+    def _is_pool_or_not(self) -> Self:
+        if self.pool_target and (self.prefill_target or self.decode_target):
+            raise ValueError("pool_target goes without prefill_target and decode_target; leave one or the other empty")
+        return self
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:

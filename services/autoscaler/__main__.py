@@ -19,7 +19,7 @@ import uvloop
 from sagellm_common.client.router import RouterClient
 from sagellm_common.core import process
 from sagellm_common.core.clock import SystemClock
-from sagellm_common.core.config import Config
+from sagellm_common.core.config import AutoscalerConfig, Config
 from sagellm_common.core.config_loader import load_config
 from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.core.telemetry import setup_logging
@@ -31,30 +31,32 @@ from services.autoscaler.kubernetes_scale import KubernetesScale, api_client, le
 from services.autoscaler.loop import Autoscaler
 from services.autoscaler.metrics import AutoscalerMetrics
 from services.autoscaler.observe import DEFAULT_LIMITS, Observer
-from services.autoscaler.orchestrator import DryRun, Orchestrator, Phase
+from services.autoscaler.orchestrator import DryRun, Orchestrator, Workload
 from services.autoscaler.planner import Planner
+from services.autoscaler.pool import Pool
 
 EXIT_REFUSED = 2
 GRACE_S = 2.0
+FIXED = "fixed"
 
 
 async def serve(config: Config, port: int, router_address: str, api_server: str) -> None:
     """Until SIGTERM or SIGINT. Raises ConfigError."""
     own = config.autoscaler
-    targets: dict[Phase, str] = {"prefill": own.prefill_target, "decode": own.decode_target}
+    targets = targets_of(own)
     namespace = own.namespace or own_namespace()
     async with contextlib.AsyncExitStack() as stack:
         router = await stack.enter_async_context(RouterClient(router_address, session=config.rpc.session))
         http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
-        api = await stack.enter_async_context(api_client(api_server))
+        api = await stack.enter_async_context(api_client(api_server)) if targets or own.lease else None
         observer = Observer(router, http, own.routers, config.of_role(WorkerRole.DECODE).engine.max_batch_size)
-        scale: Orchestrator = KubernetesScale(api, namespace, targets)
+        orchestrator = _orchestrator(own, router, KubernetesScale(api, namespace, targets) if targets else None)
         metrics = AutoscalerMetrics()
         autoscaler = Autoscaler(
             own,
             observer,
-            Planner(own, lambda: observer.costs, _targets(config), DEFAULT_LIMITS),
-            DryRun(scale) if own.mode == "dry-run" else scale,
+            Planner(own, lambda: observer.costs, _targets(config), DEFAULT_LIMITS, flips=orchestrator.flips),
+            DryRun(orchestrator) if own.mode == "dry-run" else orchestrator,
             metrics,
             SystemClock(),
         )
@@ -67,7 +69,7 @@ async def serve(config: Config, port: int, router_address: str, api_server: str)
                 metrics.leading.set(0)
 
         identity = f"{socket.gethostname()}-{os.getpid()}"
-        work: Awaitable[None] = lead(api, namespace, own.lease, identity, deciding) if own.lease else deciding()
+        work: Awaitable[None] = lead(api, namespace, own.lease, identity, deciding) if own.lease and api else deciding()
         app = make_app(autoscaler, namespace, targets)
         server = HttpServer(app, config.cluster.host, port, grace_s=GRACE_S, on_ready=lambda: _ready(config, server))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,6 +83,17 @@ async def serve(config: Config, port: int, router_address: str, api_server: str)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def targets_of(own: AutoscalerConfig) -> dict[Workload, str]:
+    """The workloads on Kubernetes that it sets the sizes of; none where there are as many workers as there are."""
+    if own.pool_target:
+        return {} if own.pool_target == FIXED else {"pool": own.pool_target}
+    return {"prefill": own.prefill_target, "decode": own.decode_target}
+
+
+def _orchestrator(own: AutoscalerConfig, router: RouterClient, scale: KubernetesScale | None) -> Orchestrator:
+    return Pool(router, scale) if own.pool_target or scale is None else scale
 
 
 def _ready(config: Config, server: HttpServer) -> None:
@@ -101,8 +114,11 @@ def _targets(config: Config) -> Targets:
 def _checked(config: Config, router: str) -> str:
     """The router's address. Raises ConfigError for what is missing."""
     for name in ("prefill_target", "decode_target"):
-        if not getattr(config.autoscaler, name):
-            raise ConfigError(f"autoscaler.{name} is empty; name the workload, such as deployment/sagellm-prefill")
+        if not (getattr(config.autoscaler, name) or config.autoscaler.pool_target):
+            raise ConfigError(
+                f"autoscaler.{name} is empty; name the workload, such as deployment/sagellm-prefill, or set "
+                "autoscaler.pool_target: one workload whose workers take either role, or `fixed`"
+            )
     if not config.autoscaler.routers:
         raise ConfigError("autoscaler.routers is empty; name the routers' metrics, such as [sagellm-router:18802]")
     if not (router or config.router.address):
@@ -111,7 +127,9 @@ def _checked(config: Config, router: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="services.autoscaler", description="Scales prefill and decode on Kubernetes.")
+    parser = argparse.ArgumentParser(
+        prog="services.autoscaler", description="Scales prefill and decode, changes roles."
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one setting")
     parser.add_argument("--port", type=int, default=0, help="HTTP; 0 is ephemeral")

@@ -2,8 +2,8 @@
 
     /health /ready /metrics
     /explain                                         the last decisions, the newest first
-    /keda/{prefill|decode}                           {"value": workers wanted}, for KEDA's metrics-api scaler
-    /apis/custom.metrics.k8s.io/v1beta2/...          sagellm_wanted_replicas of the two workloads, for a HPA
+    /keda/{prefill|decode|pool}                      {"value": workers wanted}, for KEDA's metrics-api scaler
+    /apis/custom.metrics.k8s.io/v1beta2/...          sagellm_wanted_replicas of the workloads, for a HPA
 
 A HPA gets as many replicas as are wanted by an Object metric with averageValue 1.
 """
@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from services.autoscaler.loop import Autoscaler
-from services.autoscaler.orchestrator import Phase
+from services.autoscaler.orchestrator import Workload
 
 GROUP_VERSION = "custom.metrics.k8s.io/v1beta2"
 METRIC = "sagellm_wanted_replicas"
@@ -29,11 +29,14 @@ _RESOURCES = {"deployment": "deployments.apps", "statefulset": "statefulsets.app
 _KINDS = {"deployment": "Deployment", "statefulset": "StatefulSet"}
 
 
-def make_app(autoscaler: Autoscaler, namespace: str, targets: Mapping[Phase, str]) -> Starlette:
-    """`targets` by phase, as `autoscaler.{prefill,decode}_target`."""
+def make_app(autoscaler: Autoscaler, namespace: str, targets: Mapping[Workload, str]) -> Starlette:
+    """`targets` as `autoscaler.{prefill,decode,pool}_target`."""
 
-    def wanted(phase: Phase) -> int | None:
-        return getattr(autoscaler.steps[-1].decision, phase) if autoscaler.steps else None
+    def wanted(phase: Workload) -> int | None:
+        if not autoscaler.steps:
+            return None
+        now = autoscaler.steps[-1].decision
+        return {"prefill": now.prefill, "decode": now.decode, "pool": now.prefill + now.decode}[phase]
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})

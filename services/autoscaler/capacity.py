@@ -34,6 +34,7 @@ class WorkerLimits:
 
     max_batch: int
     kv_tokens: int
+    kv_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,18 @@ def needed(demand: Demand, costs: CostModel, targets: Targets, limits: WorkerLim
     decode = max(1, math.ceil(peak / max(1, batch)))
     feasible = batch >= 1 and prefill_s <= targets.ttft_s
     return Need(prefill, decode, prefill_s, batch, sequences, tpot_s, feasible)
+
+
+def flip_s(
+    to_prefill: bool, requests: int, demand: Demand, need: Need, costs: CostModel, limits: WorkerLimits
+) -> float:
+    """Until a worker with so many requests does nothing but its new role. Who decodes there moves on with its KV, or
+    ends there where that is sooner, or where no link was measured; prompts end there."""
+    if not to_prefill:
+        return requests * need.prefill_s
+    kv_bytes = round(requests * (demand.prompt_tokens + demand.output_tokens / 2) * limits.kv_bytes_per_token)
+    end_s = demand.output_tokens * need.tpot_s if requests else 0.0
+    return min(end_s, costs.transfer_s("", "", kv_bytes).seconds) if costs.links else end_s
 
 
 def largest_batch(costs: CostModel, context_tokens: float, tpot_s: float, limits: WorkerLimits) -> int:

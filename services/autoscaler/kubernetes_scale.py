@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
+from sagellm_common.client.router import WorkerView
 from sagellm_common.core.errors import ConfigError, PeerLost
-from services.autoscaler.orchestrator import Phase
+from services.autoscaler.orchestrator import Workload
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,12 @@ def own_namespace() -> str:
 
 
 class KubernetesScale:
-    """`targets` by phase: deployment/NAME or statefulset/NAME in `namespace`. It needs get and patch of their scale."""
+    """`targets`: deployment/NAME or statefulset/NAME in `namespace`. It needs get and patch of their scale."""
 
-    def __init__(self, api: client.ApiClient, namespace: str, targets: dict[Phase, str]) -> None:
+    flips = False
+    fixed = False
+
+    def __init__(self, api: client.ApiClient, namespace: str, targets: Mapping[Workload, str]) -> None:
         apps = client.AppsV1Api(api)
         self._namespace = namespace
         self._targets = targets
@@ -71,18 +75,27 @@ class KubernetesScale:
             "statefulset": apps.patch_namespaced_stateful_set_scale,
         }
 
-    async def replicas(self, phase: Phase) -> int:
+    def look(self, workers: Sequence[WorkerView]) -> None:
+        """It asks the API server."""
+
+    def flip(self, count: int) -> None:
+        raise ConfigError("pods of these workloads keep their roles; see autoscaler.pool_target")
+
+    async def settle(self) -> str:
+        return ""
+
+    async def replicas(self, phase: Workload) -> int:
         kind, _, name = self._targets[phase].partition("/")
         scale = await self._call(self._read[kind](name, self._namespace, _request_timeout=CALL_TIMEOUT_S), phase)
         return int(scale.spec.replicas or 0)
 
-    async def scale(self, phase: Phase, replicas: int) -> None:
+    async def scale(self, phase: Workload, replicas: int) -> None:
         kind, _, name = self._targets[phase].partition("/")
         body = {"spec": {"replicas": replicas}}
         await self._call(self._patch[kind](name, self._namespace, body, _request_timeout=CALL_TIMEOUT_S), phase)
         log.info("%s scaled to %d", self._targets[phase], replicas)
 
-    async def _call(self, call: Awaitable[Any], phase: Phase) -> Any:
+    async def _call(self, call: Awaitable[Any], phase: Workload) -> Any:
         what = f"the scale of {self._targets[phase]} in namespace {self._namespace}"
         try:
             return await call

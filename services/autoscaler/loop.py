@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.config import AutoscalerConfig
 from sagellm_common.core.errors import SageError
+from sagellm_common.core.types import WorkerRole
 from services.autoscaler.demand import Demand, Window, demand_of
 from services.autoscaler.metrics import AutoscalerMetrics
 from services.autoscaler.observe import Cluster
@@ -81,11 +82,15 @@ class Autoscaler:
         if before_s is None or now_s <= before_s:
             return None
         self._demand = demand_of(grown, now_s - before_s, self._demand)
+        self._orchestrator.look(cluster.workers)
         fleet = Fleet(
             await self._orchestrator.replicas("prefill"),
             await self._orchestrator.replicas("decode"),
             cluster.prefill_ready,
             cluster.decode_ready,
+            cluster.least_requests(WorkerRole.PREFILL),
+            cluster.least_requests(WorkerRole.DECODE),
+            self._orchestrator.fixed,
         )
         self._planner.limits = cluster.limits
         decision = self._planner.plan(self._demand, fleet)
@@ -96,14 +101,24 @@ class Autoscaler:
 
     async def _act(self, decision: Decision, fleet: Fleet, now_s: float) -> str:
         """As far as the pace allows; in words."""
-        if not decision.changes(fleet):
-            return "nothing: it is as it should be"
-        waits, done = self._pace.waits(fleet, now_s), []
+        waits, done, flips = self._pace.waits(fleet, now_s), list[str](), decision.flips
+        if flips and waits:
+            done.append(f"no change of roles: {waits}")
+            flips = 0
+        if flips:
+            self._orchestrator.flip(flips)
+            self._pace.changed(now_s)
+            self._metrics.flips.labels("prefill" if flips > 0 else "decode").inc(abs(flips))
+            waits = "roles are changing"
+        if settled := await self._orchestrator.settle():
+            done.append(settled)
         phases: tuple[tuple[Phase, int, int], ...] = (
-            ("prefill", fleet.prefill, decision.prefill),
-            ("decode", fleet.decode, decision.decode),
+            ("prefill", fleet.prefill + flips, decision.prefill),
+            ("decode", fleet.decode - flips, decision.decode),
         )
-        for phase, asked, wanted in phases:
+        if self._orchestrator.flips and any(wanted > asked for _, asked, wanted in phases):
+            waits = waits or "the other phase's come first"  # of one workload: it would not grow
+        for phase, asked, wanted in phases if not self._orchestrator.fixed else ():
             if wanted < asked and waits:
                 done.append(f"{phase} stays at {asked}: {waits}")
             elif wanted != asked:
@@ -111,6 +126,8 @@ class Autoscaler:
                 self._pace.changed(now_s)
                 self._metrics.changes.labels(phase, "up" if wanted > asked else "down").inc()
                 done.append(f"{phase} from {asked} to {wanted}")
+        if not done:
+            return "nothing: it is as it should be"
         text = "; ".join(done)
         log.info("%s, for %s", text, decision.reason)
         return text

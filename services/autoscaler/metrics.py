@@ -22,6 +22,9 @@ class AutoscalerMetrics:
         self.rejected = gauge("rejected_ratio", "Share of the load beyond all workers that may be had")
         self.leading = gauge("leading", "1 while this replica decides")
         self.changes = Counter("sagellm_autoscaler_changes", "Scale changes", ["phase", "direction"], registry=registry)
+        self.flips = Counter(
+            "sagellm_autoscaler_role_changes", "Workers that were given another role", ["role"], registry=registry
+        )
         self.failures = Counter(
             "sagellm_autoscaler_failures", "Looks after which nothing could be decided", ["reason"], registry=registry
         )

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sagellm_common.client.router import RouterClient, WorkerView
 from sagellm_common.core.errors import ConfigError, PeerLost, SageError
-from sagellm_common.core.types import WorkerRole
+from sagellm_common.core.types import WorkerRole, WorkerState
 from sagellm_common.scheduler_ir.cost_model import CostModel
 from services.autoscaler.capacity import WorkerLimits
 from services.autoscaler.demand import Counters
@@ -29,12 +29,17 @@ DEFAULT_LIMITS = WorkerLimits(max_batch=16, kv_tokens=1 << 16)
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """`counters` by router; workers that serve, by phase."""
+    """`counters` by router; `workers` are all that the router knows of, and `*_ready` those that serve, by phase."""
 
     counters: Mapping[str, Counters]
     prefill_ready: int
     decode_ready: int
     limits: WorkerLimits
+    workers: tuple[WorkerView, ...] = ()
+
+    def least_requests(self, role: WorkerRole) -> int:
+        """On the least busy worker of the role; 0: there is none."""
+        return min((requests_on(worker) for worker in self.workers if serves(worker, role)), default=0)
 
 
 class Observer:
@@ -54,9 +59,10 @@ class Observer:
         await self._learn()
         return Cluster(
             await self._counters(),
-            sum(_serves(worker, WorkerRole.PREFILL) for worker in view.workers),
-            sum(_serves(worker, WorkerRole.DECODE) for worker in view.workers),
+            sum(serves(worker, WorkerRole.PREFILL) for worker in view.workers),
+            sum(serves(worker, WorkerRole.DECODE) for worker in view.workers),
             self._limits(view.workers),
+            view.workers,
         )
 
     async def _learn(self) -> None:
@@ -67,12 +73,14 @@ class Observer:
 
     def _limits(self, workers: Sequence[WorkerView]) -> WorkerLimits:
         """The smallest decode worker's: sequences go to any of them."""
-        tokens = [
-            worker.kv.total_blocks * worker.record.model.kv_layout.block_size_tokens
+        found = [
+            (worker.kv.total_blocks * layout.block_size_tokens, layout.block_bytes // layout.block_size_tokens)
             for worker in workers
-            if worker.kv is not None and worker.record.model is not None and _serves(worker, WorkerRole.DECODE)
+            if worker.kv is not None and worker.record.model is not None and serves(worker, WorkerRole.DECODE)
+            for layout in [worker.record.model.kv_layout]
         ]
-        return WorkerLimits(self._max_batch, min(tokens, default=DEFAULT_LIMITS.kv_tokens))
+        kv_tokens, kv_bytes_per_token = min(found, default=(DEFAULT_LIMITS.kv_tokens, 0))
+        return WorkerLimits(self._max_batch, kv_tokens, kv_bytes_per_token)
 
     async def _counters(self) -> dict[str, Counters]:
         addresses = [address for name in self._metrics for address in await _addresses(name)]
@@ -92,8 +100,13 @@ class Observer:
         return response.text
 
 
-def _serves(worker: WorkerView, role: WorkerRole) -> bool:
-    return worker.kv is not None and worker.record.role is role
+def serves(worker: WorkerView, role: WorkerRole) -> bool:
+    """In that role alone."""
+    return worker.kv is not None and worker.record.role is role and worker.record.state is WorkerState.SERVING
+
+
+def requests_on(worker: WorkerView) -> int:
+    return worker.running_requests + worker.waiting_requests
 
 
 async def _addresses(name: str) -> list[str]:

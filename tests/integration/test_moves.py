@@ -20,6 +20,7 @@ from sagellm_common.core.topology_embedded import EmbeddedTopology
 from sagellm_common.core.types import FinishReason, SamplingParams, WorkerRole
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.sessions import DecodeStep
+from services.autoscaler.pool import Pool
 from services.router.moves import MOVES
 from tests.support.router_harness import RouterHarness, router_harness
 from tests.support.simulated_engine import SimulatedEngine, reference
@@ -338,4 +339,27 @@ async def test_a_refusal_that_the_router_did_not_expect_costs_no_request(lab: La
         running = [group.create_task(lab.generate(f"r{n}")) for n in range(3)]
     assert {task.result().decode_worker_id for task in running} == {"decode-0"}
     assert {task.result().attempts for task in running} == {1}
+    await lab.idle()
+
+
+async def test_the_autoscaler_changes_the_role_of_the_least_busy_and_what_runs_there_moves(lab: Lab) -> None:
+    decoders = lab.workers["decode-0"], await lab.add("decode-1", WorkerRole.DECODE)
+    async with RouterClient(lab.router.router.address) as client:
+        pool = Pool(client, None)
+        pool.look((await client.topology()).workers)
+        for made in decoders:
+            made.engine.pause()
+        streams = [lab.start(f"r{n}") for n in range(3)]
+        await eventually(lambda: sum(made.load.running_requests for made in decoders) == 3)
+        least = min(decoders, key=lambda made: made.load.running_requests)
+        (other,) = {*decoders} - {least}
+        pool.flip(1)
+        pool.look((await client.topology()).workers)
+        settling = asyncio.create_task(pool.settle())
+        await eventually(lambda: other.load.reservations > 0)
+        for made in decoders:
+            made.engine.resume()
+        assert await settling == f"{least.runtime.record.worker_id} from decode to prefill"
+    summaries = [await stream.summary() for stream in streams]
+    assert {(s.attempts, s.decode_worker_id) for s in summaries} == {(1, other.runtime.record.worker_id)}
     await lab.idle()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sagellm_common.core.config import AutoscalerConfig
 from sagellm_common.scheduler_ir.cost_model import CostModel
-from services.autoscaler.capacity import Targets, WorkerLimits, largest_batch, needed, prefill_workers
+from services.autoscaler.capacity import Targets, WorkerLimits, flip_s, largest_batch, needed, prefill_workers
 from services.autoscaler.demand import Counters, Demand, Window, demand_of
 from services.autoscaler.planner import Fleet, Planner
 
@@ -133,6 +134,26 @@ def test_a_role_is_changed_where_one_phase_has_too_many() -> None:
     assert found.decode < 6
     assert found.flips == min(found.prefill - 2, 6 - found.decode)
     assert planner().plan(demand(40, output=5), Fleet(2, 6, 2, 6)).flips == 0
+
+
+def test_a_change_of_roles_costs_what_runs_there() -> None:
+    costs = learned()
+    load, limits = demand(40, output=50), WorkerLimits(64, 1 << 20, kv_bytes_per_token=1000)
+    need = needed(load, costs, TARGETS, limits)
+    assert flip_s(True, 0, load, need, costs, limits) == 0
+    assert flip_s(True, 4, load, need, costs, limits) == pytest.approx(50 * need.tpot_s), "they end there"
+    for megabytes in range(1, 20):
+        costs.observe_transfer("p", "d", megabytes << 20, megabytes * 0.01)
+    assert flip_s(True, 4, load, need, costs, limits) == pytest.approx(4 * 1025 * 1000 / (1 << 20) * 0.01, rel=0.05)
+    assert flip_s(False, 4, load, need, costs, limits) == pytest.approx(4 * need.prefill_s)
+
+
+def test_a_change_of_roles_that_takes_longer_than_a_start_is_only_for_want_of_others() -> None:
+    busy = Fleet(2, 6, 2, 6, decode_requests=20)
+    slow = {"startup_s": 0.001, "flips": True}
+    assert planner(**slow).plan(demand(40, output=200), busy).flips == 0
+    assert planner(**slow, max_workers=8).plan(demand(40, output=5), busy).flips > 0
+    assert planner(**slow).plan(demand(40, output=5), replace(busy, fixed=True)).flips > 0
 
 
 def test_counters_of_routers_that_come_and_go() -> None:
