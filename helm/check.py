@@ -17,7 +17,7 @@ import yaml
 from helm import schema, tools
 
 CHART = Path(__file__).parent / "sagellm"
-KUBERNETES = ("1.28", "1.30", "1.32", "1.34", "1.36", "1.37")
+KUBERNETES = tuple(f"1.{minor}" for minor in range(28, 38))
 TIMEOUT_S = 300.0
 
 

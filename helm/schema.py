@@ -39,11 +39,30 @@ CHARTS_OWN = (
 """Settings that follow from other values, or are secrets: not to be set under `config`."""
 
 
+NOT_OF_ETCD = ("drainSeconds", "addCapabilities", "volumes", "volumeMounts", "initContainers")
+
+
 def values_schema() -> Schema:
     config, definitions = _config()
     part = _part()
-    worker = part | {"startSeconds": _integer(1, "in which it must have begun to serve")}
-    definitions |= {"quantities": _object({}, _quantity()), "peers": _list({"type": "object"})}
+    starts = {"startSeconds": _integer(1, "in which it must have begun to serve")}
+    scaled = {"hpa": _hpa()}
+    worker = part | starts | scaled | {"maxUnavailable": _pods(), "maxSurge": _pods()}
+    monitor = _object(
+        {
+            "enabled": {"type": "boolean"},
+            "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m)$"},
+            "labels": _texts(),
+        }
+    )
+    definitions |= {
+        "quantities": _object({}, _quantity()),
+        "peers": _list({"type": "object"}),
+        "worker": _object(worker),
+        "volume": _volume(),
+        "config": config,
+        "monitor": monitor,
+    }
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of the sageLLM chart",
@@ -57,13 +76,19 @@ def values_schema() -> Schema:
                         "pullSecrets": _list(_text(1)),
                     }
                 ),
-                "model": _object({"path": _text(), "name": _text(), "mountPath": _absolute(), "volume": _volume()}),
-                "config": config,
+                "model": _object(
+                    {"path": _text(), "name": _text(), "mountPath": _absolute(), "volume": _ref("volume")}
+                ),
+                "models": _models(),
+                "config": _ref("config"),
+                "routeKeySecret": _text(),
+                "kvTopologyKey": _text(),
                 "portBase": _integer(1024, "see SagePorts") | {"maximum": 64000},
                 "sharedMemory": _quantity(),
-                "router": _object(part | {"replicas": _integer(1)}),
+                "router": _object(part | scaled | {"replicas": _integer(1)}),
                 "gateway": _object(
                     part
+                    | scaled
                     | {
                         "replicas": _integer(1),
                         "apiKeysSecret": _text(),
@@ -76,19 +101,19 @@ def values_schema() -> Schema:
                         ),
                     }
                 ),
-                "prefill": _object(worker),
-                "decode": _object(worker),
-                "kvStore": _object(part | {"disk": _object({"size": _size(), "storageClass": _text()})}),
+                "prefill": _ref("worker"),
+                "decode": _ref("worker"),
+                "kvStore": _object(part | starts | {"disk": _object({"size": _size(), "storageClass": _text()})}),
                 "autoscaler": _object(
                     part
                     | {
                         "enabled": {"type": "boolean"},
-                        "scaledBy": {"enum": ["autoscaler", "keda"]},
+                        "scaledBy": {"enum": ["autoscaler", "keda", "hpa"]},
                         "bounds": _object({phase: _bounds() for phase in ("prefill", "decode")}),
                     }
                 ),
                 "etcd": _object(
-                    {name: rule for name, rule in part.items() if name not in ("drainSeconds", "addCapabilities")}
+                    {name: rule for name, rule in part.items() if name not in NOT_OF_ETCD}
                     | {
                         "replicas": {"enum": [0, 1, 3, 5]},
                         "endpoints": _list({"type": "string", "pattern": "^[^/ ]+:[0-9]+$"}),
@@ -106,13 +131,9 @@ def values_schema() -> Schema:
                     )
                     | {"required": ["topologyKey", "maxSkew", "whenUnsatisfiable"]}
                 ),
-                "podMonitor": _object(
-                    {
-                        "enabled": {"type": "boolean"},
-                        "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m)$"},
-                        "labels": _texts(),
-                    }
-                ),
+                "podMonitor": _ref("monitor"),
+                "serviceMonitor": _ref("monitor"),
+                "dashboards": _object({"enabled": {"type": "boolean"}, "labels": _texts(), "annotations": _texts()}),
                 "networkPolicy": _object(
                     {"enabled": {"type": "boolean"}}
                     | {name: {"$ref": "#/$defs/peers"} for name in ("clients", "routerClients", "monitoring")}
@@ -161,17 +182,56 @@ def _part() -> Schema:
         "nodeSelector": _texts(),
         "tolerations": _list(kubernetes),
         "affinity": kubernetes,
+        "labels": _texts(),
         "annotations": _texts(),
+        "serviceAccountAnnotations": _texts(),
         "priorityClassName": _text(),
         "runtimeClassName": _text(),
         "env": _list({"type": "object", "required": ["name"]}),
+        "volumes": _list({"type": "object", "required": ["name"]}),
+        "volumeMounts": _list({"type": "object", "required": ["name", "mountPath"]}),
+        "initContainers": _list({"type": "object", "required": ["name"]}),
         "addCapabilities": _list(_text(1)),
     }
+
+
+def _models() -> Schema:
+    """By a short name, which becomes part of the names of objects."""
+    model = {
+        "path": _text(1),
+        "name": _text(),
+        "mountPath": _absolute(),
+        "volume": _ref("volume"),
+        "config": _ref("config"),
+        "prefill": _ref("worker"),
+        "decode": _ref("worker"),
+    }
+    short = {"pattern": "^[a-z]([a-z0-9-]{0,18}[a-z0-9])?$"}
+    return _object({}, _object(model) | {"required": ["path"]}) | {"propertyNames": short}
+
+
+def _hpa() -> Schema:
+    limits = {"min": _integer(1), "max": _integer(1), "cpuPercent": _integer(1)}
+    own = {"metrics": _list({"type": "object", "required": ["type"]}), "behavior": {"type": "object"}}
+    given = {
+        "required": ["min", "max"],
+        "anyOf": [{"required": ["cpuPercent"]}, {"required": ["metrics"]}],
+    }
+    return _object(limits | own) | {"anyOf": [{"maxProperties": 0}, given]}
 
 
 def _volume() -> Schema:
     kinds = ("persistentVolumeClaim", "hostPath", "image", "nfs", "csi", "ephemeral", "emptyDir")
     return _object({kind: {"type": "object"} for kind in kinds}) | {"maxProperties": 1}
+
+
+def _ref(definition: str) -> Schema:
+    return {"$ref": f"#/$defs/{definition}"}
+
+
+def _pods() -> Schema:
+    """A number of pods, or a share of them."""
+    return {"anyOf": [_integer(0), {"type": "string", "pattern": "^[0-9]+%$"}]}
 
 
 def _object(properties: Schema, others: Schema | bool = False) -> Schema:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -33,11 +35,22 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Serves `app` on host:port (0 picks a free one). Raises ConfigError when the address cannot be bound."""
+    """Serves `app` on host:port (0 picks a free one), over TLS with `certificate`, the PEM files of one and of its key.
+
+    Raises ConfigError when the address cannot be bound, or the certificate cannot be used.
+    """
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, *, grace_s: float, on_ready: Callable[[], None] = lambda: None
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        grace_s: float,
+        certificate: tuple[Path, Path] | None = None,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
+        context = _context(*certificate) if certificate is not None else None
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._socket = socket.create_server((host, port), family=family, backlog=2048)
@@ -57,6 +70,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=max(1, round(grace_s)),
+            ssl_context_factory=(lambda *_: context) if context is not None else None,
         )
         self._server = _Server(config, on_ready)
 
@@ -66,3 +80,12 @@ class HttpServer:
 
     def stop(self) -> None:
         self._server.should_exit = True
+
+
+def _context(certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as err:
+        raise ConfigError(f"certificate {certificate} with key {key}: {err}; both must be PEM and of one pair") from err
+    return context

@@ -28,6 +28,11 @@ _OPTIONS: list[tuple[str, int]] = [
 ]
 
 
+LIVE = "live"
+"""A health service of its own: SERVING as long as the process answers. One that drains is not ready, and yet must not
+be restarted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Registrar:
     """A servicer to serve: `Registrar("sagellm.v1.DecodeService", add_DecodeServiceServicer_to_server, servicer)`."""
@@ -67,6 +72,7 @@ class GrpcServer:
         Raises ConfigError when the address cannot be bound.
         """
         await self.set_serving(False)
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         try:
             port = self._server.add_insecure_port(self._bind)
         except RuntimeError as err:
@@ -80,7 +86,7 @@ class GrpcServer:
         return port
 
     async def set_serving(self, serving: bool) -> None:
-        """What grpc.health.v1 answers, for the server as a whole ('') and for each service."""
+        """What grpc.health.v1 answers, for the server as a whole ('') and for each service but `LIVE`."""
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ["", *self._names]:
             await self._health.set(name, status)

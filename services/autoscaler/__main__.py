@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,7 @@ from sagellm_common.core.errors import ConfigError, SageError
 from sagellm_common.core.telemetry import setup_logging
 from sagellm_common.core.types import WorkerRole
 from sagellm_common.rpc.http_server import HttpServer
-from services.autoscaler.app import make_app
+from services.autoscaler.app import make_app, make_custom_metrics_app
 from services.autoscaler.capacity import Targets
 from services.autoscaler.kubernetes_scale import KubernetesScale, api_client, lead, own_namespace
 from services.autoscaler.loop import Autoscaler
@@ -40,7 +41,17 @@ GRACE_S = 2.0
 FIXED = "fixed"
 
 
-async def serve(config: Config, port: int, router_address: str, api_server: str) -> None:
+@dataclass(frozen=True, slots=True)
+class CustomMetrics:
+    """Where the custom metrics API is served to API servers, which want TLS."""
+
+    port: int
+    certificate: tuple[Path, Path]
+
+
+async def serve(
+    config: Config, port: int, router_address: str, api_server: str, custom_metrics: CustomMetrics | None = None
+) -> None:
     """Until SIGTERM or SIGINT. Raises ConfigError."""
     own = config.autoscaler
     targets = targets_of(own)
@@ -72,9 +83,20 @@ async def serve(config: Config, port: int, router_address: str, api_server: str)
         work: Awaitable[None] = lead(api, namespace, own.lease, identity, deciding) if own.lease and api else deciding()
         app = make_app(autoscaler, namespace, targets)
         server = HttpServer(app, config.cluster.host, port, grace_s=GRACE_S, on_ready=lambda: _ready(config, server))
+        servers = [server]
+        if custom_metrics is not None:
+            asked = make_custom_metrics_app(autoscaler, namespace, targets)
+            certificate = custom_metrics.certificate
+            host = config.cluster.host
+            servers.append(HttpServer(asked, host, custom_metrics.port, grace_s=GRACE_S, certificate=certificate))
+
+        def stop() -> None:
+            for one in servers:
+                one.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, server.stop)
-        tasks = [asyncio.ensure_future(server.serve()), asyncio.ensure_future(work)]
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+        tasks = [asyncio.ensure_future(one.serve()) for one in servers] + [asyncio.ensure_future(work)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -126,6 +148,17 @@ def _checked(config: Config, router: str) -> str:
     return router or config.router.address
 
 
+def _custom_metrics(args: argparse.Namespace) -> CustomMetrics | None:
+    """Raises ConfigError."""
+    if args.custom_metrics_port is None:
+        return None
+    if not 0 <= args.custom_metrics_port <= 65535:
+        raise ConfigError(f"--custom-metrics-port {args.custom_metrics_port}: must be 0..65535")
+    if not (args.certificate and args.certificate_key):
+        raise ConfigError("--custom-metrics-port needs --certificate and --certificate-key: API servers speak TLS")
+    return CustomMetrics(args.custom_metrics_port, (args.certificate, args.certificate_key))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="services.autoscaler", description="Scales prefill and decode, changes roles."
@@ -135,13 +168,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=0, help="HTTP; 0 is ephemeral")
     parser.add_argument("--router", default="", metavar="HOST:PORT", help="gRPC; default: router.address")
     parser.add_argument("--api-server", default="", metavar="URL", help="Kubernetes; default: the pod's, or KUBECONFIG")
+    parser.add_argument("--custom-metrics-port", type=int, help="HTTPS, custom.metrics.k8s.io alone: for an APIService")
+    parser.add_argument("--certificate", type=Path, metavar="PEM", help="of that port")
+    parser.add_argument("--certificate-key", type=Path, metavar="PEM")
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, os.environ, args.set)
         setup_logging(config.telemetry.log_level)
         if not 0 <= args.port <= 65535:
             raise ConfigError(f"--port {args.port}: must be 0..65535")
-        uvloop.run(serve(config, args.port, _checked(config, args.router), args.api_server))
+        router = _checked(config, args.router)
+        uvloop.run(serve(config, args.port, router, args.api_server, _custom_metrics(args)))
     except SageError as err:
         print(f"services.autoscaler: {err.reason}: {err.message}", file=sys.stderr)
         return EXIT_REFUSED

@@ -32,12 +32,6 @@ _KINDS = {"deployment": "Deployment", "statefulset": "StatefulSet"}
 def make_app(autoscaler: Autoscaler, namespace: str, targets: Mapping[Workload, str]) -> Starlette:
     """`targets` as `autoscaler.{prefill,decode,pool}_target`."""
 
-    def wanted(phase: Workload) -> int | None:
-        if not autoscaler.steps:
-            return None
-        now = autoscaler.steps[-1].decision
-        return {"prefill": now.prefill, "decode": now.decode, "pool": now.prefill + now.decode}[phase]
-
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -51,11 +45,27 @@ def make_app(autoscaler: Autoscaler, namespace: str, targets: Mapping[Workload, 
         phase = request.path_params["phase"]
         if phase not in targets:
             return _not_found(f"no phase {phase!r}; there are {', '.join(targets)}")
-        value = wanted(phase)
-        if value is None:
-            return _status(503, "ServiceUnavailable", "nothing is decided yet; ask the replica that leads, or later")
-        return JSONResponse({"value": value})
+        value = _wanted(autoscaler, phase)
+        return _undecided() if value is None else JSONResponse({"value": value})
 
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/ready", health),
+            Route("/metrics", metrics),
+            Route("/explain", explain),
+            Route("/keda/{phase}", keda),
+            *_custom_metrics(autoscaler, namespace, targets),
+        ]
+    )
+
+
+def make_custom_metrics_app(autoscaler: Autoscaler, namespace: str, targets: Mapping[Workload, str]) -> Starlette:
+    """What API servers ask, and nothing else: any client that reaches the port may."""
+    return Starlette(routes=_custom_metrics(autoscaler, namespace, targets))
+
+
+def _custom_metrics(autoscaler: Autoscaler, namespace: str, targets: Mapping[Workload, str]) -> list[Route]:
     async def resources(_: Request) -> Response:
         found = [
             {"name": f"{_RESOURCES[kind]}/{METRIC}", "singularName": "", "namespaced": True, "kind": "MetricValueList"}
@@ -74,26 +84,19 @@ def make_app(autoscaler: Autoscaler, namespace: str, targets: Mapping[Workload, 
                 continue
             if at["namespace"] != namespace or at["metric"] != METRIC:
                 continue
-            value = wanted(phase)
-            if value is None:
-                return _status(
-                    503, "ServiceUnavailable", "nothing is decided yet; ask the replica that leads, or later"
-                )
-            return JSONResponse(_values(namespace, kind, name, value))
+            value = _wanted(autoscaler, phase)
+            return _undecided() if value is None else JSONResponse(_values(namespace, kind, name, value))
         return _not_found(f"no metric {at['metric']} of {at['resource']}/{at['name']} in {at['namespace']}")
 
     base = f"/apis/{GROUP_VERSION}"
-    return Starlette(
-        routes=[
-            Route("/health", health),
-            Route("/ready", health),
-            Route("/metrics", metrics),
-            Route("/explain", explain),
-            Route("/keda/{phase}", keda),
-            Route(base, resources),
-            Route(base + "/namespaces/{namespace}/{resource}/{name}/{metric}", metric),
-        ]
-    )
+    return [Route(base, resources), Route(base + "/namespaces/{namespace}/{resource}/{name}/{metric}", metric)]
+
+
+def _wanted(autoscaler: Autoscaler, workload: Workload) -> int | None:
+    if not autoscaler.steps:
+        return None
+    now = autoscaler.steps[-1].decision
+    return {"prefill": now.prefill, "decode": now.decode, "pool": now.prefill + now.decode}[workload]
 
 
 def _values(namespace: str, kind: str, name: str, value: int) -> dict[str, Any]:
@@ -101,6 +104,10 @@ def _values(namespace: str, kind: str, name: str, value: int) -> dict[str, Any]:
     described = {"kind": _KINDS[kind], "namespace": namespace, "name": name, "apiVersion": "apps/v1"}
     item = {"describedObject": described, "metric": {"name": METRIC}, "timestamp": now, "value": str(value)}
     return {"kind": "MetricValueList", "apiVersion": GROUP_VERSION, "metadata": {}, "items": [item]}
+
+
+def _undecided() -> Response:
+    return _status(503, "ServiceUnavailable", "nothing is decided yet; ask the replica that leads, or later")
 
 
 def _not_found(message: str) -> Response:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -14,10 +19,14 @@ from helm import schema
 from helm.check import CHART, Failed
 from sagellm_common.core.config import Config
 from sagellm_common.core.config_loader import load_config
+from sagellm_common.core.errors import ConfigError
 from sagellm_common.core.ports import SagePorts
 from sagellm_common.core.topology_etcd import EtcdTopology
 from sagellm_common.core.types import WorkerRole
+from sagellm_common.rpc.http_server import HttpServer
+from sagellm_common.rpc.server import LIVE
 from sagellm_common.rpc.worker_main import WorkerArgs, parse_worker_args
+from services.autoscaler.app import GROUP_VERSION, METRIC, make_custom_metrics_app
 from services.cli.cluster import STOP_MARGIN_S
 from tests.support.chart import (
     CI_VALUES,
@@ -32,6 +41,7 @@ from tests.support.chart import (
 )
 
 POD_IP = "10.1.2.3"
+SECRETS = {"api_keys": "one,two", "route_key": "0123456789abcdef0123456789abcdef"}
 SMALLEST: dict[str, Any] = {"model": {"path": "/models/m"}}
 
 
@@ -52,7 +62,7 @@ def _started(
 ) -> tuple[list[str], dict[str, str]]:
     """The arguments of a part's container, whose environment is ours from now on."""
     container = container_of(release.workload(part))
-    env = environment(container, f"demo-sagellm-{part}-0", POD_IP, {"api_keys": "one,two"})
+    env = environment(container, f"demo-sagellm-{part}-0", POD_IP, SECRETS)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     return arguments(container, env, config), env
@@ -269,7 +279,8 @@ def test_probes_ask_where_the_services_answer(release: Release) -> None:
                 assert container[probe]["httpGet"]["port"] == "http"
                 assert container[probe]["httpGet"]["path"] in ("/health", "/ready")
             else:
-                assert container[probe]["grpc"] == {"port": port["grpc"]}
+                live = {"service": LIVE} if probe == "livenessProbe" else {}
+                assert container[probe]["grpc"] == {"port": port["grpc"], **live}, "one that drains is not restarted"
 
 
 def test_grace_is_longer_than_the_drain(release: Release, config: Path) -> None:
@@ -277,7 +288,7 @@ def test_grace_is_longer_than_the_drain(release: Release, config: Path) -> None:
         if part == "autoscaler":
             continue  # it holds no requests
         container = container_of(workload)
-        env = environment(container, f"demo-{part}-0", POD_IP, {"api_keys": "one"})
+        env = environment(container, f"demo-{part}-0", POD_IP, SECRETS)
         grace_s = load_config(config, env).cluster.drain_grace_s
         command = container["lifecycle"]["preStop"]["exec"]["command"]
         before_s = float(command[1]) if command[0] == "sleep" else 0.0
@@ -340,6 +351,101 @@ def test_networks_let_the_cluster_talk(release: Release, config: Path) -> None:
         assert "from" not in ingress[0] or own in ingress[0]["from"], part
 
 
+# ---- more models, metrics, scaling ----
+
+
+def test_each_model_has_workers_of_its_own_and_the_gateway_reads_all_of_them(tmp_path: Path) -> None:
+    release = Release.of(CHART / "ci" / "multi-model-values.yaml")
+    (files,) = (manifest["data"] for manifest in release.kind("ConfigMap"))
+    mounts = {}
+    for workload in release.kind("Deployment"):
+        container = container_of(workload)
+        mounts[part_of(workload)] = {m["mountPath"] for m in container["volumeMounts"] if m["name"].startswith("model")}
+        if part_of(workload) in ("prefill-small", "decode-small"):
+            (config,) = (arg.partition("=")[2] for arg in container["args"] if arg.startswith("--config="))
+            path = tmp_path / "small.yaml"
+            path.write_text(files[Path(config).name])
+            model = load_config(path, {}).model
+            assert (model.path, model.name) == ("/models-small/Qwen2-0.5B-Instruct", "qwen2-0.5b")
+            labels = workload["spec"]["template"]["metadata"]["labels"]
+            assert labels["sagellm.io/model"] == "small"
+            assert part_of(workload) == f"{labels['sagellm.io/role']}-small"
+    assert mounts["gateway"] == {"/models", "/models-small"}
+    assert mounts["prefill"] == mounts["decode"] == {"/models"}
+    assert mounts["prefill-small"] == mounts["decode-small"] == {"/models-small"}
+    assert release.workload("decode-small")["spec"]["replicas"] == 2
+
+
+def test_workers_keep_running_when_only_others_settings_change(tmp_path: Path) -> None:
+    def checksums(config: dict[str, Any]) -> dict[str, str]:
+        release = Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, "config": config}))
+        of = "checksum/config"
+        return {p: w["spec"]["template"]["metadata"]["annotations"][of] for p, w in release.workloads().items()}
+
+    before, after = checksums({}), checksums({"gateway": {"max_body_bytes": 1 << 20}})
+    assert {part for part in before if before[part] != after[part]} == {"gateway"}
+
+
+def test_a_hpa_scales_what_the_autoscaler_wants_through_the_custom_metrics_api() -> None:
+    release = Release.of(CHART / "ci" / "hpa-values.yaml")
+    (api,) = release.kind("APIService")
+    (service,) = (s for s in release.kind("Service") if s["metadata"]["name"] == api["spec"]["service"]["name"])
+    (port,) = (p for p in service["spec"]["ports"] if p["port"] == api["spec"]["service"]["port"])
+    container = container_of(release.workload("autoscaler"))
+    assert _container_ports(release, "autoscaler")[port["targetPort"]] == 18802
+    assert "--custom-metrics-port=18802" in container["args"]
+    (init,) = pod_of(release.workload("autoscaler"))["initContainers"]
+    for flag, name in (("-out", "--certificate"), ("-keyout", "--certificate-key")):
+        assert f"{name}={init['args'][init['args'].index(flag) + 1]}" in container["args"]
+    deployments = {w["metadata"]["name"]: w for w in release.kind("Deployment")}
+    scalers = {h["spec"]["scaleTargetRef"]["name"]: h["spec"] for h in release.kind("HorizontalPodAutoscaler")}
+    assert set(scalers) == {f"demo-sagellm-{part}" for part in ("router", "gateway", "prefill", "decode")}
+    assert all("replicas" not in deployments[name]["spec"] for name in scalers)
+    assert (scalers["demo-sagellm-decode"]["minReplicas"], scalers["demo-sagellm-decode"]["maxReplicas"]) == (2, 8)
+    asked = scalers["demo-sagellm-prefill"]["metrics"][0]["object"]
+    assert asked["metric"]["name"] == METRIC and asked["describedObject"]["name"] == "demo-sagellm-prefill"
+
+
+async def test_the_certificate_that_the_chart_makes_serves_the_custom_metrics_api(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not here: apt-get install openssl")
+    (init,) = pod_of(Release.of(CHART / "ci" / "hpa-values.yaml").workload("autoscaler"))["initContainers"]
+    argv = [text.replace("/certificate", str(tmp_path)) for text in [*init["command"], *init["args"]]]
+    await asyncio.to_thread(subprocess.run, argv, check=True, capture_output=True, timeout=30)
+    undecided = SimpleNamespace(steps=[])
+    app = make_custom_metrics_app(undecided, "llm", {"decode": "deployment/d"})  # type: ignore[arg-type]
+    server = HttpServer(app, "127.0.0.1", 0, grace_s=1.0, certificate=(tmp_path / "tls.crt", tmp_path / "tls.key"))
+    serving = asyncio.create_task(server.serve())
+    base = f"https://127.0.0.1:{server.port}/apis/{GROUP_VERSION}"
+    async with httpx.AsyncClient(verify=False, trust_env=False) as http:
+        resources = (await http.get(base)).json()["resources"]
+        wanted = await http.get(f"{base}/namespaces/llm/deployments.apps/d/{METRIC}")
+        metrics = await http.get(f"https://127.0.0.1:{server.port}/metrics")
+    server.stop()
+    await serving
+    assert [resource["name"] for resource in resources] == [f"deployments.apps/{METRIC}"]
+    assert (wanted.status_code, metrics.status_code) == (503, 404), "nothing is decided; nothing else is served"
+
+
+def test_a_certificate_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(ConfigError, match="must be PEM"):
+        HttpServer(None, "127.0.0.1", 0, grace_s=1.0, certificate=(tmp_path / "x", tmp_path / "x"))  # type: ignore[arg-type]
+
+
+def test_service_monitors_find_every_metrics_port() -> None:
+    release = Release.of(CHART / "ci" / "hpa-values.yaml")
+    (monitor,) = release.kind("ServiceMonitor")
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    endpoints = {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]}
+    found = {
+        part_of(s)
+        for s in release.kind("Service")
+        if wanted <= s["metadata"]["labels"].items() and endpoints & {p["name"] for p in s["spec"]["ports"]}
+    }
+    assert found == {"router", "gateway", "prefill", "decode", "kv-store", "autoscaler"}
+
+
 # ---- values ----
 
 
@@ -349,13 +455,15 @@ def test_the_schema_is_that_of_the_services() -> None:
 
 def test_the_schema_knows_every_value_and_no_default_is_missing() -> None:
     """values.yaml is what a person reads: all that can be set is there, or named in its comment."""
-    known = json.loads(schema.PATH.read_text())["properties"]
+    whole = json.loads(schema.PATH.read_text())
+    known = whole["properties"]
     text = (CHART / "values.yaml").read_text()
     defaults = yaml.safe_load(text)
     assert set(defaults) | {"global"} == set(known)
     for part, settings in defaults.items():
-        for name in known[part].get("properties", {}) if part != "config" else ():
-            assert name in settings or name in text.partition("Each part also takes:")[2], f"{part}.{name}"
+        rule = whole["$defs"][known[part]["$ref"].rpartition("/")[2]] if "$ref" in known[part] else known[part]
+        for name in rule.get("properties", {}) if part != "config" else ():
+            assert name in settings or name in text.partition("Each part also takes")[2], f"{part}.{name}"
 
 
 def test_settings_of_the_services_are_known(tmp_path: Path) -> None:
@@ -382,6 +490,14 @@ def test_settings_of_the_services_are_known(tmp_path: Path) -> None:
         ({"router": {"replicas": 2}, "etcd": {"replicas": 0}}, "router.replicas above 1 needs etcd"),
         ({"etcd": {"replicas": 3, "storage": ""}}, "etcd.storage is empty"),
         ({"etcd": {"endpoints": ["a:2379"]}}, "set etcd.replicas to 0"),
+        ({"router": {"hpa": {"min": 2, "max": 1, "cpuPercent": 50}}, "etcd": {"replicas": 1}}, "router.hpa.min 2 is"),
+        ({"router": {"hpa": {"min": 1, "max": 2, "cpuPercent": 50}}, "etcd": {"replicas": 0}}, "router.hpa needs etcd"),
+        ({"decode": {"hpa": {"min": 1, "max": 2}}}, "hpa"),
+        ({"models": {"Small": {"path": "/models/s"}}}, "Small"),
+        ({"models": {"s": {"path": "/models/m", "name": "m"}}}, "models.s is called m"),
+        ({"models": {"s": {"path": "/s/m2", "volume": {"emptyDir": {}}}}}, "models.s.mountPath is empty"),
+        ({"models": {"s": {"path": "/s/m2", "mountPath": "/s"}}}, "needs models.s.volume"),
+        ({"autoscaler": {"enabled": True}, "decode": {"hpa": {"min": 1, "max": 2, "cpuPercent": 9}}}, "decode.hpa and"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -414,8 +530,13 @@ def test_each_part_takes_what_values_say_it_takes(tmp_path: Path) -> None:
         "runtimeClassName": "nvidia",
         "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
         "annotations": {"a": "b"},
+        "labels": {"team": "llm"},
+        "volumes": [{"name": "scratch", "emptyDir": {}}],
+        "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+        "initContainers": [{"name": "wait", "image": "i", "command": ["true"]}],
     }
-    parts = dict.fromkeys(("router", "gateway", "prefill", "decode", "kvStore", "etcd", "autoscaler"), extra)
+    parts: dict[str, Any] = dict.fromkeys(("router", "gateway", "prefill", "decode", "kvStore"), extra)
+    parts["etcd"] = {name: value for name, value in extra.items() if name not in schema.NOT_OF_ETCD}
     targets = {"router": {"strategy": "hybrid", "ttft_target_ms": 1, "tpot_target_ms": 1}}
     parts["autoscaler"] = {**extra, "enabled": True}
     release = Release.of(values_file(tmp_path / "v.yaml", {**SMALLEST, "config": targets, **parts}))
@@ -424,7 +545,13 @@ def test_each_part_takes_what_values_say_it_takes(tmp_path: Path) -> None:
     for workload in workloads:
         pod, container = pod_of(workload), container_of(workload)
         assert container["image"] == "mine:1"
-        assert {k: pod[k] for k in extra if k in pod} == {k: extra[k] for k in extra if k in pod}
-        assert {"nodeSelector", "tolerations", "affinity", "priorityClassName", "runtimeClassName"} <= set(pod)
+        whole = {"nodeSelector", "tolerations", "priorityClassName", "runtimeClassName"}
+        assert {name: pod[name] for name in whole} == {name: extra[name] for name in whole}
+        assert pod["affinity"]["nodeAffinity"] == {}
+        if part_of(workload) in OURS:
+            assert pod["initContainers"] == extra["initContainers"]
+            assert extra["volumes"][0] in pod["volumes"]
+            assert extra["volumeMounts"][0] in container["volumeMounts"]
+        assert workload["spec"]["template"]["metadata"]["labels"]["team"] == "llm"
         assert extra["env"][0] in container["env"]
         assert workload["spec"]["template"]["metadata"]["annotations"]["a"] == "b"

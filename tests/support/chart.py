@@ -77,7 +77,9 @@ def environment(container: Manifest, pod_name: str, pod_ip: str, secrets: dict[s
         if "fieldRef" in source:
             env[variable["name"]] = fields[source["fieldRef"]["fieldPath"]]
         elif "secretKeyRef" in source:
-            env[variable["name"]] = secrets[source["secretKeyRef"]["key"]]
+            key = source["secretKeyRef"]["key"]
+            if key in secrets or not source["secretKeyRef"].get("optional"):
+                env[variable["name"]] = secrets[key]
         else:
             env[variable["name"]] = variable["value"]
     return env
