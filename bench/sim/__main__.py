@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -122,15 +123,17 @@ def simulate(args: argparse.Namespace) -> dict[str, object]:
         task = progress.add_task("", total=len(requests))
 
         def run(requests: Sequence[SimRequest], max_misses: float = math.inf) -> Outcome:
-            rate_rps = len(requests) / max(requests[-1].arrival_s, 1e-9)
-            progress.reset(task, description=f"{len(requests):,} requests, {rate_rps:,.2f} a second")
+            span_s = requests[-1].arrival_s - requests[0].arrival_s
+            rate = f"{len(requests) / span_s:,.2f} a second" if span_s else "all at once"
+            progress.reset(task, description=f"{len(requests):,} requests, {rate}")
             arrived = every(SHOWN_REQUESTS, lambda: progress.advance(task, SHOWN_REQUESTS))
             return cluster(profile, args, make, slo, max_misses).run(requests, arrived)
 
-        result = summary(run(requests), slo, args.prefill + args.decode)
+        result: dict[str, Any] = summary(run(requests), slo, args.prefill + args.decode)
         found: float | None = None
         if not args.no_goodput:
-            found = goodput(requests, lambda scaled: run(scaled, (1 - ATTAINMENT) * len(requests)), slo)
+            own = result["slo_attainment"]
+            found = goodput(requests, lambda scaled: run(scaled, (1 - ATTAINMENT) * len(requests)), slo, own)
     return {"goodput_rps": found, **result}
 
 

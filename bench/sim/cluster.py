@@ -10,9 +10,9 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,39 @@ class Outcome:
     busy_s: float = 0.0
     gave_up: bool = False
     """More had missed their targets than may; the rest was not simulated."""
+
+
+class Pool(Generic[W]):
+    """The workers of one phase that take requests, and those that have left."""
+
+    def __init__(self, load: Callable[[W], tuple[float, ...]]) -> None:
+        self.workers: dict[str, W] = {}
+        self._idle: Ranking[W] = Ranking((), load)
+        self._left: list[W] = []
+
+    def add(self, worker: W) -> None:
+        self.workers[worker.name] = worker
+        self._idle.add(worker)
+        worker.on_load = self._idle.update
+
+    def remove(self, name: str) -> W:
+        """It finishes what it has."""
+        worker = self.workers.pop(name)
+        self._idle.remove(worker)
+        self._left.append(worker)
+        return worker
+
+    @property
+    def busy_s(self) -> float:
+        return sum(worker.busy_s for worker in (*self.workers.values(), *self._left))
+
+    def shortlist(self, matched: Mapping[str, int]) -> list[W]:
+        """All, or of too many the idlest and those with the longest prefixes. `matched`: blocks by worker's name."""
+        if len(self.workers) <= 2 * SHORTLIST:
+            return list(self.workers.values())
+        here = ((-blocks, name) for name, blocks in matched.items() if name in self.workers)
+        holders = (self.workers[name] for _, name in heapq.nsmallest(SHORTLIST, here))
+        return list(dict.fromkeys([*self._idle.first(SHORTLIST), *holders]))
 
 
 class SimCluster:
@@ -106,18 +139,12 @@ class SimCluster:
 
         self._new_prefill = new_prefill
         self._new_decode = lambda name: DecodeSim(name, self.clock, profile, kv(), policy)
-        self._prefill = {name: new_prefill(name) for name in (f"prefill-{i}" for i in range(num_prefill))}
-        self._decode = {name: self._new_decode(name) for name in (f"decode-{i}" for i in range(num_decode))}
-        self._prefill_list, self._decode_list = list(self._prefill.values()), list(self._decode.values())
-        # Who has the least to do, where there are too many to show a strategy all of them.
-        self._idle_prefill = Ranking(self._prefill_list, lambda worker: (worker.queued_tokens, worker.assigned))
-        self._idle_decode = Ranking(
-            self._decode_list, lambda worker: (worker.context_tokens + worker.coming_tokens, worker.assigned)
-        )
-        for prefill in self._prefill_list if num_prefill > 2 * SHORTLIST else ():
-            prefill.on_load = self._idle_prefill.update
-        for decode in self._decode_list if num_decode > 2 * SHORTLIST else ():
-            decode.on_load = self._idle_decode.update
+        self._prefill = Pool[PrefillSim](lambda worker: (worker.queued_tokens, worker.assigned))
+        self._decode = Pool[DecodeSim](lambda worker: (worker.context_tokens + worker.coming_tokens, worker.assigned))
+        for i in range(num_prefill):
+            self._prefill.add(new_prefill(f"prefill-{i}"))
+        for i in range(num_decode):
+            self._decode.add(self._new_decode(f"decode-{i}"))
         self._role = WorkerRole.BOTH if both else WorkerRole.DECODE
         self._separator = PDSeparator(disaggregate)
         self._optimizer = IROptimizer(self._separator)
@@ -142,7 +169,7 @@ class SimCluster:
         self.clock.run()
         self._outcome.end_s = self.clock.now_s
         self._outcome.transferred_bytes = self._network.bytes
-        self._outcome.busy_s = sum(w.busy_s for w in self._prefill_list) + sum(w.busy_s for w in self._decode_list)
+        self._outcome.busy_s = self._prefill.busy_s + self._decode.busy_s
         return self._outcome
 
     # ---- one request ----
@@ -179,7 +206,7 @@ class SimCluster:
         tokens = request.prompt_tokens + request.output_tokens
         depths = self._index.lookup(_hashes(request.blocks)) if request.blocks else {}
         matched = {worker: max(by_tier) for worker, by_tier in depths.items()}
-        shown = _shortlist(self._decode, self._idle_decode, matched)
+        shown = self._decode.shortlist(matched)
         with_room = [worker for worker in shown if worker.kv.has_room(tokens)]
         if not with_room:
             return False
@@ -192,7 +219,7 @@ class SimCluster:
             tpot_target_s=self._slo.tpot_s,
         )
         placement = self._strategy.place(view, self._views(with_room, matched))
-        decode = self._decode[placement.decode_worker_id]
+        decode = self._decode.workers[placement.decode_worker_id]
         blocks = decode.kv.blocks_of(tokens)
         job.decode_worker, job.reserved_blocks = decode.name, blocks
         job.decode_hit_tokens = decode.kv.hit_tokens(request.blocks, request.prompt_tokens)
@@ -203,13 +230,13 @@ class SimCluster:
         job.late = placement.late
         decode.expect(job, 1)
         plan, separation = self._plan(view, placement, request, matched)
-        job.plan, job.separation, job.planned_s = plan, separation, now_s
+        job.separation, job.planned_s = separation, now_s
         compute = plan.node(PlanNodeKind.PREFILL)
         assert compute is not None, "there is always something to compute"
         if plan.prefill_worker_id is None:
             self._prefill_locally(job, decode, compute.chunk_tokens)
             return True
-        prefill = self._prefill.get(plan.prefill_worker_id) or self._decode[plan.prefill_worker_id]
+        prefill = self._worker(plan.prefill_worker_id)
         job.prefill_worker = prefill.name
         job.prefill_hit_tokens = job.computed_tokens = prefill.kv.hit_tokens(request.blocks, request.prompt_tokens)
         self._expect(job)
@@ -227,11 +254,14 @@ class SimCluster:
             prefill.submit(job, lambda step_s: self._prefilled(job, prefill, decode, step_s))
         return True
 
+    def _worker(self, name: str) -> PrefillSim | DecodeSim:
+        return self._prefill.workers.get(name) or self._decode.workers[name]
+
     def _plan(
         self, view: RequestView, placement: Placement, request: SimRequest, matched: dict[str, int]
     ) -> tuple[ExecutionPlan, Separation | None]:
         named = filter(None, (placement.decode_worker_id, placement.prefill_worker_id))
-        workers = {name: self._prefill.get(name) or self._decode[name] for name in named}
+        workers = {name: self._worker(name) for name in named}
         facts = Facts(
             {name: _facts(worker) for name, worker in workers.items()},
             self.costs,
@@ -291,6 +321,7 @@ class SimCluster:
             took_s = self.clock.now_s - job.planned_s + job.separation.chosen.step_s
             job.regret_s = job.separation.regret_s(took_s)
             self._separator.observe(job.separation, took_s)
+            job.separation = None
         if self._sampled(self.costs.decode.samples):
             context = decode.context_tokens + job.request.prompt_tokens
             seconds = step_seconds(self._profile, decode.sequences + 1, context)
@@ -333,7 +364,7 @@ class SimCluster:
                 queued_tokens=w.queued_tokens,
                 queued_squares=w.queued_squares,
             )
-            for w in _shortlist(self._prefill, self._idle_prefill, matched)
+            for w in self._prefill.shortlist(matched)
         ]
         decoders = [
             WorkerView(
@@ -365,13 +396,6 @@ def _facts(worker: PrefillSim | DecodeSim) -> WorkerFacts:
         return WorkerFacts(kv.block_tokens, 0, *queued)
     sequences, context_tokens = worker.sequences + worker.coming, worker.context_tokens + worker.coming_tokens
     return WorkerFacts(kv.block_tokens, 0, *queued, sequences, context_tokens)
-
-
-def _shortlist(workers: dict[str, W], idle: Ranking[W], matched: dict[str, int]) -> list[W]:
-    if len(workers) <= 2 * SHORTLIST:
-        return list(workers.values())
-    holders = heapq.nsmallest(SHORTLIST, ((-blocks, name) for name, blocks in matched.items() if name in workers))
-    return list(dict.fromkeys([*idle.first(SHORTLIST), *(workers[name] for _, name in holders)]))
 
 
 def _hashes(blocks: Sequence[int]) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.sim.cluster import SimCluster
+from bench.sim.cluster import Pool, SimCluster
 from bench.sim.workers import DecodeSim, PrefillSim
 
 Worker = PrefillSim | DecodeSim
@@ -50,12 +50,14 @@ class ScaledCluster(SimCluster):
         super().__init__(*args, **kwargs)
         self._decide, self._interval_s, self._startup_s, self._until_s = decide, interval_s, startup_s, until_s
         self._names = itertools.count(1000)
-        self._asked = {"prefill": len(self._prefill), "decode": len(self._decode)}
-        self._paid_from = dict.fromkeys([*self._prefill, *self._decode], 0.0)
+        self._pools: dict[str, Pool[Any]] = {"prefill": self._prefill, "decode": self._decode}
+        self._asked = {phase: len(pool.workers) for phase, pool in self._pools.items()}
+        self._paid_from = {name: 0.0 for pool in self._pools.values() for name in pool.workers}
         self._starting: dict[str, set[str]] = {"prefill": set(), "decode": set()}
         self._leaving: list[Worker] = []
-        self._counted = self._finished_counted = 0
-        self._busy_before = {"prefill": 0.0, "decode": 0.0}
+        self._counted = 0
+        self._busy_before: dict[str, float] = {}
+        """By worker, at the look before."""
         self.gpu_seconds = 0.0
         self.history: list[tuple[float, int, int]] = []
         """(seconds, prefill, decode workers asked for) at each look."""
@@ -73,8 +75,7 @@ class ScaledCluster(SimCluster):
         arrived = jobs[self._counted :]
         self._counted = len(jobs)
         known = [job for job in arrived if not job.rejected]
-        serving: dict[str, list[Any]] = {"prefill": list(self._prefill.values()), "decode": list(self._decode.values())}
-        busy = {phase: sum(worker.busy_s for worker in workers) for phase, workers in serving.items()}
+        busy = {worker.name: worker.busy_s for pool in self._pools.values() for worker in pool.workers.values()}
         seen = Seen(
             now_s,
             len(arrived),
@@ -82,8 +83,11 @@ class ScaledCluster(SimCluster):
             sum(job.prefill_hit_tokens for job in known),
             sum(job.request.output_tokens for job in known),
             dict(self._asked),
-            {phase: len(workers) for phase, workers in serving.items()},
-            {phase: max(0.0, busy[phase] - self._busy_before[phase]) for phase in busy},
+            {phase: len(pool.workers) for phase, pool in self._pools.items()},
+            {
+                phase: sum(busy[name] - self._busy_before.get(name, 0.0) for name in pool.workers)
+                for phase, pool in self._pools.items()
+            },
         )
         self._busy_before = busy
         wanted = dict(zip(("prefill", "decode"), self._decide(seen), strict=True))
@@ -110,10 +114,8 @@ class ScaledCluster(SimCluster):
             if name not in self._starting[phase]:
                 return  # it was given up while it started
             self._starting[phase].discard(name)
-            if phase == "prefill":
-                self._prefill[name] = self._new_prefill(name)
-            else:
-                self._decode[name] = self._new_decode(name)
+            made = self._new_prefill(name) if phase == "prefill" else self._new_decode(name)
+            self._pools[phase].add(made)
             self._let_in()
 
         self.clock.at(self.clock.now_s + self._startup_s, serve)
@@ -125,11 +127,10 @@ class ScaledCluster(SimCluster):
             self._starting[phase].discard(name)
             self._pay(name, self.clock.now_s)
             return
-        workers: dict[str, Any] = self._prefill if phase == "prefill" else self._decode
+        workers = self._pools[phase].workers
         name = min(workers, key=lambda one: (workers[one].outstanding, one))
-        worker = workers.pop(name)
+        self._leaving.append(self._pools[phase].remove(name))
         self._index.invalidate(name)
-        self._leaving.append(worker)
         self._reap()
 
     def _reap(self) -> None:

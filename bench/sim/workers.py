@@ -19,7 +19,6 @@ from bench.sim.kv import SimKv
 from bench.sim.profile import Profile
 from bench.sim.traces import SimRequest
 from sagellm_common.scheduler_ir.engine_policy import EnginePolicy, SequenceView
-from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
 from sagellm_common.scheduler_ir.pd_separation import Separation
 
 
@@ -50,8 +49,8 @@ class Job:
     reserved_blocks: int = 0
     decode_worker: str = ""
     prefill_worker: str = ""
-    plan: ExecutionPlan | None = None
     separation: Separation | None = None
+    """Until the second token: there may be a million jobs."""
     planned_s: float = math.nan
     regret_s: float = 0.0
     """What the other way, to disaggregate or not, would have saved by the cost model."""

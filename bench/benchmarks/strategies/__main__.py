@@ -65,7 +65,9 @@ class Cell:
 
 def find_goodput(cell: Cell) -> float:
     requests = cell.requests()
-    return goodput(requests, lambda scaled: cell.run(scaled, (1 - ATTAINMENT) * len(requests)), cell.slo)
+    found = goodput(requests, lambda scaled: cell.run(scaled, (1 - ATTAINMENT) * len(requests)), cell.slo)
+    assert found is not None, "checked before: they come at different times"
+    return found
 
 
 def fairness(outcome: Outcome, slo: Slo) -> float:
@@ -158,7 +160,8 @@ def main() -> int:
     slo = Slo(args.slo_ttft_ms / 1e3, args.slo_tpot_ms / 1e3)
     cells = [Cell(args.trace, args.format, shape, name, args.profile, slo) for shape in shapes for name in names]
     try:
-        load_trace(args.trace, args.format)
+        if not load_trace(args.trace, args.format)[-1].arrival_s:
+            raise ConfigError(f"--trace {args.trace}: all requests come at once, there is no rate to search")
         PROFILES.get(args.profile)
         for cell in cells:
             strategy_maker(cell.strategy)

@@ -63,3 +63,19 @@ def test_one_that_is_given_up_while_it_starts_never_serves() -> None:
     cluster, _ = run(decide, (1, 1), startup_s=12.0)
     assert all(seen.ready["decode"] == 1 for seen in looks)
     assert cluster.gpu_seconds == pytest.approx(2 * cluster.clock.now_s + 2 * 5.0)
+
+
+def test_of_many_workers_those_are_asked_that_came_and_not_those_that_left() -> None:
+    """More than a strategy is shown: the idlest of those that are there."""
+    sizes = iter([(20, 20), (20, 20), (20, 20), (2, 20), (2, 20), (20, 2)])
+    last = (2, 2)
+
+    def decide(_: Seen) -> tuple[int, int]:
+        nonlocal last
+        last = next(sizes, last)
+        return last
+
+    cluster, ends = run(decide, (1, 1))
+    assert not any(map(math.isnan, ends))
+    jobs = cluster._outcome.jobs
+    assert len({job.prefill_worker for job in jobs}) > 16 and len({job.decode_worker for job in jobs}) > 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from dataclasses import asdict, replace
@@ -257,13 +258,72 @@ def test_traces_are_read_and_broken_lines_named(tmp_path: Path) -> None:
     first, second = load_trace(azure, "azure")
     assert (first.arrival_s, first.prompt_tokens, first.output_tokens) == (0.0, 374, 44)
     assert second.arrival_s == pytest.approx(0.31941)
-    for text, form in (("{}", "mooncake"), ("[1]", "mooncake"), ("a,b\n1,2\n", "azure"), ("", "mooncake")):
-        broken = tmp_path / "broken"
-        broken.write_text(text)
-        with pytest.raises(ConfigError, match="broken"):
-            load_trace(broken, form)
     with pytest.raises(ConfigError, match="absent"):
         load_trace(tmp_path / "absent", "azure")
+
+
+def test_traces_may_be_gzipped_unsorted_and_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    packed, azure = tmp_path / "m.jsonl.gz", tmp_path / "a.csv"
+    rows = [{"timestamp": at, "input_length": 5, "output_length": 1} for at in (2000, 1000)]
+    packed.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    assert [request.arrival_s for request in load_trace(packed, "mooncake")] == [0.0, 1.0]
+    azure.write_text(
+        "\ufeffTIMESTAMP,ContextTokens,GeneratedTokens\r\n\r\n"
+        "2024-05-10 00:00:01.5+00:00,3,4\r\n2024-05-10 00:00:00,1,0\r\n"
+    )
+    assert load_trace(azure, "azure") == [SimRequest(0.0, 1, 1), SimRequest(1.5, 3, 4)]
+    packed.write_bytes(packed.read_bytes()[:-6])
+    with pytest.raises(ConfigError, match="end"):
+        load_trace(packed, "mooncake")
+
+
+ROW = {"timestamp": 1, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({**ROW, "timestamp": math.nan}, "2: timestamp nan: must be a finite number"),
+        ({**ROW, "input_length": 0}, "2: input_length 0: must be at least 1"),
+        ({**ROW, "input_length": 1.5}, "2: input_length 1.5: must be a whole number"),
+        ({**ROW, "output_length": -3}, "2: output_length -3: must be at least 0"),
+        ({**ROW, "output_length": None}, "2: output_length is missing"),
+        ({**ROW, "hash_ids": "12"}, "2: hash_ids '12': must be a list of integers"),
+        ({**ROW, "hash_ids": list(range(40))}, "smaller ones"),
+        ([1], r"2: \[1\] is no JSON object"),
+    ],
+)
+def test_a_broken_line_of_a_mooncake_trace_is_named(row: object, named: str, tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text(f"\n{json.dumps(row)}\n")
+    with pytest.raises(ConfigError, match=f"t.jsonl:.*{named}.*the mooncake format"):
+        load_trace(trace, "mooncake")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("noon,3,4", "3: TIMESTAMP 'noon'"),
+        ("2023-11-16 18:15:46,0,4", "3: ContextTokens '0': must be at least 1"),
+        ("2023-11-16 18:15:46,3,x", "3: GeneratedTokens 'x': must be a whole number"),
+        ("2023-11-16 18:15:46,3", "3: GeneratedTokens is missing"),
+    ],
+)
+def test_a_broken_line_of_an_azure_trace_is_named(line: str, named: str, tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,3,4\n{line}\n")
+    with pytest.raises(ConfigError, match=f"t.csv:{named}.*the azure format"):
+        load_trace(trace, "azure")
+
+
+@pytest.mark.parametrize(
+    ("text", "form"), [("a,b\n1,2\n", "azure"), ("", "azure"), ("", "mooncake"), ("{", "mooncake")]
+)
+def test_a_file_that_is_no_trace_is_named(text: str, form: str, tmp_path: Path) -> None:
+    trace = tmp_path / "t"
+    trace.write_text(text)
+    with pytest.raises(ConfigError, match="t:1: there is no column TIMESTAMP|no request in it|Expecting property name"):
+        load_trace(trace, form)
 
 
 def test_the_command_writes_what_it_found(
