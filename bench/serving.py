@@ -97,10 +97,9 @@ def hops(samples: list[Sample]) -> list[list[str]]:
     ttft = statistics.median(s.ttft_ms for s in samples)
     parts = {
         "client and its session": [s.ttft_ms - x.ttft_ms for s, x in told],
-        "router": [x.ttft_ms - x.reserve_ms - x.prefill_ms for _, x in told],
-        "reserve on decode": [x.reserve_ms for _, x in told],
-        "prefill worker and its session": [x.prefill_ms - x.prefill_engine_ms for _, x in told],
+        "router, prefill worker and their session": [x.ttft_ms - x.prefill_engine_ms for _, x in told],
         "prefill engine": [x.prefill_engine_ms for _, x in told],
+        "reserve on decode (meanwhile)": [x.reserve_ms for _, x in told],
         "KV transfer (after the first token)": [x.transfer_exposed_ms for _, x in told],
     }
     for name, values in parts.items():

@@ -14,7 +14,7 @@ from sagellm_common.core.types import (
     GenerationSummary,
     TokenLogprob,
 )
-from sagellm_common.rpc.sessions import DecodeStep, PrefillOutcome, PromptKvReport, TransferReport
+from sagellm_common.rpc.sessions import DecodeStep, FirstToken, PrefillOutcome, PromptKvReport, TransferReport
 
 OnEvent = Callable[[str, float, float, str], None]
 """Takes one event: (stage, ms since the beginning, duration in ms, detail)."""
@@ -79,10 +79,17 @@ class GenerationProgress:
         detail = f"{decode_id}: {num_blocks} blocks of {source_id}, as they are computed"
         self.record("pull ahead", self.clock.now(), 0.0, detail)
 
-    def prefilled(self, worker_id: str, outcome: PrefillOutcome) -> GenerationOutput:
-        """The first token, or the end."""
+    def first_token(self, worker_id: str, token: FirstToken) -> GenerationOutput:
+        """Before the prefill worker's answer, which has it, too."""
+        self._prefill_worker_id = worker_id
+        return self._emit(token.token_ids, token.logprobs, None)
+
+    def prefilled(self, worker_id: str, outcome: PrefillOutcome) -> GenerationOutput | None:
+        """The first token, unless it was emitted already, or the end."""
         self._prefill, self._prefill_worker_id = outcome, worker_id
         self._explain_kv(worker_id, outcome)
+        if self.emitted and outcome.finish_reason is None:
+            return None
         return self._emit(outcome.token_ids, outcome.logprobs, outcome.finish_reason)
 
     def stepped(

@@ -6,7 +6,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import grpc
 
@@ -34,6 +34,15 @@ Key = tuple[str, str, int]
 """(operation, request_id, attempt)"""
 
 Replies = AbstractAsyncContextManager[Mailbox[worker_pb2.DecodeResponse]]
+PrefillReplies = AbstractAsyncContextManager[Mailbox[worker_pb2.PrefillResult]]
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """A prompt's first token, before its KV is pinned. There is more to decode."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,23 @@ class HandedOver:
     source: KvSource | None
 
 
+class PrefillOptions(TypedDict, total=False):
+    """What is asked of a prefill worker beside the request.
+
+    `chunk_tokens` of the prompt are computed at a time, and pulled meanwhile, if `overlap`, in pieces of
+    `segment_bytes` (0: as configured; None: the worker decides). `first_token_within_s` and `needed_s` are
+    EngineRequest's. `peer` is the worker in whose cache more of the prompt is.
+    """
+
+    timeout_s: Required[float]
+    overlap: bool | None
+    segment_bytes: int
+    chunk_tokens: int
+    first_token_within_s: float
+    needed_s: float
+    peer: KvPeer | None
+
+
 class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker_pb2.PrefillResult]):
     def __init__(self, channel: grpc.aio.Channel, worker_id: str, address: str, choice: Choice = "auto") -> None:
         super().__init__(channel, address, "sagellm.v1.PrefillService", choice, *_describe(worker_id, address))
@@ -131,51 +157,76 @@ class PrefillSession(SessionClient[Key, worker_pb2.PrefillSessionRequest, worker
         attempt: int,
         ticket: HandoffTicket,
         *,
-        timeout_s: float,
         on_started: Callable[[KvSource], None] | None = None,
-        overlap: bool | None = None,
-        segment_bytes: int = 0,
-        chunk_tokens: int = 0,
-        first_token_within_s: float = math.inf,
-        needed_s: float = 0.0,
-        peer: KvPeer | None = None,
+        **asked: Unpack[PrefillOptions],
     ) -> PrefillOutcome:
         """Raises what the worker answers, PeerLost, DeadlineExceeded, Cancelled.
 
         `on_started` hears where the KV can be pulled while it is computed, if the plan (`overlap`) says that this is
-        worth it, or where the plan does not know the worker does; in pieces of `segment_bytes` (0: as configured).
-        `chunk_tokens` of the prompt are computed at a time (0: as configured). `first_token_within_s` and `needed_s`
-        are EngineRequest's. `peer` is the worker in whose cache more of the prompt is.
+        worth it, or where the plan does not know the worker does.
         """
+        async with self.asking(request, attempt, ticket, announce=on_started is not None, **asked) as replies:
+            while not isinstance(answer := self.answer_of(await replies.get()), PrefillOutcome):
+                if on_started is not None and isinstance(answer, KvSource):
+                    on_started(answer)
+            return answer
+
+    def asking(
+        self,
+        request: GenerationRequest,
+        attempt: int,
+        ticket: HandoffTicket | None,
+        *,
+        announce: bool = False,
+        token_first: bool = False,
+        receiver_cached_tokens: int = 0,
+        **asked: Unpack[PrefillOptions],
+    ) -> PrefillReplies:
+        """`async with` sends it and gives the mailbox of its replies, which `answer_of` reads; the last is a
+        PrefillOutcome.
+
+        Without a `ticket`, whose reservation is still to be answered, the receiver is said to hold
+        `receiver_cached_tokens`. With `announce` a KvSource may come before, to pull from while it is computed; with
+        `token_first` the first token.
+        """
+        timeout_s, within_s = asked["timeout_s"], asked.get("first_token_within_s", math.inf)
+        peer = asked.get("peer")
         message = worker_pb2.PrefillRequest(
             request_id=request.request_id,
             attempt=attempt,
             prompt_token_ids=pack_int32(request.prompt_token_ids),
             sampling=codec.encode_sampling(request.sampling),
-            ticket=codec.encode_ticket(ticket),
+            ticket=codec.encode_ticket(ticket) if ticket else None,
             cache_salt=request.cache_salt,
             tenant=request.tenant,
             priority=request.priority,
             timeout_ms=to_ms(timeout_s),
             trace_context=current_carrier(),
-            announce=on_started is not None,
-            overlap=overlap,
-            segment_bytes=segment_bytes,
-            chunk_tokens=chunk_tokens,
-            first_token_within_ms=None if math.isinf(first_token_within_s) else first_token_within_s * 1e3,
-            needed_ms=needed_s * 1e3,
+            announce=announce,
+            overlap=asked.get("overlap"),
+            segment_bytes=asked.get("segment_bytes", 0),
+            chunk_tokens=asked.get("chunk_tokens", 0),
+            first_token_within_ms=None if math.isinf(within_s) else within_s * 1e3,
+            needed_ms=asked.get("needed_s", 0.0) * 1e3,
             peer=codec.encode_peer(peer) if peer else None,
+            receiver_cached_tokens=receiver_cached_tokens,
+            token_first=token_first,
         )
         key = ("prefill", request.request_id, attempt)
-        async with self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key)) as replies:
-            result = await replies.get()
-            while result.HasField("started"):
-                if on_started is not None:
-                    on_started(codec.decode_kv_source(result.started.source, "started.source"))
-                result = await replies.get()
-        if result.HasField("error"):
-            raise from_status(result.error)
-        return _decode_prefill(result.response)
+        return self._call(key, worker_pb2.PrefillSessionRequest(prefill=message), timeout_s, _what(key))
+
+    def answer_of(self, result: worker_pb2.PrefillResult) -> KvSource | FirstToken | PrefillOutcome:
+        """Raises what the worker answered."""
+        match result.WhichOneof("outcome"):
+            case "response":
+                return _decode_prefill(result.response)
+            case "started":
+                return codec.decode_kv_source(result.started.source, "started.source")
+            case "token":
+                token_ids = codec.decode_token_ids(result.token.token_ids, "token.token_ids")
+                return FirstToken(tuple(token_ids.tolist()), codec.decode_logprobs(result.token.logprobs))
+            case _:
+                raise from_status(result.error)
 
     def cancel(self, request_id: str, attempt: int, *, by_client: bool = False) -> None:
         """Tells the worker to drop the request and any KV pinned for it. A no-op for what it does not know."""

@@ -22,6 +22,8 @@ from sagellm_common.core.types import (
 
 Announce = Callable[[KvSource], None]
 """Takes where a prompt's KV can be pulled while it is computed; on the event loop, it must not wait."""
+TellToken = Callable[[tuple[int, ...], tuple[TokenLogprob, ...]], None]
+"""Takes a prompt's first token and its logprobs, before its KV is pinned; as Announce."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +31,7 @@ class PrefillJob:
     """One prompt to compute. `sampling.max_new_tokens` is the request's; prefill makes the first of them.
 
     The receiver holds KV of the first `receiver_cached_tokens`. `announce` None: it does not pull before the answer.
+    `tell_token` None: the first token is wanted with the answer only.
     `overlap` is whether the plan has it pull before, None: no plan says so; then in pieces of `segment_bytes`.
     `chunk_tokens` are computed at a time, 0: as the engine is configured. `first_token_within_s` and `needed_s` are
     EngineRequest's. `peer` is the worker in whose cache the plan says that more of the prompt is.
@@ -45,6 +48,7 @@ class PrefillJob:
     trace_context: Mapping[str, str] = field(default_factory=dict)
     receiver_cached_tokens: int = 0
     announce: Announce | None = None
+    tell_token: TellToken | None = None
     overlap: bool | None = None
     segment_bytes: int = 0
     chunk_tokens: int = 0

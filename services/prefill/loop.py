@@ -1,4 +1,5 @@
-"""The heart of the prefill service: allocate → fetch what others hold → announce → submit → pin → answer.
+"""The heart of the prefill service: allocate → fetch what others hold → announce → submit → tell the token → pin →
+answer.
 
 Who owns the blocks on the way, and so who frees them when the request ends there:
 
@@ -213,10 +214,17 @@ class PrefillLoop:
             needed_s=job.needed_s,
         )
         outputs: list[SequenceOutput] = []
-        last = await self._sequences.run(request, blocks, outputs.append)
-        if last.finish_reason is FinishReason.LENGTH and self._more_to_decode(job):
-            return outputs, None
-        return outputs, last.finish_reason
+
+        def take(output: SequenceOutput) -> None:
+            outputs.append(output)
+            if job.tell_token is not None and self._goes_on(job, output):
+                job.tell_token(output.token_ids, output.logprobs)
+
+        last = await self._sequences.run(request, blocks, take)
+        return outputs, None if self._goes_on(job, last) else last.finish_reason
+
+    def _goes_on(self, job: PrefillJob, last: SequenceOutput) -> bool:
+        return last.finish_reason is FinishReason.LENGTH and self._more_to_decode(job)
 
     def _more_to_decode(self, job: PrefillJob) -> bool:
         """The engine reports LENGTH because it was asked for one token; the request may well want more."""

@@ -11,13 +11,13 @@ import grpc
 from google.rpc import status_pb2
 
 from sagellm_common.core.errors import InvalidRequest, SageError
-from sagellm_common.core.types import KvSource, pack_int32
+from sagellm_common.core.types import KvSource, TokenLogprob, pack_int32
 from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
 from sagellm_common.rpc.handoffs import canceller
 from sagellm_common.rpc.session_writer import SessionWriter
 from sagellm_common.rpc.status import to_status
-from services.prefill.jobs import Announce, Prefill, PrefillDone, PrefillJob
+from services.prefill.jobs import Announce, Prefill, PrefillDone, PrefillJob, TellToken
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,15 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             started = worker_pb2.PrefillStarted(source=codec.encode_kv_source(source))
             writer.message.results.add(request_id=request.request_id, attempt=request.attempt, started=started)
 
+        def tell_token(token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> None:
+            token = worker_pb2.PrefillToken(token_ids=pack_int32(token_ids), logprobs=codec.encode_logprobs(logprobs))
+            writer.message.results.add(request_id=request.request_id, attempt=request.attempt, token=token)
+            writer.flush()  # before its KV is pinned
+
         try:
-            job = self._job(request, announce if request.announce else None)
+            job = self._job(
+                request, announce if request.announce else None, tell_token if request.token_first else None
+            )
             response = encode_done(request, await self._prefill.prefill(job))
         except SageError as err:
             error = to_status(err)
@@ -71,7 +78,12 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         )
         writer.flush()
 
-    def _job(self, request: worker_pb2.PrefillRequest, announce: Announce | None = None) -> PrefillJob:
+    def _job(
+        self,
+        request: worker_pb2.PrefillRequest,
+        announce: Announce | None = None,
+        tell_token: TellToken | None = None,
+    ) -> PrefillJob:
         if not request.request_id:
             raise InvalidRequest("request_id is empty, but must be set")
         if request.timeout_ms < 0:
@@ -86,8 +98,11 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             tenant=request.tenant,
             priority=request.priority,
             trace_context=dict(request.trace_context),
-            receiver_cached_tokens=request.ticket.num_cached_tokens,
+            receiver_cached_tokens=(
+                request.ticket.num_cached_tokens if request.HasField("ticket") else request.receiver_cached_tokens
+            ),
             announce=announce,
+            tell_token=tell_token,
             overlap=request.overlap if request.HasField("overlap") else None,
             segment_bytes=_planned(request, "segment_bytes"),
             chunk_tokens=_planned(request, "chunk_tokens"),

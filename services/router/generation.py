@@ -11,7 +11,7 @@ from sagellm_common.core.errors import SageError
 from sagellm_common.core.telemetry import idle, span
 from sagellm_common.core.types import GenerationOutput, GenerationRequest
 from sagellm_common.rpc.progress import GenerationProgress
-from sagellm_common.rpc.sessions import DecodeStep, HandedOver
+from sagellm_common.rpc.sessions import DecodeStep, FirstToken, HandedOver
 from services.router.explain import Explanation
 from services.router.stages import Pinned, Prefilled
 from services.router.workers import WorkerLink
@@ -25,6 +25,8 @@ class Generation(GenerationProgress):
         self.explanation = explanation
         self.at_fault: WorkerLink | None = None
         self.traced = not idle()
+        self.failure: BaseException | None = None
+        """What the innermost stage failed with: it is that one's worker's, and those around it are only left."""
         self._pinned: Pinned | None = None
         self._pinned_until_s = 0.0
 
@@ -51,8 +53,12 @@ class Generation(GenerationProgress):
             detail += "; expected " + ", ".join(f"{1e3 * seconds:.0f} ms on {name}" for name, seconds in others)
         self.record("first token", self._began_s + planned_s, took_s * 1e3, detail)
 
-    def take_prefill(self, prefilled: Prefilled) -> GenerationOutput:
-        """The first token, or the end."""
+    def take_first_token(self, link: WorkerLink, token: FirstToken) -> GenerationOutput:
+        """Its KV is still to be pinned there."""
+        return self.first_token(link.worker_id, token)
+
+    def take_prefill(self, prefilled: Prefilled) -> GenerationOutput | None:
+        """The first token, unless it came before, or the end."""
         self.pin(prefilled.pinned)
         return self.prefilled(prefilled.worker.worker_id, prefilled.outcome)
 
@@ -104,7 +110,7 @@ class _Stage:
         if self._span is not None:
             self._span.__exit__(kind, err, tb)
         detail = self._link.worker_id if self._link else ""
-        if isinstance(err, SageError):
-            generation.at_fault = self._link
+        if isinstance(err, SageError) and err is not generation.failure:
+            generation.at_fault, generation.failure = self._link, err
             detail = f"{detail}: {err.reason} {err.message}".removeprefix(": ")
         generation.record(self._name, begin_s, (generation.clock.now() - begin_s) * 1e3, detail)

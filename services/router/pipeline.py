@@ -1,6 +1,6 @@
 """The life of a request, one way, no back and forth. Start reading at `Pipeline.generate`.
 
-admit → ( match → plan → reserve on decode → prefill → decode ) → release
+admit → ( match → plan → reserve on decode, prefill → decode ) → release
            ▲                                            │
            └──────── again elsewhere, after what ◄──────┘ a worker failed, or hands
                      was emitted already                  over what runs: see `moves`
@@ -26,6 +26,7 @@ from sagellm_common.core.types import (
     FinishReason,
     GenerationOutput,
     GenerationRequest,
+    HandoffTicket,
     KvSource,
     ModelInfo,
     WorkerAddress,
@@ -33,7 +34,7 @@ from sagellm_common.core.types import (
 from sagellm_common.core.validation import validate_request
 from sagellm_common.prefix_reuse.hashing import packed_block_hashes, root_hash
 from sagellm_common.rpc.renewal import renewed
-from sagellm_common.rpc.sessions import DecodeStep, TransferReport
+from sagellm_common.rpc.sessions import DecodeStep, FirstToken, PrefillOutcome, TransferReport
 from sagellm_common.scheduler_ir.executor_api import PlanProgress
 from sagellm_common.scheduler_ir.ir_types import PlanNodeKind
 from services.router.admission import Admission, Slot
@@ -48,7 +49,7 @@ from services.router.moves import Move, Moved, Moves
 from services.router.placing import Placer, sent_of
 from services.router.retry import Retry, blames_source
 from services.router.separations import Separations
-from services.router.stages import Admitted, Deadline, Matched, Pinned, Prefilled, Reserved, Routed
+from services.router.stages import Admitted, Deadline, Matched, Pinned, Prefilled, Routed
 from services.router.strategies import ttft_target_s
 from services.router.transfers import TransferPlanner
 from services.router.workers import WorkerLink, Workers
@@ -189,18 +190,20 @@ class Pipeline:
             if move is not None and move.target is not routed.decode:
                 move.undo()  # it left, too
                 move = None
-            if move is None and (routed.prefill is not None or source is not None):
-                reserved = await self._reserve(admitted, routed, generation, slot)
-                if routed.prefill is not None:
-                    progress.enter(*COMPUTING)
-                    prefilled = await self._prefill(admitted, routed, routed.prefill, reserved, generation, slot, sent)
-                    progress.done(*COMPUTING)
-                    if routed.expected_s:
-                        generation.compare(routed.expected_s, planned_s)
-                    source = prefilled.pinned
-                    yield (output := generation.take_prefill(prefilled))
-                    if output.finish_reason:
-                        return
+            if move is None and routed.prefill is not None:
+                progress.enter(*COMPUTING)
+                prefilling = self._prefill(admitted, routed, routed.prefill, generation, slot, sent)
+                async with aclosing(prefilling) as outputs:
+                    async for output in outputs:
+                        yield output
+                        if routed.expected_s:
+                            generation.compare(routed.expected_s, planned_s)
+                        if output.finish_reason is not None:
+                            return
+                progress.done(*COMPUTING)
+                source = generation.pinned
+            elif move is None and source is not None:
+                await self._reserve(admitted, routed, generation, slot)
             progress.enter(*MOVING, *([] if source else COMPUTING))
             async with aclosing(self._decode(admitted, routed, source, generation, slot, sent)) as outputs:
                 async for output in outputs:
@@ -269,26 +272,31 @@ class Pipeline:
         generation.explanation.plan, generation.explanation.routed = routed.plan, routed
         return routed
 
-    async def _reserve(self, admitted: Admitted, routed: Routed, generation: Generation, slot: Slot) -> Reserved:
+    async def _reserve(self, admitted: Admitted, routed: Routed, generation: Generation, slot: Slot) -> HandoffTicket:
         timeout_s = admitted.deadline.budget_s()
         slot.calls.reserving(routed.decode, generation.attempts)
         with generation.stage("reserve", routed.decode):
-            ticket = await routed.decode.decode.reserve(
+            return await routed.decode.decode.reserve(
                 admitted.request, generation.attempts, generation.emitted, timeout_s=timeout_s
             )
-        return Reserved(ticket)
 
     async def _prefill(
         self,
         admitted: Admitted,
         routed: Routed,
         worker: WorkerLink,
-        reserved: Reserved,
         generation: Generation,
         slot: Slot,
         sent: Sent,
-    ) -> Prefilled:
-        """Meanwhile the decode worker pulls what is computed, where the prefill worker says that it is worth it."""
+    ) -> AsyncGenerator[GenerationOutput, None]:
+        """The first token, or the end; then its KV is pinned there, and blocks reserved for it on the decode worker.
+
+        Where that has room, as far as is known, both are asked at once: a refusal ends the prefill. Meanwhile the
+        decode worker pulls what is computed, where the prefill worker says that it is worth it.
+        """
+        ticket = None
+        if generation.rejections or not _has_room(routed):
+            ticket = await self._reserve(admitted, routed, generation, slot)
         timeout_s = admitted.deadline.budget_s()
         slot.calls.prefilling(worker, generation.attempts)
         kinds = PlanNodeKind.TRANSFER, PlanNodeKind.PREFILL, PlanNodeKind.DECODE
@@ -308,26 +316,39 @@ class Pipeline:
             )
 
         with worker.engaged(), generation.stage("prefill", worker):
-            with renewed(reserved.ticket, routed.decode.decode.renew):
-                outcome = await worker.prefill.prefill(
-                    replace(admitted.request, priority=compute.priority),
-                    generation.attempts,
-                    reserved.ticket,
-                    timeout_s=timeout_s,
-                    on_started=None if overlap is False else pull_ahead,
-                    overlap=overlap,
-                    segment_bytes=transfer.segment_bytes if transfer else 0,
-                    chunk_tokens=compute.chunk_tokens,
-                    first_token_within_s=self._first_token_within_s(admitted.request, generation),
-                    needed_s=self._learner.needed_s(compute) if self._learner else 0.0,
-                    peer=routed.peer,
-                )
-            computed = len(admitted.request.prompt_token_ids) - outcome.cached_tokens
-            self._transfers.observe(worker.worker_id, computed, outcome.compute_ms / 1e3)
-            sent.prefilled()
-            if self._learner:
-                self._learner.prefilled(worker, len(admitted.request.prompt_token_ids), outcome)
-            return Prefilled(outcome, worker, generation.attempts)
+            asking = worker.prefill.asking(
+                replace(admitted.request, priority=compute.priority),
+                generation.attempts,
+                ticket,
+                announce=overlap is not False,
+                token_first=True,
+                receiver_cached_tokens=transfer.start_token if transfer else 0,
+                timeout_s=timeout_s,
+                overlap=overlap,
+                segment_bytes=transfer.segment_bytes if transfer else 0,
+                chunk_tokens=compute.chunk_tokens,
+                first_token_within_s=self._first_token_within_s(admitted.request, generation),
+                needed_s=self._learner.needed_s(compute) if self._learner else 0.0,
+                peer=routed.peer,
+            )
+            async with asking as replies:
+                if ticket is None:
+                    ticket = await self._reserve(admitted, routed, generation, slot)
+                with renewed(ticket, routed.decode.decode.renew):
+                    while not isinstance(answer := worker.prefill.answer_of(await replies.get()), PrefillOutcome):
+                        if isinstance(answer, FirstToken):
+                            yield generation.take_first_token(worker, answer)
+                            sent.prefilled()
+                        else:
+                            pull_ahead(answer)
+            prefilled = Prefilled(answer, worker, generation.attempts)
+        computed = len(admitted.request.prompt_token_ids) - answer.cached_tokens
+        self._transfers.observe(worker.worker_id, computed, answer.compute_ms / 1e3)
+        sent.prefilled()
+        if self._learner:
+            self._learner.prefilled(worker, len(admitted.request.prompt_token_ids), answer)
+        if output := generation.take_prefill(prefilled):
+            yield output
 
     def _first_token_within_s(self, request: GenerationRequest, generation: Generation) -> float:
         """Until it is late, where its strategy cares."""
@@ -562,6 +583,15 @@ class Pipeline:
     def _deadline(self, timeout_s: float | None) -> Deadline:
         limit_s = self._config.request_timeout_s
         return Deadline(self._clock, self._clock.now() + (limit_s if timeout_s is None else min(limit_s, timeout_s)))
+
+
+def _has_room(routed: Routed) -> bool:
+    """Whether the decode worker can reserve blocks for the prompt, as far as it has told."""
+    status, model = routed.decode.status, routed.decode.record.model
+    if status is None or status.kv is None or model is None:
+        return False
+    needed = -(-routed.seen.request.num_prompt_tokens // model.kv_layout.block_size_tokens)
+    return status.kv.used_blocks + needed <= status.kv.total_blocks
 
 
 async def _wait_any(timeout_s: float, *events: asyncio.Event) -> None:

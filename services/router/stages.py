@@ -1,4 +1,4 @@
-"""The states a request passes through, one value each: Admitted → Matched → Routed → Reserved → Prefilled."""
+"""The states a request passes through, one value each: Admitted → Matched → Routed → Prefilled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sagellm_common.core.clock import Clock
 from sagellm_common.core.errors import DeadlineExceeded, EngineFailed
-from sagellm_common.core.types import GenerationRequest, HandoffTicket, KvPeer, KvSource, ModelInfo
+from sagellm_common.core.types import GenerationRequest, KvPeer, KvSource, ModelInfo
 from sagellm_common.rpc.sessions import PrefillOutcome
 from sagellm_common.scheduler_ir.ir_types import ExecutionPlan
 from sagellm_common.scheduler_ir.pd_separation import Separation
@@ -77,13 +77,6 @@ class Routed:
     separation: Separation | None
     seen: Seen
     peer: KvPeer | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """The decode worker holds blocks for the prompt."""
-
-    ticket: HandoffTicket
 
 
 @dataclass(frozen=True, slots=True)

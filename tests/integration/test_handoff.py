@@ -39,6 +39,7 @@ from sagellm_common.core.types import FinishReason, SamplingParams, WorkerRole, 
 from sagellm_common.rpc.carriers import Choice
 from sagellm_common.rpc.channels import call
 from sagellm_common.rpc.gen.sagellm.v1 import worker_pb2, worker_pb2_grpc
+from sagellm_common.rpc.sessions import FirstToken, PrefillOutcome
 from tests.support.simulated_engine import ENGINE_S, SLOT_BYTES, SimulatedEngine, reference
 from tests.support.topology_server import topology_server
 from tests.support.waiting import TIMEOUT_S, eventually
@@ -319,6 +320,21 @@ async def test_cancelled_while_prefilling(prefill: Worker, decode: Worker, how: 
     decode.decode_session.cancel("r1", 1)
     await prefill.idle()
     await decode.idle()
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 4])
+async def test_the_first_token_comes_before_the_answer(prefill: Worker, max_new_tokens: int) -> None:
+    wanted = request(PROMPT, max_new_tokens=max_new_tokens, num_logprobs=1)
+    session, answers = prefill.prefill_session, list[object]()
+    async with session.asking(wanted, 1, None, token_first=True, timeout_s=TIMEOUT_S) as replies:
+        while not answers or not isinstance(answers[-1], PrefillOutcome):
+            answers.append(session.answer_of(await replies.get()))
+    *before, outcome = answers
+    assert isinstance(outcome, PrefillOutcome) and outcome.token_ids and len(outcome.logprobs) == 1
+    told = [FirstToken(outcome.token_ids, outcome.logprobs)] if max_new_tokens > 1 else []
+    assert before == told
+    session.cancel("r1", 1)
+    await prefill.idle()
 
 
 async def test_cancelled_between_prefill_and_decode(prefill: Worker, decode: Worker) -> None:

@@ -24,9 +24,13 @@ SHALLOW = {
     **{f"one of: {kind}": ONE.but(ticks=0, faults=1, kinds={kind}) for kind in sorted(FAULTS - {"repeat"})},
     "a message comes twice": ONE.but(ticks=0, faults=1, kinds={"repeat"}, ahead=False),
     "another attempt": ONE.but(ticks=0, attempts=2, late=0, ahead=False),
+    "both asked at once": ONE.but(at_once=True),
     "the id comes again": ONE.but(ticks=0, lives=2, ahead=False, cached=1),
 }
 DEEP = {
+    "both asked at once, one fault": ONE.but(ticks=0, faults=1, kinds=FAULTS - {"repeat"}, at_once=True),
+    "both asked at once, another attempt": ONE.but(ticks=0, attempts=2, late=0, ahead=False, at_once=True),
+    "both asked at once, the id comes again": ONE.but(ticks=0, lives=2, ahead=False, cached=1, at_once=True),
     "leases expire twice": ONE.but(ticks=2),
     "a message comes twice, pulled ahead": ONE.but(ticks=0, faults=1, kinds={"repeat"}),
     "any two faults": ONE.but(ticks=0, faults=2, kinds=FAULTS - {"repeat"}),

@@ -44,7 +44,8 @@ class Bounds:
     """How far is explored: `faults` of these `kinds`, and time that passes `ticks` times, half a lease each.
 
     When a router begins anew, at most `late` messages (0 or 1) of before are still to come; the others are lost.
-    Without `ahead` nothing is pulled while it is computed. Decode has the first `cached` blocks of each prompt.
+    Without `ahead` nothing is pulled while it is computed. Decode has the first `cached` blocks of each prompt. With
+    `at_once` prefill is asked before decode has answered that it has reserved.
     """
 
     prefills: int = 1
@@ -57,6 +58,7 @@ class Bounds:
     late: int = 1
     ahead: bool = True
     cached: int = 0
+    at_once: bool = False
 
     def but(self, **changes: Any) -> Self:
         return replace(self, **changes)
@@ -196,6 +198,8 @@ class World:
         router, bounds = self.router, self.bounds
         may = bounds.kinds if self.faults < bounds.faults else frozenset()
         for message in self.messages:
+            if self._waits(message):
+                continue
             yield ("deliver", message)
             if "repeat" in may:
                 yield ("repeat", message)
@@ -274,7 +278,14 @@ class World:
     def _too_late(self, message: Event) -> bool:
         """The router will never heed it: it has gone on, and does not go back."""
         to, _, kind, life, attempt, *_ = (*message, 0)
-        return to == "router" and not self._heeds(str(kind), life, attempt)
+        return to == "router" and not self._heeds(str(kind), life, attempt) and not self._waits(message)
+
+    def _waits(self, message: Event) -> bool:
+        """The router will read what prefill says once it knows that there is a reservation."""
+        to, _, kind, life, attempt, *_ = (*message, 0)
+        router = self.router
+        reserving = self.bounds.at_once and (router.life, router.attempt, router.phase) == (life, attempt, "reserving")
+        return to == "router" and reserving and kind in ("started", "prefilled")
 
     def _heeds(self, kind: str, life: object, attempt: object) -> bool:
         router = self.router
@@ -284,19 +295,23 @@ class World:
 
     def _begin(self, p: int, d: int, late: Event | None) -> None:
         self.messages = {} if late is None else {late: None}
-        self.router = Router(self.router.life + 1, 1, "reserving", p, d)
-        self._send("decode", d, "reserve", self.router.life, 1)
+        self._ask(Router(self.router.life + 1, 1, "reserving", p, d))
 
     def _retry(self, p: int, d: int, late: Event | None) -> None:
         self.messages = {} if late is None else {late: None}
-        self.router = Router(self.router.life, self.router.attempt + 1, "reserving", p, d)
-        self._send("decode", d, "reserve", self.router.life, self.router.attempt)
+        self._ask(Router(self.router.life, self.router.attempt + 1, "reserving", p, d))
+
+    def _ask(self, router: Router) -> None:
+        self.router = router
+        self._send("decode", router.decode, "reserve", router.life, router.attempt)
+        if self.bounds.at_once:
+            self._send("prefill", router.prefill, "prefill", router.life, router.attempt)
 
     def _give_up(self) -> None:
         """Its deadline, its client, or a worker that it lost: `OpenCalls.settle`."""
         router = self.router
         self._send("decode", router.decode, "cancel", router.attempt)
-        if router.phase != "reserving":
+        if router.phase != "reserving" or self.bounds.at_once:
             self._send("prefill", router.prefill, "cancel", router.attempt)
         last = router.attempt == self.bounds.attempts
         self.router.phase = "idle" if last else "failed"
@@ -312,7 +327,8 @@ class World:
         router = self.router
         if self._heeds("ticket", life, attempt):
             router.phase = "prefilling"
-            self._send("prefill", router.prefill, "prefill", life, attempt)
+            if not self.bounds.at_once:
+                self._send("prefill", router.prefill, "prefill", life, attempt)
 
     def _router_started(self, _: int, life: int, attempt: int, source: Source) -> None:
         router = self.router

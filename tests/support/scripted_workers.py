@@ -253,7 +253,7 @@ async def _as_coroutine(work: Awaitable[None]) -> None:
 
 
 class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
-    """Points: prefill (request came), prefilled (KV pinned, answer not sent), answered."""
+    """Points: prefill (request came), told (the first token was), prefilled (KV pinned, answer not sent), answered."""
 
     role = WorkerRole.PREFILL
 
@@ -264,6 +264,8 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
         self.requests: list[worker_pb2.PrefillRequest] = []
         self.announces = False
         """Whether it says where the KV is before it has computed it."""
+        self.tells_token = False
+        """Whether the first token comes before the answer, where that is wanted."""
 
     @property
     def used_blocks(self) -> int:
@@ -295,8 +297,15 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
                     request_id=request.request_id, attempt=request.attempt, started=started
                 )
                 await write(worker_pb2.PrefillSessionResponse(results=[announced]))
+
+            async def tell(token_ids: bytes) -> None:
+                token = worker_pb2.PrefillToken(token_ids=token_ids)
+                told = worker_pb2.PrefillResult(request_id=request.request_id, attempt=request.attempt, token=token)
+                await write(worker_pb2.PrefillSessionResponse(results=[told]))
+
             try:
-                result.response.CopyFrom(await self._prefill(request))
+                told = tell if self.tells_token and request.token_first else None
+                result.response.CopyFrom(await self._prefill(request, told))
             except SageError as err:
                 result.error.CopyFrom(to_status(err))
             finally:
@@ -306,7 +315,9 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
 
         await self._serve_session(requests, handle)
 
-    async def _prefill(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
+    async def _prefill(
+        self, request: worker_pb2.PrefillRequest, tell: Callable[[bytes], Awaitable[None]] | None
+    ) -> worker_pb2.PrefillResponse:
         self.requests.append(request)
         self.trace_contexts.append(dict(request.trace_context))
         await self.reach("prefill")
@@ -322,6 +333,9 @@ class ScriptedPrefill(ScriptedWorker, worker_pb2_grpc.PrefillServiceServicer):
         if sampling.max_new_tokens == 1:
             response.finish_reason = common_pb2.FINISH_REASON_LENGTH
             return response
+        if tell is not None:
+            await tell(response.token_ids)
+            await self.reach("told")
         self.pins.add((request.request_id, request.attempt))
         response.source.CopyFrom(self._source(request))
         await self.reach("prefilled")

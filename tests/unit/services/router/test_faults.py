@@ -74,6 +74,23 @@ async def test_another_decode_worker_takes_over(
     assert not any(prefill.pins for prefill in prefills)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_first_token_whose_kv_is_never_pinned_is_gone_on_with(
+    router: RouterHarness, fault: str, sampling: dict[str, float]
+) -> None:
+    prefills, decodes = await two_pairs(router)
+    prefills[0].tells_token = True
+    prefills[0].on("told", FAULTS[fault](prefills[0]))
+    generated = await router.generate(ignore_eos=True, **sampling)
+    temperature, seed = sampling.get("temperature", 0.0), sampling.get("seed")
+    expected = SamplingParams(6, temperature=temperature, seed=seed, ignore_eos=True)
+    assert generated.tokens == oracle(PROMPT, expected)
+    assert [request.HasField("source") for decode in decodes for request in decode.requests] == [False]
+    await router.assert_nothing_held()
+    assert not any(prefill.pins for prefill in prefills)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("point", PREFILL_POINTS)
 async def test_another_prefill_worker_takes_over(router: RouterHarness, point: str, fault: str) -> None:

@@ -9,13 +9,15 @@ import pytest
 from sagellm_common.core.errors import (
     ContextTooLong,
     InvalidRequest,
+    KvExhausted,
     NoWorker,
     UnknownModel,
 )
 from sagellm_common.core.types import FinishReason, SamplingParams, as_token_ids
 from sagellm_common.prefix_reuse.hashing import block_hashes, root_hash
+from sagellm_common.rpc import codec
 from sagellm_common.rpc.gen.sagellm.v1 import inference_pb2, plan_pb2, topology_pb2
-from tests.support.router_harness import PROMPT, RouterHarness
+from tests.support.router_harness import PROMPT, Generated, RouterHarness
 from tests.support.scripted_workers import (
     LAYOUT,
     MODEL,
@@ -61,6 +63,61 @@ async def test_decode_hears_where_to_pull_before_prefill_is_done(router: RouterH
     assert early.source == request.source
     stages = [event.stage for event in (await router.explain()).events]
     assert stages.index("pull ahead") < stages.index("prefill") < stages.index("transfer")
+    await router.assert_nothing_held()
+
+
+async def test_prefill_is_asked_before_decode_has_reserved(router: RouterHarness) -> None:
+    prefill, decode = await router.pair()
+    prefill.announces, go_on = True, asyncio.Event()
+    decode.on("reserve", decode.wait_for(go_on))
+    generating = asyncio.create_task(router.generate())
+    await eventually(lambda: prefill.pins)
+    assert not decode.reservations and not decode.pulling_ahead, "nobody pulls into what is not reserved"
+    assert not prefill.requests[0].HasField("ticket")
+    go_on.set()
+    generated = await generating
+    assert generated.tokens == oracle(PROMPT, GREEDY_6) and decode.pulling_ahead
+    await router.assert_nothing_held()
+
+
+async def test_a_refused_reservation_ends_the_prefill_and_the_next_one_comes_first(router: RouterHarness) -> None:
+    prefill, decode = await router.pair()
+    never = asyncio.Event()
+    prefill.on("prefill", prefill.wait_for(never))
+    decode.on("reserve", decode.refuse(KvExhausted("scripted")))
+    generated = await router.generate()
+    assert generated.tokens == oracle(PROMPT, GREEDY_6)
+    assert prefill.cancelled == [("r", 1)]
+    assert [request.HasField("ticket") for request in prefill.requests] == [False, True]
+    assert generated.summary.attempts == 1
+    await router.assert_nothing_held()
+
+
+async def test_a_full_decode_worker_reserves_first(router: RouterHarness) -> None:
+    prefill = await router.add(ScriptedPrefill())
+    decode = ScriptedDecode(prefills=[prefill])
+    decode.total_blocks, decode.running = 3, {("another", 1)}  # the prompt needs three
+    await router.add(decode)
+    decode.on("reserve", lambda: _nobody_asked(prefill))
+    assert (await router.generate()).tokens == oracle(PROMPT, GREEDY_6)
+    assert prefill.requests[0].HasField("ticket")
+
+
+async def _nobody_asked(prefill: ScriptedPrefill) -> None:
+    assert not prefill.requests
+
+
+async def test_the_first_token_does_not_wait_for_its_kv_to_be_pinned(router: RouterHarness) -> None:
+    prefill, decode = await router.pair()
+    prefill.tells_token, go_on = True, asyncio.Event()
+    prefill.on("told", prefill.wait_for(go_on))
+    generated, call = Generated(), router.call()
+    async for response in call:
+        generated.add(codec.decode_output(response))
+        if not go_on.is_set():
+            assert generated.tokens == oracle(PROMPT, GREEDY_6)[:1] and not prefill.pins and not decode.requests
+            go_on.set()
+    assert generated.tokens == oracle(PROMPT, GREEDY_6)
     await router.assert_nothing_held()
 
 

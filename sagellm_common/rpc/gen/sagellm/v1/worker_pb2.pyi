@@ -80,7 +80,7 @@ HANDOFF_REASON_QUEUE_FULL: HandoffReason
 HANDOFF_REASON_CANCELLED_BY_CLIENT: HandoffReason
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes", "chunk_tokens", "tenant", "first_token_within_ms", "needed_ms", "peer")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "ticket", "cache_salt", "timeout_ms", "trace_context", "announce", "priority", "overlap", "segment_bytes", "chunk_tokens", "tenant", "first_token_within_ms", "needed_ms", "peer", "receiver_cached_tokens", "token_first")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,8 @@ class PrefillRequest(_message.Message):
     FIRST_TOKEN_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
     NEEDED_MS_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIRST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: bytes
@@ -122,7 +124,9 @@ class PrefillRequest(_message.Message):
     first_token_within_ms: float
     needed_ms: float
     peer: KvPeer
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., needed_ms: _Optional[float] = ..., peer: _Optional[_Union[KvPeer, _Mapping]] = ...) -> None: ...
+    receiver_cached_tokens: int
+    token_first: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.HandoffTicket, _Mapping]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., announce: _Optional[bool] = ..., priority: _Optional[int] = ..., overlap: _Optional[bool] = ..., segment_bytes: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., first_token_within_ms: _Optional[float] = ..., needed_ms: _Optional[float] = ..., peer: _Optional[_Union[KvPeer, _Mapping]] = ..., receiver_cached_tokens: _Optional[int] = ..., token_first: _Optional[bool] = ...) -> None: ...
 
 class KvPeer(_message.Message):
     __slots__ = ("worker_id", "incarnation", "control_address", "cached_tokens")
@@ -183,24 +187,34 @@ class PrefillSessionResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[PrefillResult, _Mapping]]] = ...) -> None: ...
 
 class PrefillResult(_message.Message):
-    __slots__ = ("request_id", "attempt", "response", "error", "started")
+    __slots__ = ("request_id", "attempt", "response", "error", "started", "token")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     response: PrefillResponse
     error: _status_pb2.Status
     started: PrefillStarted
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., response: _Optional[_Union[PrefillResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ...) -> None: ...
+    token: PrefillToken
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., response: _Optional[_Union[PrefillResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., token: _Optional[_Union[PrefillToken, _Mapping]] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
     __slots__ = ("source",)
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     source: _common_pb2.KvSource
     def __init__(self, source: _Optional[_Union[_common_pb2.KvSource, _Mapping]] = ...) -> None: ...
+
+class PrefillToken(_message.Message):
+    __slots__ = ("token_ids", "logprobs")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: bytes
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
+    def __init__(self, token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "by_client")
